@@ -19,7 +19,7 @@ help: ## List every target
 
 ##@ First steps
 .PHONY: demo
-demo: setup ## Run one fine-tuning job from kubectl apply to a model in S3 (CLUSTER=kind|local|current; KEEP=1 leaves the cluster up)
+demo: setup ## Run one fine-tuning job from kubectl apply to a model in S3 (CLUSTER=kind|local|current; KEEP=1 keeps the cluster)
 	@$(PY) scripts/demo.py
 
 .PHONY: setup
@@ -86,7 +86,7 @@ test-quick: tools ## Run unit, integration and pod tests; they need no images an
 	@$(PYTEST) -m "not e2e and not image and not faults and not slow and not gpu"
 
 .PHONY: test
-test: prepare verify ## Run all tests that must pass before a change lands, including real pods
+test: prepare verify ## Run all tests that must pass before a change is merged, including real pods
 	@$(PYTEST) -m "not faults and not slow and not gpu"
 
 .PHONY: e2e

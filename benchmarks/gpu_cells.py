@@ -1,4 +1,4 @@
-"""Tests and benchmarks for a machine with a GPU, as named cells with the most valuable first.
+"""Runs tests and benchmarks on a machine with a GPU, as named cells. The most valuable cells run first.
 
     make gpu-kit                                                   # here: packs what that machine lacks
     python3 benchmarks/gpu_cells.py install build/gpu-kit/site.tar.xz   # there, once
@@ -6,9 +6,10 @@
     python3 benchmarks/gpu_cells.py run --rehearse --output OUT         # on a CPU, with tiny models
     python benchmarks/gpu_cells.py record OUT/gpu_cells.json ...        # here: writes results/gpu_cells.json
 
-Method. Every cell runs in a process of its own and writes one JSON value. Cells that ran already, according to the files given with
-`--done`, are skipped, so that several calls continue one list. The cells `tests-*` run the tests of `tests/gpu` in parallel processes; the
-other cells run alone. The result names the versions that were used. The machine has its own torch: no result is one of the locked torch.
+Method. Every cell runs in a separate process and writes one JSON value. Cells that ran already, according to the files given with
+`--done`, are skipped, so several calls together run the whole list. The cells `tests-*` run the tests of `tests/gpu` in parallel processes;
+the other cells run alone. The result names the versions that were used. The machine uses its own version of torch, so no result was
+measured with the locked version.
 """
 
 from __future__ import annotations
@@ -32,7 +33,10 @@ import record
 
 ROOT = Path(__file__).resolve().parent.parent
 SITE = Path("/opt/gpu-kit/site-packages")
-"""Folder of the kit's packages. dill takes only modules below a folder of this name for installed ones; datasets needs this for its hashes."""
+"""Folder of the kit's packages.
+
+Its name must be `site-packages`: dill treats only modules in such a folder as installed, and the hashes of datasets depend on it.
+"""
 PYTHONPATH = os.pathsep.join(str(ROOT / part) for part in ("crds", "operator", "trainer-image", "benchmarks", "."))
 VERSIONS = ("torch", "triton", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "deepspeed", "liger-kernel", "pyarrow")
 CELL_SECONDS = 90.0
@@ -111,7 +115,7 @@ def install(archive: Path) -> None:
 
 
 def describe_environment() -> dict[str, Any]:
-    """Versions, device, and the two ceilings of the GPU: bf16 matrix products and memory bandwidth."""
+    """Return the versions, device, and the two ceilings of the GPU: bf16 matrix products and memory bandwidth."""
     import torch
 
     result: dict[str, Any] = {"cores": os.cpu_count(), "versions": record.package_versions(VERSIONS) | {"cuda": torch.version.cuda}}
@@ -128,7 +132,7 @@ def describe_environment() -> dict[str, Any]:
 
 
 def _seconds(action: Callable[[], Any]) -> float:
-    """Median duration of an action on the GPU."""
+    """Return the median duration of an action on the GPU."""
     import statistics
 
     import torch

@@ -72,7 +72,7 @@ class Workload:
     length: int
     """Tokens of a full sequence."""
     batch: int
-    """Full sequences of a step. A step of unpacked chat data has as many rows as have about so many tokens."""
+    """Number of full sequences in a step. A step of unpacked chat data has rows with about the same number of tokens."""
     steps: int
     warmup_steps: int
     is_gpu: bool
@@ -212,7 +212,7 @@ def make_rows(workload: Workload) -> list[dict[str, Any]]:
     rng = random.Random(0)
 
     def text(word_count: int) -> str:
-        """A text of so many words; with the tests' tokenizer, a word is about one token."""
+        """Return a text with `word_count` words. With the tests' tokenizer, a word is about one token."""
         return " ".join(rng.choice(WORDS) for _ in range(max(1, word_count)))
 
     rows: list[dict[str, Any]] = []
@@ -272,7 +272,7 @@ class PreparedTokens:
     tokens: Any
     """The data set of token sequences."""
     run: Any
-    """The run of the arm `ours`, which has produced them."""
+    """The run of the arm `ours` that produced the tokens."""
 
 
 def prepare_tokens(workload: Workload, folder: Path, model: Path) -> PreparedTokens:
@@ -346,7 +346,7 @@ def run_trl_arm(
 
 
 def run_arm(workload: Workload, name: str, folder: Path, model: Path, prepared: PreparedTokens) -> ArmResult:
-    """Run one arm. A failure is a result, too: its first line is returned."""
+    """Run one arm. If the arm fails, the result contains the first line of the error."""
     import torch
     from accelerate.state import AcceleratorState, GradientState
 
@@ -366,7 +366,7 @@ def run_arm(workload: Workload, name: str, folder: Path, model: Path, prepared: 
         result.error = f"{type(error).__name__}: {str(error).splitlines()[0][:300] if str(error) else ''}"
         if not isinstance(error, torch.OutOfMemoryError):
             traceback.print_exc()
-        traceback.clear_frames(error.__traceback__)  # the frames hold tensors
+        traceback.clear_frames(error.__traceback__)  # Otherwise the frames would keep tensors in memory.
     if workload.is_gpu:
         result.peak_memory_gb = round(torch.cuda.max_memory_allocated() / 1e9, 2)
     result.seconds = round(time.perf_counter() - started_at, 1)

@@ -1,4 +1,4 @@
-"""Time that the host spends per micro-batch outside the computation of the model, which a fast GPU would have to wait for.
+"""Host overhead: the time per micro-batch that the host spends outside the model's computation. A fast GPU would wait during this time.
 
     python benchmarks/host_overhead.py --rounds 4 --steps 60
 
@@ -8,8 +8,8 @@ forward pass, backward pass, norm of the gradients, and step of the optimizer. T
 other in changing order. `plain` is a loop in PyTorch that does only these parts; outside of them, it frees the gradients and the graph. `ours` is the
 whole rank of this trainer. In `libraries`, the same rank uses the methods of transformers that walk over all modules: `train`, `zero_grad`,
 `parameters` for the gradient norm, and `num_parameters` for the number of operations. Each figure is the median over all steps of all rounds,
-without the first ten steps of a run. The host overhead is the difference to `plain`. The losses of `ours` and `libraries` must be equal. The
-target is an overhead of 1 ms for `ours`.
+without the first ten steps of a run. The host overhead is this time minus the time of `plain`. The losses of `ours` and `libraries` must be
+equal. The target is an overhead of 1 ms for `ours`.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class StepTimes:
 
 
 class StepTimer:
-    """Times the parts of each step. It is a set of hooks of a rank, and the source of its callback."""
+    """Measures the duration of each part of a step. It implements the hooks of a rank and creates the callback that measures."""
 
     def __init__(self) -> None:
         self.times = StepTimes()
@@ -95,7 +95,7 @@ class StepTimer:
 
     @contextmanager
     def timed_gradient_norm(self) -> Iterator[None]:
-        """Time torch's function for the gradient norm within the context."""
+        """Measure the duration of torch's gradient norm function while the context is active."""
         import torch
 
         original = torch.nn.utils.clip_grad_norm_

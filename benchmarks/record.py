@@ -64,7 +64,7 @@ def extract_method(docstring: str | None) -> str:
 def write_result(
     name: str, figures: dict[str, Any], *, method: str, machine: dict[str, Any] | None = None, versions: dict[str, str] | None = None
 ) -> Path:
-    """Write `results/<name>.json`, which replaces the last result. `machine` and `versions`: those of this machine if not given."""
+    """Write `results/<name>.json`, which replaces the last result. By default, `machine` and `versions` describe this machine."""
     RESULTS_FOLDER.mkdir(parents=True, exist_ok=True)
     path = RESULTS_FOLDER / f"{name}.json"
     record = {

@@ -1,4 +1,4 @@
-"""Build the documentation site with `mkdocs build --strict`, in an environment of its own. The first run installs the packages of requirements/docs.lock."""
+"""Build the documentation site with `mkdocs build --strict`, in a separate environment. The first run installs the packages of requirements/docs.lock."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def ensure_mkdocs() -> Path:
 
 
 def build_site(folder: Path) -> subprocess.CompletedProcess[str]:
-    """Write the site into a folder. The exit code is not 0 if a link is dead or a page has no place in the navigation."""
+    """Write the site into a folder. The exit code is not 0 if a link is dead or the navigation lacks a page."""
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    env |= {"NO_MKDOCS_2_WARNING": "1"}  # the theme would print a text about another program
+    env |= {"NO_MKDOCS_2_WARNING": "1"}  # Stop the theme from printing an announcement of another program.
     # With --quiet, mkdocs would not count warnings, so that --strict would have no effect.
     command: list[str | Path] = [ensure_mkdocs(), "-m", "mkdocs", "build", "--strict", "--site-dir", folder]
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)

@@ -26,12 +26,12 @@ PYTHON_VERSION = "3.12"
 PLATFORM = "x86_64-manylinux_2_28"
 CUDA_LIBRARY = "libbitsandbytes_cuda130.so"
 """The library of bitsandbytes for the machine's CUDA version. The wheel has one for each version of CUDA and ROCm, 125 MB in all."""
-CARRIED = (
+PACKED_NAMES = (
     "accelerate", "annotated-types", "bitsandbytes", "datasets", "deepspeed", "dill", "et-xmlfile", "fsspec", "hjson", "httpcore2", "httpx2", "huggingface-hub",
     "jsonschema", "jsonschema-specifications", "liger-kernel", "multiprocess", "openpyxl", "peft", "py-cpuinfo", "pyarrow", "pydantic", "pydantic-core",
     "referencing", "rpds-py", "safetensors", "tokenizers", "transformers", "trl", "truststore", "typing-extensions", "typing-inspection",
 )  # fmt: skip
-"""Packages of the lock that the machine lacks, or has in another version."""
+"""Locked packages that the machine lacks or has in another version."""
 PUBLISHED_AS_SOURCE = ("deepspeed",)
 """Packages without a wheel. They are pure Python, so the installed files are packed."""
 LEFT_OUT = re.compile(
@@ -52,7 +52,7 @@ def locked_requirements(lock: str) -> dict[str, str]:
 def install_packages(folder: Path) -> None:
     """Install the wheels of the locked versions for the GPU machine into `folder`. The hashes are checked."""
     requirements = locked_requirements(LOCK.read_text())
-    chosen = [requirements[name] for name in CARRIED if name not in PUBLISHED_AS_SOURCE]
+    chosen = [requirements[name] for name in PACKED_NAMES if name not in PUBLISHED_AS_SOURCE]
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
         file.write("\n".join(chosen) + "\n")
         file.flush()
@@ -66,7 +66,7 @@ def install_packages(folder: Path) -> None:
 
 
 def _shared_script_folders() -> Iterator[Path]:
-    """Folders of the scripts of the environments on `sys.path`. The checkout's environment uses the packages of a shared one."""
+    """Yield the script folders of all environments on `sys.path`, because the checkout's environment uses the packages of a shared environment."""
     yield from (Path(entry).parents[2] / "bin" for entry in sys.path if entry.endswith("site-packages"))
 
 

@@ -53,7 +53,7 @@ def on_files(files: Files, *, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, *, page: Any, config: Any, files: Files) -> str:
-    """Let links lead to the addresses on the site, and append the list of decisions to their index."""
+    """Replace the targets of links with addresses on the site. Append the list of decisions to the index of decisions."""
     folder = source_path(page.file.src_uri).parent
     site_folder = Path(page.file.src_uri).parent
 

@@ -118,7 +118,7 @@ class MutationRun:
             while not self._socket.exists():
                 if server.poll() is not None:
                     raise RuntimeError(f"the test server ended with exit code {server.returncode} before it was ready")
-                time.sleep(0.1)  # while the server imports the libraries
+                time.sleep(0.1)  # The server is still importing the libraries.
             yield
         finally:
             server.kill()

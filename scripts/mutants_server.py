@@ -28,7 +28,7 @@ def run(address: str, groups: list[str]) -> int:
 
 
 def serve(address: str, modules: list[str]) -> None:
-    """Answer requests until the process is killed. Each request is handled in a process of its own."""
+    """Answer requests until the process is killed. Each request is handled in a separate process."""
     for module in ("pytest", *modules):
         importlib.import_module(module)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
@@ -54,7 +54,7 @@ def handle(connection: socket.socket) -> None:
         os._exit(run_tests(request["folder"], request["groups"]))
     watcher = os.fork()
     if watcher == 0:
-        connection.recv(1)  # returns when the client ends
+        connection.recv(1)  # This call returns when the client ends.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child, signal.SIGKILL)
         os._exit(0)
@@ -70,7 +70,7 @@ def run_tests(folder: str, groups: list[str]) -> int:
     silent = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):
         os.dup2(silent, stream)
-    sys.dont_write_bytecode = True  # a compiled mutant could be mistaken for the next one, which has the same size and time
+    sys.dont_write_bytecode = True  # Python would otherwise reuse the compiled mutant for the next one, which has the same size and time.
     import pytest
 
     for group in groups:

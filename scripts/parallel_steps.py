@@ -1,7 +1,7 @@
 """Run slow steps in parallel, and show how long each step takes.
 
 A step is a function that runs commands. A step starts when the steps that it depends on have ended. The first failure stops all other steps, and
-only this failure is reported. When this program ends, it stops all programs that it has started, also after Ctrl-C.
+only this failure is reported. When this program ends, it stops all programs that it has started, even after Ctrl-C.
 """
 
 from __future__ import annotations

@@ -19,13 +19,13 @@ SCREENSHOTS = (("report-desktop.png", 1180, 1560, False), ("report-phone.png", 3
 """File, width and height in CSS pixels, and whether the theme is dark."""
 HOW_TO_INSTALL = "no browser is installed: install Chromium, on Debian with `apt-get install chromium-headless-shell`"
 COLOURS = 256
-"""Colours of a saved picture. More make the files larger, but not visibly better."""
+"""Number of colours in a saved picture. With more colours, the files are larger, but look the same."""
 
 
 def main() -> None:
-    """Take the screenshots, of an existing report if one is given."""
+    """Take the screenshots. Use an existing report if `--report` names one."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--report", type=Path, help="an existing index.html instead of that of a new run")
+    parser.add_argument("--report", type=Path, help="use this index.html instead of training a new run")
     parser.add_argument("--install", action="store_true", help="only install the browser")
     options = parser.parse_args()
     sys.path[:0] = [str(path) for path in (ROOT, ROOT / "tests/pod", ROOT / "crds", ROOT / "trainer-image")]
@@ -36,7 +36,7 @@ def main() -> None:
     if program is None:
         sys.exit(HOW_TO_INSTALL)
     with tempfile.TemporaryDirectory() as folder:
-        _take(program, options.report or _run(Path(folder)))
+        _take_screenshots(program, options.report or _train_and_report(Path(folder)))
 
 
 def _find_or_install_browser() -> str | None:
@@ -49,8 +49,8 @@ def _find_or_install_browser() -> str | None:
     return find_browser()
 
 
-def _run(folder: Path) -> Path:
-    """Run a job in a folder whose name may be on the picture. Returns its report."""
+def _train_and_report(folder: Path) -> Path:
+    """Run a job in the given folder, whose name may be visible in the pictures. Returns the job's report."""
     from finetune_api.names import REPORT_KEY
     from report_run import run_with_report, store_of
 
@@ -60,7 +60,7 @@ def _run(folder: Path) -> Path:
     return store_of(folder) / REPORT_KEY
 
 
-def _take(program: str, report: Path) -> None:
+def _take_screenshots(program: str, report: Path) -> None:
     from PIL import Image
 
     from tests.support.browser import Browser

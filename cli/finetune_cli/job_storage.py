@@ -180,7 +180,7 @@ class _StorageErrors:
 
 
 def root_of_uri(uri: str) -> str:
-    """Return the URI of a job's folder from its own URI, or from that of its model, a checkpoint or its lineage."""
+    """Return the URI of a job's folder. `uri`: the URI of the folder itself, of the model, of a checkpoint or of the lineage."""
     folder = uri.rstrip("/")
     if attempt_of_uri(folder) is not None:
         folder = folder.rpartition("/")[0]
@@ -257,7 +257,7 @@ def read_manifest(storage: JobStorage, committed_folder: CommittedFolder) -> dic
 
 
 def checked_file_list(storage: JobStorage, manifest: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the files that a manifest lists. Raises StorageError if a file lies outside the folder of the commit."""
+    """Return the files that a manifest lists. Raises StorageError if a file is outside the folder of the commit."""
     files: list[dict[str, Any]] = manifest["files"]
     for entry in files:
         name = str(entry["path"])

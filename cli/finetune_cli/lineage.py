@@ -53,7 +53,7 @@ MODEL_CHECKS = (CheckName.MARKER, CheckName.MANIFEST, CheckName.FILES)
 
 
 class Code(StrEnum):
-    """What a check has found. Codes do not change between releases."""
+    """The problem that a check has found. Codes do not change between releases."""
 
     LINK = "FileIsLink"
     """A file or folder is a symbolic link, so it can change without a change in this storage."""
@@ -102,7 +102,7 @@ class SignatureState(StrEnum):
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong."""
+    """One problem that a check has found."""
 
     check: CheckName
     code: Code
@@ -125,7 +125,7 @@ class CheckResults:
     manifest_sha256: str = ""
 
     def findings_of(self, *checks: CheckName) -> list[Finding]:
-        """The findings of some checks."""
+        """Return the findings of some checks."""
         return [finding for finding in self.findings if finding.check in checks]
 
 
@@ -356,7 +356,10 @@ def contradictions_with_manifest(statement: Statement, manifest: dict[str, Any])
 
 
 def _has_digest(statement: Statement, digest: Any, sources: tuple[str, ...]) -> bool:
-    """Whether sources have this combined digest, and their files' digests result in it. `sources`: how the sources' names begin."""
+    """Whether sources in the statement have this combined digest, and whether it follows from the digests of their files.
+
+    `sources`: prefix of the sources' names.
+    """
     resources = [one for one in statement.predicate.build_definition.resolved_dependencies if (one.name or "").startswith(sources)]
     combined = [one.annotations["combinedDigest"] for one in resources if "combinedDigest" in one.annotations]
     files = [one.digest["sha256"] for one in resources if "combinedDigest" not in one.annotations and "sha256" in one.digest]

@@ -1,7 +1,7 @@
 """Writes a final model as an OCI image layout: a folder from which skopeo, ORAS and crane copy to a registry.
 
-There are two forms. A ModelPack artefact holds each file as it is, for tools that know models. An image holds each file in a tar layer
-below `/models`, so that Kubernetes can mount it as an image volume, and KServe can use it as a modelcar without further steps.
+There are two forms. A ModelPack artefact holds each file unchanged, for tools that support ModelPack. An image holds each file in a tar
+layer below `/models`, so that Kubernetes can mount it as an image volume, and KServe can use it as a modelcar without further steps.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ def _pack_layer(target: Path, file: ModelFile) -> dict[str, Any]:
 
 
 class _HashingWriter:
-    """A file for writing that also computes the sha256 and the size of what is written."""
+    """A file for writing that also computes the sha256 and the size of the written data."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self._digest, self.size = file, hashlib.sha256(), 0

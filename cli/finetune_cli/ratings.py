@@ -41,7 +41,7 @@ class Rating:
 
 
 def read_ratings(files: Sequence[Path], key: Path | None) -> list[Rating]:
-    """Read all sheets. With a key, `model` is the model behind each row. Errors: UnreadableFile; InvalidInput with every mistake."""
+    """Read all sheets. With a key, `model` is the model that gave the answer. Errors: UnreadableFile; InvalidInput with every mistake."""
     mistakes: list[Mistake] = []
     models = _read_key(key) if key else {}
     ratings = [rating for file in files for rating in _read_sheet(file, mistakes)]
@@ -152,7 +152,7 @@ def summarise(ratings: Sequence[Rating]) -> dict[str, Any]:
 
 
 def spread(values: Sequence[int]) -> dict[str, float | int | None]:
-    """Count, mean, median, sample standard deviation, smallest and largest value."""
+    """Return count, mean, median, sample standard deviation, smallest and largest value."""
     if not values:
         return {"count": 0, "mean": None, "median": None, "std": None, "min": None, "max": None}
     deviation = statistics.stdev(values) if len(values) > 1 else None
@@ -174,11 +174,12 @@ def _agreement(ratings: Iterable[Rating], score: str) -> dict[str, Any]:
 
 
 def krippendorff_alpha(units: Sequence[Sequence[int]]) -> float | None:
-    """Krippendorff's alpha for ordinal scores: 1 is perfect agreement, 0 is what chance gives. `units`: the scores of each answer.
+    """Return Krippendorff's alpha for ordinal scores: 1 is perfect agreement, 0 is the agreement expected by chance. `units`: the scores of
+    each answer.
 
     alpha = 1 - observed / expected disagreement. Answers with one score are left out. The distance of two scores c < k is the
     square of n_c/2 + n_(c+1) + ... + n_(k-1) + n_k/2, where n are the counts of the scores (Krippendorff 2011, "Computing
-    Krippendorff's Alpha-Reliability", section D). None if no two scores differ or no answer has two.
+    Krippendorff's Alpha-Reliability", section D). None if all scores are equal, or if no answer has two scores.
     """
     paired = [unit for unit in units if len(unit) > 1]
     counts: dict[int, int] = defaultdict(int)
@@ -202,7 +203,7 @@ def krippendorff_alpha(units: Sequence[Sequence[int]]) -> float | None:
 def win_rate(ratings: Iterable[Rating]) -> dict[str, Any]:
     """Return how often raters give the trained model's answer a higher `overall` score than the base model's answer to the same question.
 
-    A tie counts one half. The rate of a question is the mean over its raters, and the rate is the mean over the questions. The 95 %
+    A tie counts one half. The rate of a question is the mean over its raters, and the win rate is the mean over the questions. The 95 %
     interval is Wilson's score interval (Wilson 1927) with the number of questions, because ratings of the same question are not independent.
     """
     pairs: dict[tuple[str, str], dict[str, int]] = defaultdict(dict)
@@ -225,7 +226,7 @@ def win_rate(ratings: Iterable[Rating]) -> dict[str, Any]:
 
 
 def wilson_interval(rate: float, count: int) -> tuple[float, float]:
-    """Wilson's 95 % score interval of a rate."""
+    """Return Wilson's 95 % score interval of a rate."""
     scale = 1 + Z_95**2 / count
     center = (rate + Z_95**2 / (2 * count)) / scale
     half = Z_95 / scale * math.sqrt(rate * (1 - rate) / count + Z_95**2 / (4 * count**2))

@@ -107,7 +107,10 @@ def replay(storage: JobStorage, folder: Path, options: ReplayOptions) -> ReplayR
 
 
 def _expected_inputs(statement: Statement) -> dict[str, Any]:
-    """The facts about base model and data that the trainer compares before the training. Mounted ConfigMaps exist only in pods."""
+    """Return the facts about base model and data that the trainer compares before training.
+
+    ConfigMaps are left out, because they are mounted only in pods.
+    """
     facts = statement.run.facts
     others = {name: digest for name, digest in (facts.get("beside") or {}).items() if name != "contents of ConfigMaps"}
     return {"modelRevision": facts.get("modelRevision", ""), "datasetDigest": facts.get("datasetDigest", ""), "beside": others}
@@ -168,7 +171,7 @@ def compare_weights(interpreter: str, left: Path, right: Path) -> WeightComparis
 
 
 def reasons_to_differ(original: Statement, repeated: Statement) -> Iterator[str]:
-    """Yield why two runs need not have equal weights."""
+    """Yield the known reasons why the weights of two runs may differ."""
     for name, run in (("the run", original), ("the replay", repeated)):
         devices = {device for one in run.run.attempts if (device := one.resolved.device) and not device.lower().startswith(CPU)}
         if devices:

@@ -245,13 +245,13 @@ def _output_and_notes(status: FineTuneJobStatus) -> list[str]:
 
 
 def _evaluation_lines(status: FineTuneJobStatus) -> list[str]:
-    """The results of the evaluation: one line for each metric, each benchmark and each gate."""
+    """Return the results of the evaluation: one line for each metric, each benchmark and each gate."""
     evaluation = status.evaluation
     return [] if evaluation is None else [*_metric_lines(evaluation), *_benchmark_lines(evaluation), *_gate_lines(evaluation)]
 
 
 def _benchmark_lines(evaluation: EvaluationResult) -> list[str]:
-    """One line for each metric of the benchmarks, with the value of the base model if it was measured."""
+    """Return one line for each metric of the benchmarks, with the value of the base model if it was measured."""
     if not evaluation.benchmarks:
         return []
     lines = ["", "benchmarks"]
@@ -269,7 +269,7 @@ def _gate_lines(evaluation: EvaluationResult) -> list[str]:
 
 
 def _metric_lines(evaluation: EvaluationResult) -> list[str]:
-    """One line for each metric with its value, or why it has none."""
+    """Return one line for each metric, with its value or the reason why it has no value."""
     if not evaluation.metrics:
         return []
     rows = f" on {evaluation.rows} rows" if evaluation.rows is not None else ""
@@ -277,7 +277,7 @@ def _metric_lines(evaluation: EvaluationResult) -> list[str]:
 
 
 def _metric_text(metric: MetricResult) -> str:
-    """The value of a metric, or why it has none, and the comparison with the base model."""
+    """Return the value of a metric, or the reason why it has no value, and the comparison with the base model."""
     if metric.value is None:
         return f"- ({metric.reason or 'not measured'})"
     text = f"{metric.value:.4g}"

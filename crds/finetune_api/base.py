@@ -141,7 +141,7 @@ def nested_group(annotation: Any) -> type[Group] | None:
 
 
 def nested_groups(model: type[Group]) -> Iterator[type[Group]]:
-    """Yield `model` and every group nested in `model`, also in lists. A group that is used by several fields is yielded several times."""
+    """Yield `model` and every group nested in `model`, including groups in lists. A group that is used by several fields is yielded several times."""
     yield model
     for info in model.model_fields.values():
         for group in _groups_in(info.annotation):

@@ -26,7 +26,10 @@ BENCHMARK_KINDS = {
     "human-eval": BenchmarkKind.RATING_SHEETS,
     "openai-humaneval": BenchmarkKind.CODE,
 }
-"""The kind of each benchmark, by its name in the spec. `human-eval` means rating sheets, because two of the five imported tools use it so."""
+"""The kind of each benchmark, by its name in the spec.
+
+`human-eval` means rating sheets, because two of the five imported tools use the name in this way.
+"""
 
 CURRENT_TASK_NAMES = {"truthfulqa_mc": ("truthfulqa_mc1", "truthfulqa_mc2")}
 """Old names of harness tasks and the tasks that replace them. All other names are those of the harness."""
@@ -34,12 +37,12 @@ CURRENT_TASK_NAMES = {"truthfulqa_mc": ("truthfulqa_mc1", "truthfulqa_mc2")}
 
 @dataclass(frozen=True)
 class BundledTask:
-    """A task whose definition the harness contains. Its data set must lie in the benchmark's folder."""
+    """A task whose definition the harness contains. Its data set must be in the benchmark's folder."""
 
     definition: str
     """Folder of the definition, below the task folder of the harness."""
     dataset: str
-    """Hub repository of the data set. A copy must lie at this path below the benchmark's folder."""
+    """Hub repository of the data set. A copy must be at this path below the benchmark's folder."""
 
 
 BUNDLED_TASKS = {
@@ -52,7 +55,7 @@ BUNDLED_TASKS = {
     "arc_challenge": BundledTask("arc", "allenai/ai2_arc"),
     "arc_easy": BundledTask("arc", "allenai/ai2_arc"),
 }
-"""Tasks that need no definition in the benchmark's folder. For any other task the folder must contain the definition, too."""
+"""Tasks that need no definition in the benchmark's folder. For all other tasks, the folder must also contain the definition."""
 
 DEFAULT_RATING_QUESTIONS = 50
 """Number of questions of a rating sheet if the benchmark has no `limit`."""

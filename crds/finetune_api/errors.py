@@ -66,7 +66,7 @@ class StorageSetupError(FineTuneError):
 
 
 class StorageError(FineTuneError):
-    """Exit code 69: storage was unreachable, also after retries."""
+    """Exit code 69: storage was unreachable, even after retries."""
 
     exit_code = ExitCode.STORAGE_UNREACHABLE
 

@@ -1,8 +1,8 @@
 """The lineage statement of a final model and the DSSE envelope of its signature. The statement is an in-toto statement.
 
 The trainer writes the statement, and the command line signs, verifies and replays it. The predicate is SLSA provenance v1, because its
-fields name what a fine-tuning run has (parameters, dependencies, the builder), and tools for supply chains read it. What SLSA has no
-field for is below `finetune_run`: the specification reserves names with a vendor's prefix for such extensions.
+fields suit a fine-tuning run (parameters, dependencies, the builder), and supply-chain tools can read it. Facts for which SLSA has no field
+are stored below `finetune_run`. The specification reserves names with a vendor's prefix for such extensions.
 
 Sources: the specifications of in-toto attestation v1 (statement, resource descriptor), SLSA provenance v1 and DSSE v1.
 """
@@ -29,7 +29,7 @@ PAYLOAD_TYPE = "application/vnd.in-toto+json"
 STATEMENT_KEY = f"{Storage.LINEAGE}/statement.json"
 ENVELOPE_KEY = f"{Storage.LINEAGE}/statement.dsse.json"
 BASE_MODEL = "model.source"
-"""Name of the dependency that is the base model. Other sources have the path of their spec field, too."""
+"""Name of the dependency that is the base model. As for all sources, the name is the path of the spec field."""
 TRAINER_IMAGE = "trainer image"
 REVISION = "revision"
 """Annotation of the base model: the commit of a hub model, or a fingerprint of the files."""
@@ -79,7 +79,7 @@ class AttemptRecord(LenientModel):
     ended_at: datetime | None = Field(default=None, description="End of rank 0's pod.")
     gpus: int = Field(default=0, description="GPUs of all pods of the attempt. 0: training on CPUs.")
     pods: int = Field(default=1, description="Pods of the attempt.")
-    threads: int | None = Field(default=None, description="CPU threads of each rank. Sums on a CPU depend on it. Absent if nothing was trained.")
+    threads: int | None = Field(default=None, description="CPU threads of each rank, which affect sums on a CPU. Absent if nothing was trained.")
     config_sha256: str = Field(default="", description="sha256 (hex) of the run configuration.")
     start_step: int | None = Field(default=None, description="Optimizer step from which the training started. Absent if nothing was trained.")
     last_step: int | None = Field(default=None, description="Last optimizer step that the incarnation completed.")
@@ -136,7 +136,7 @@ class Statement(LenientModel):
         return value
 
     def to_bytes(self) -> bytes:
-        """The JSON that is stored and signed."""
+        """Return the JSON that is stored and signed."""
         return json.dumps(self.to_wire(), indent=1, sort_keys=True, ensure_ascii=False).encode()
 
     @property
@@ -155,7 +155,7 @@ class Statement(LenientModel):
         return self.predicate.run_details.metadata.invocation_id
 
     def dependency(self, name: str) -> Resource | None:
-        """The dependency with this name, or None."""
+        """Return the dependency with this name, or None."""
         return next((one for one in self.predicate.build_definition.resolved_dependencies if one.name == name), None)
 
 
@@ -175,7 +175,7 @@ class Envelope(WireModel):
 
 
 def signed_bytes(payload_type: str, payload: bytes) -> bytes:
-    """The bytes that a DSSE signature covers: the pre-authentication encoding of the payload type and the payload."""
+    """Return the bytes that a DSSE signature covers: the pre-authentication encoding of the payload type and the payload."""
     encoded_type = payload_type.encode()
     return b"DSSEv1 %d %s %d %s" % (len(encoded_type), encoded_type, len(payload), payload)
 

@@ -1,8 +1,8 @@
 """The OCI artefact of a final model, in the format of the CNCF ModelPack specification (v0.0.7).
 
-Each file of the model is one layer, as it is: not packed and not compressed. The layer's digest is therefore the file's sha256, and the
-artefact needs no second copy of the weights. Config and manifest follow from the committed manifest of the model alone, so the trainer
-and the command line compute the same digest.
+Each file of the model is one layer, which is neither packed nor compressed. The layer's digest is therefore the file's sha256, and the
+artefact needs no second copy of the weights. Config and manifest depend only on the committed manifest of the model, so the trainer and the
+command line compute the same digest.
 
 Sources: the OCI image specification v1.1 (manifest, descriptor) and the ModelPack specification (media types, annotations, config).
 """
@@ -51,7 +51,7 @@ class OciArtefact:
 
     @property
     def digest(self) -> str:
-        """The digest by which registries address the artefact: `sha256:` and the hash of the manifest."""
+        """Return the digest by which registries address the artefact: `sha256:` and the hash of the manifest."""
         return digest_of(self.manifest)
 
 
@@ -74,17 +74,17 @@ def modelpack_artefact(name: str, kind: OutputKind, files: Sequence[ModelFile]) 
 
 
 def descriptor(media_type: str, data: bytes) -> dict[str, Any]:
-    """The OCI descriptor of a blob."""
+    """Return the OCI descriptor of a blob."""
     return {"mediaType": media_type, "digest": digest_of(data), "size": len(data)}
 
 
 def to_bytes(document: dict[str, Any]) -> bytes:
-    """Canonical JSON: sorted keys and no spaces."""
+    """Return canonical JSON, with sorted keys and without spaces."""
     return json.dumps(document, sort_keys=True, separators=(",", ":")).encode()
 
 
 def digest_of(data: bytes) -> str:
-    """The OCI digest of a blob."""
+    """Return the OCI digest of a blob."""
     return f"sha256:{hashlib.sha256(data).hexdigest()}"
 
 
@@ -96,7 +96,7 @@ def _layer(file: ModelFile) -> dict[str, Any]:
 
 
 def _content_of(path: str) -> str:
-    """ModelPack's word for the content of a file: weight, doc, code, or weight.config for settings and tokenizers."""
+    """Return ModelPack's word for the content of a file: weight, doc, code, or weight.config for settings and tokenizers."""
     name = path.rpartition("/")[2]
     if name.partition(".")[0].upper() in _DOCUMENTS:
         return "doc"

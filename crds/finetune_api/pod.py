@@ -199,9 +199,10 @@ class HealthReport(ReportModel):
 
     @model_serializer(mode="wrap")
     def _write_old_name(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Write `secondsSinceHeartbeat` under its old name, too.
+        """Also write `secondsSinceHeartbeat` under its old name.
 
-        Operator 0.1.0 reads this field only under its old name, `secondsSinceSign`. Without it, that operator takes a long evaluation for a stall.
+        Operator 0.1.0 reads this field only under its old name, `secondsSinceSign`. Without it, that operator would treat a long evaluation
+        as a stall.
         """
         value: dict[str, Any] = handler(self)
         if value.get("secondsSinceHeartbeat") is not None:

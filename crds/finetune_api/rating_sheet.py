@@ -4,7 +4,7 @@ from __future__ import annotations
 
 JSON_FILE, CSV_FILE = "human_rating.json", "human_rating.csv"
 KEY_FILE = "human_rating_key.json"
-"""Names the model behind each row. People who rate must not see it."""
+"""File that names the model of each row. People who rate must not see this file."""
 INSTRUCTIONS_FILE = "human_rating_instructions.txt"
 SCORES = ("relevance", "accuracy", "coherence", "overall")
 """Columns that people fill in."""
@@ -14,11 +14,11 @@ TRAINED, BASE = "trained", "base"
 """Names of the models in the key."""
 
 _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n")
-"""A spreadsheet runs a cell with such a beginning as a formula (https://owasp.org/www-community/attacks/CSV_Injection)."""
+"""A spreadsheet executes a cell as a formula if it begins with one of these characters (https://owasp.org/www-community/attacks/CSV_Injection)."""
 
 
 def as_plain_cell(text: str) -> str:
-    """Return a text that spreadsheets show as it is. A text that would be a formula gets an apostrophe in front."""
+    """Return a text that spreadsheets show unchanged. If the text would be a formula, an apostrophe is put in front."""
     return f"'{text}" if text.lstrip(" ").startswith(_FORMULA_STARTS) else text
 
 

@@ -151,7 +151,7 @@ TROUBLESHOOTING_INTRODUCTION = """\
 
 `status.failure.code` has a code of one of the tables "Failure codes" or, if the trainer repeats a check of the spec, of "Rules". If the code is not on
 this page, it is the name of a Python exception, `ExitCode` with a number, or the name that Kubernetes gives to the end of a pod (for example
-`EvictionByEvictionAPI`). The message then has the words of the library or of Kubernetes.
+`EvictionByEvictionAPI`). The message then comes from the library or from Kubernetes.
 """
 
 

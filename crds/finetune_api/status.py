@@ -248,8 +248,8 @@ class EvaluationResult(ReportModel):
     """Results of the evaluation after training."""
 
     headline: str | None = status_field(
-        "Name and value of the most important metric: that of a failed gate, otherwise of the first gate, otherwise the first of evaluation.metrics. "
-        "Without these, a completed job shows its last validation loss, or its last training loss if it has no validation data.",
+        "Name and value of the most important metric: the metric of a failed gate, or else of the first gate, or else the first of evaluation.metrics. "
+        "If there are none, a completed job shows its last validation loss or, without validation data, its last training loss.",
         example="accuracy 0.83",
     )
     rows: int | None = status_field("Number of evaluated rows.", example=200)

@@ -80,7 +80,8 @@ def cause_of_missing_job(facts: Facts) -> FailureCause:
     from_pods = cause_of(None, facts.newest_pods, model_is_committed=facts.model_is_committed, stage=facts.reported_stage)
     reason, record = facts.termination_reason, facts.attempt_record
     if reason is None or record is None or from_pods.retry_policy is RetryPolicy.NEVER:
-        # A pod's fatal error would recur in each further attempt. So this error takes precedence over the operator's reason for the end.
+        # A pod's fatal error would happen again in each further attempt. So the error is the cause, even if the operator ended the attempt
+        # for another reason.
         return from_pods
     message = record.message or str(reason)
     failure = Failure(
@@ -93,7 +94,7 @@ def cause_of_missing_job(facts: Facts) -> FailureCause:
 
 
 def rank0_termination_message(facts: Facts) -> TerminationMessage | None:
-    """The newest termination message of a pod of rank 0, or None if no such pod wrote a message."""
+    """Return the newest termination message of a pod of rank 0, or None if no such pod wrote a message."""
     pods = sorted((p for p in facts.attempt_pods if p.completion_index == 0), key=lambda p: p.created_at, reverse=True)
     return next((message for pod in pods if (message := pod.termination_message) is not None), None)
 

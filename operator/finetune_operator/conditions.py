@@ -47,10 +47,11 @@ def with_generation(conditions: Iterable[Condition], generation: int) -> list[Co
 
 
 def _with_transition_time(new_condition: Condition, old_condition: Condition | None, inputs: StatusInput) -> Condition:
-    """Return the condition with `lastTransitionTime` set: when the status of the condition last changed."""
+    """Return the condition with `lastTransitionTime`, the time at which the status of the condition last changed."""
     unchanged_since = old_condition.last_transition_time if old_condition is not None and old_condition.status == new_condition.status else None
     known_times = [time for time in (unchanged_since, new_condition.last_transition_time) if time is not None]
-    # While the operator did not run, the condition may have changed and changed back. So the later of the two times is correct.
+    # The stored time may be too early: while the operator was stopped, the condition may have changed and changed back. So the later time
+    # is used.
     return _copy_with(new_condition, max(known_times, default=inputs.facts.now), inputs.facts.job.generation)
 
 

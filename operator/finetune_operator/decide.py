@@ -153,7 +153,7 @@ def _find_termination(facts: Facts, current_job: JobView) -> Termination | None:
     if lost_pods:
         return Termination(Reason.NODE_LOST, f"pod {lost_pods[0].name} does not end: node {lost_pods[0].node or 'unknown'} is lost")
     if not facts.spec_is_readable:
-        # The start timeout and the stall timeout are part of the spec, so they are unknown. A new attempt could not start either.
+        # The timeouts below are fields of the spec, so they are unknown. The attempt continues, because a new attempt could not start.
         return None
     gang_problem = _incomplete_gang(facts, current_job)
     if gang_problem:

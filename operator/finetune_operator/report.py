@@ -372,7 +372,7 @@ def _compute_checkpoints(inputs: StatusInput) -> StatusCheckpoints:
 
 
 def _merge_checkpoint(known_checkpoint: Checkpoint | None, reported_checkpoint: Checkpoint) -> Checkpoint:
-    """Add the known fields to the reported checkpoint. Only the attempt that saved it reports some fields, such as the upload duration."""
+    """Fill in the fields that the report lacks. For example, only the attempt that saved a checkpoint reports its upload duration."""
     if known_checkpoint is None or known_checkpoint.uri != reported_checkpoint.uri:
         return reported_checkpoint
     return merge_fields(known_checkpoint, reported_checkpoint)
@@ -455,7 +455,10 @@ def _compute_evaluation(inputs: StatusInput, metrics: Metrics) -> EvaluationResu
 
 
 def _merge_reports(empty: Model, name: str, inputs: StatusInput) -> Model | None:
-    """Merge all known values of a group, newest last; None if there are none. A termination message may lack fields, because its size is limited."""
+    """Merge the values of one field from the status, the live report and the termination message. Newer sources take precedence.
+
+    None if no source has a value. A termination message may lack values, because its size is limited.
+    """
     live_report = inputs.facts.live_report
     sources = (inputs.old_status, live_report.report if live_report else None, inputs.termination_message)
     known = [value for source in sources if (value := getattr(source, name, None)) is not None]
@@ -463,7 +466,10 @@ def _merge_reports(empty: Model, name: str, inputs: StatusInput) -> Model | None
 
 
 def _compute_headline(spec: FineTuneJobSpec, evaluation: EvaluationResult) -> str | None:
-    """Name and value of the first gate's metric, otherwise of the first metric of the spec that has a value. A failed gate is named."""
+    """Return the name and the value of one metric for the status.
+
+    Metrics of failed gates come first, then metrics of other gates, then `evaluation.metrics`.
+    """
     if evaluation.metrics is None:
         return None
     failed = [gate.metric for gate in evaluation.gates or [] if not gate.passed]
@@ -476,7 +482,7 @@ def _compute_headline(spec: FineTuneJobSpec, evaluation: EvaluationResult) -> st
 
 
 def _loss_headline(metrics: Metrics) -> str | None:
-    """The last validation loss, or the last training loss of a job without validation data. None if nothing was trained."""
+    """Return the last validation loss as text, or the last training loss if there is no validation loss. None if nothing was trained."""
     if metrics.eval_loss is not None:
         return f"validation loss {metrics.eval_loss:.4g}"
     return None if metrics.train_loss is None else f"training loss {metrics.train_loss:.4g}"

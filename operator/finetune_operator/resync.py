@@ -99,6 +99,6 @@ class Resyncer:
                 versions.append(page.version)
         except NotFound as error:
             raise StartError(
-                f"the API server does not know {kind.plural} of {kind.api_version}: install the CRD first"
+                f"the API server does not serve {kind.plural} of {kind.api_version}: install the CRD first"
             ) from error
         return _KindList(uids, min(versions))

@@ -247,7 +247,7 @@ class OperatorConfig(WireModel):
         return next((pool for pool in self.node_pools if pool.name == name), None)
 
     def platform_of(self, namespace: str) -> Platform:
-        """Return what the rules of `policy` need to know of a namespace and of this configuration."""
+        """Return the data about a namespace and this configuration that the rules of `policy` check."""
         pools = tuple(Pool(pool.name, pool.gpu_resource, pool.default) for pool in self.node_pools)
         return Platform(namespace, self.storage.uri, pools)
 

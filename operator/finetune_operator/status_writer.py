@@ -134,7 +134,7 @@ class StatusWriter:
         return True
 
     def is_first_status_deferred(self, key: Key, state: JobState | None) -> bool:
-        """Whether this reconcile can be skipped. The job's first status must be deferred, and the burst must continue or no pod must exist."""
+        """Whether this reconcile can be skipped: the job's first status write is deferred, and the burst continues or the job has no pods."""
         if state is None or state.first_status_due is None:
             return False
         now, entry = asyncio.get_running_loop().time(), self._cache.get(key)

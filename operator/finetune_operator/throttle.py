@@ -73,7 +73,7 @@ class StatusThrottle:
     def transition_delay(self, pending: PendingChanges, *, pods_ended: bool, now: float) -> float:
         """Return how many seconds the write of this status may still be delayed. 0: the status must be written now.
 
-        All changes in this status must be changes that may be written late.
+        Call this only if every change in this status may be written late.
         """
         if pending.transition_at is None:
             pending.transition_at = now if pending.created_at is None else pending.created_at

@@ -171,7 +171,7 @@ class WorkQueue:
         self._waiting_since = dict.fromkeys(self._waiting_since, now)
 
     def oldest_key_age_seconds(self) -> float:
-        """Return for how many seconds the oldest key has been queued or handled. 0 if there is no such key."""
+        """Return how many seconds ago the oldest key was queued, including the time for which a worker has handled it. 0 if there is no key."""
         now = self._clock()
         start_times = [*self._waiting_since.values(), *self._working_since.values()]
         return now - min(start_times) if start_times else 0.0

@@ -110,7 +110,7 @@ def test_a_pod_evaluates_its_model_on_the_gpu(method: str, model: Path, tmp_path
 
 
 def test_a_batch_that_does_not_fit_is_reduced_until_it_fits(model: Path, tmp_path: Path) -> None:
-    """The pods of all attempts share what another program has left of the GPU's memory: two GiB."""
+    """Another program uses most of the GPU's memory, so only two GiB are left for the pods of all attempts."""
     import torch
     from finetune_operator.policies.adaptations import adapt_to_out_of_memory, apply_adaptations, original_values
 

@@ -1,4 +1,4 @@
-"""Pods on a GPU verify their stored model: transformers and PEFT compute in 16 bits what the trainer computed, within the spread of its layouts."""
+"""Pods on a GPU verify their stored model: transformers and PEFT compute in 16 bits what the trainer computed, within the difference of its batch layouts."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ RUNS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of 100 million parameters: rounding differs more with depth and width."""
+    """A model of 100 million parameters, because rounding differences grow with depth and width."""
     require_gpu()
     from tests.support.tiny import make_tiny_model
 

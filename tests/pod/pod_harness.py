@@ -55,7 +55,7 @@ def run_config(
 ) -> RunConfig:  # fmt: skip
     """Build the run configuration that the operator would write for this spec. `gpus`: GPUs per node.
 
-    The stored model is verified only if the spec says so: the process of the stage would double the duration of a test.
+    The stored model is verified only if the spec requests it, because the stage would double the duration of a test.
     """
     spec = merge({"output": {"verify": False}}, spec)
     root = storage.uri.rsplit("/", 3)[0]

@@ -1,4 +1,4 @@
-"""Pods that evaluate their model after training, in a process of their own."""
+"""Pods that evaluate their model after training, in a separate process."""
 
 from __future__ import annotations
 

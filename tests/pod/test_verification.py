@@ -64,7 +64,7 @@ if "train" in sys.argv:  # only the ranks, which save the model
 
     train._name_base_by_source = name_base_and_damage
 """
-"""A `sitecustomize` module: the saved B matrices are 1.5 times those of the trained model, which no check of files can see."""
+"""A `sitecustomize` module: the saved B matrices are 1.5 times those of the trained model, which no check of the files can detect."""
 
 
 def test_a_stored_model_that_differs_from_the_trained_one_fails_the_job_for_good_and_is_not_published(model: Path, tmp_path: Path) -> None:

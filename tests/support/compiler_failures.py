@@ -63,7 +63,7 @@ def main(output: Path) -> None:
         try:
             action()
             failures[name] = {"exitCode": 0, "code": "", "message": "no error"}
-        except Exception as error:  # each library raises another type
+        except Exception as error:  # The libraries raise different types of exceptions.
             failure, _ = classify_error(error)
             failures[name] = {"exitCode": int(failure.exit_code), "code": failure.code, "message": failure.message}
     output.write_text(json.dumps(failures))

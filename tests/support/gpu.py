@@ -13,7 +13,7 @@ ONE_GPU: dict[str, Any] = {"resources": {"gpusPerNode": GPU_COUNT, "processesPer
 
 
 def require_cuda() -> None:
-    """Skip the test without a CUDA device, also in a rehearsal."""
+    """Skip the test without a CUDA device, even in a rehearsal."""
     torch = pytest.importorskip("torch", reason="torch is not installed")
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")

@@ -1,7 +1,7 @@
 """A local stub of the model hub's API: an HTTP server on loopback with the requests that a push sends.
 
-Repositories, files and commits are kept in memory. As the real hub, the server reports the id of each stored file before an upload, so that a
-client can leave out unchanged files. Source: the requests of huggingface_hub 2.4 (`hf_api.py`, `_commit_api.py`, `lfs.py`).
+Repositories, files and commits are kept in memory. Like the real hub, the server reports the id of each stored file before an upload, so
+that a client can leave out unchanged files. Source: the requests of huggingface_hub 2.4 (`hf_api.py`, `_commit_api.py`, `lfs.py`).
 """
 
 from __future__ import annotations

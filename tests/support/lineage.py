@@ -91,7 +91,7 @@ def edit_json(path: Path, edit: Callable[[Any], None]) -> None:
 
 
 def edit_manifest(root: Path, edit: Callable[[Any], None]) -> None:
-    """Change the manifest, and make the marker and the statement's subjects fit, as somebody would do who can write to storage."""
+    """Change the manifest, and adapt the marker and the statement's subjects, as an attacker with write access to storage would do."""
     path = model_folder(root) / "manifest.json"
     edit_json(path, edit)
     data = path.read_bytes()

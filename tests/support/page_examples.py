@@ -1,6 +1,7 @@
-"""Every example of the tools' pages that the contract accepts, with its stand-ins: a tiny model, tiny data, and the objects that it names.
+"""Every example of the tools' pages that the importers accept, with its stand-ins: a tiny model, tiny data, and the objects that the
+example names.
 
-The list is that of the importers' tests (`tests/unit/cli/cases.py`). A stand-in replaces only what no cluster of a test has: the model, the
+The examples come from the importers' tests (`tests/unit/cli/cases.py`). Stand-ins replace only what a test cluster lacks: the model, the
 data, GPUs, Secrets, ConfigMaps, and servers.
 """
 
@@ -154,7 +155,7 @@ HELD_OUT_COUNT = 6
 ON_CPU = ("training.device=cpu", "training.mixedPrecision=no")
 """For examples with `DEVICE=cuda`, which the tool trains with fp16."""
 PLAIN_CHECKPOINTING = ("training.gradientCheckpointing=enabled",)
-"""For examples that ask for the checkpointing of Unsloth, which needs a GPU."""
+"""For examples that request the checkpointing of Unsloth, which needs a GPU."""
 WITHOUT_UNSLOTH = ("trainer.backend=transformers", *PLAIN_CHECKPOINTING)
 """For examples that train with Unsloth, which needs a GPU."""
 WANDB_FILES = ('placement.env=[{"name": "WANDB_MODE", "value": "offline"}]',)
@@ -256,7 +257,7 @@ SAME_JOB = {
 
 
 def accepted_examples() -> list[str]:
-    """Return the names of all examples that are accepted. Parts of a file are accepted with `--model` and `--data`."""
+    """Return the names of all examples that are accepted. Examples that are only a part of a file are imported with `--model` and `--data`."""
     given = {"model.source": "org/model", "dataset.train": "org/rows"}
     return [
         name

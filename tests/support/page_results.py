@@ -1,4 +1,4 @@
-"""Checks that a finished run has left everything that its spec asks for."""
+"""Checks that a finished run has written all results that its spec requests."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.support.page_examples import FIRST_NUMBERS, HELD_OUT_COUNT, PROMPTS, 
 METRIC_FILES = {"step_metrics.json", "epoch_metrics.json", "final_metrics.json", "training_metrics.json", "performance_summary.json", "log.jsonl"}
 TOKEN_METRICS = ("accuracy", "f1", "precision", "recall")
 METRICS_OF = {"rouge": ("rouge1", "rouge2", "rougeL"), "perplexity": ("perplexity", "loss")}
-"""Metrics in the results, for the metrics of the spec whose results have other names."""
+"""Names of metrics in the results, by the metric in the spec. Other metrics have the same name in both."""
 FULL_METHODS = ("full", "spectrum")
 GPT2_LAYERS = {"c_attn", "c_fc", "c_proj"}
 LLAMA_LAYERS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
@@ -29,7 +29,7 @@ LLAMA_LAYERS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A finished job: its spec as the manifest has it, its status, and access to stored objects by URI."""
+    """A finished job: the spec from its manifest, its status, and access to stored objects by URI."""
 
     spec: dict[str, Any]
     status: FineTuneJobStatus

@@ -1,4 +1,4 @@
-"""Programs that only tests need: Python packages in environments of their own, and promtool from its Debian package."""
+"""Programs that only tests need: Python packages in separate environments, and promtool from its Debian package."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Real servers for the tests of trackers: MLflow in an environment of its own, and FerretDB instead of MongoDB.
+"""Real servers for the tests of trackers: MLflow in a separate environment, and FerretDB instead of MongoDB.
 
 FerretDB speaks MongoDB's protocol and stores documents in SQLite. There is no freely available package of the MongoDB server.
 `python -m tests.support.tracker_servers` installs and builds both into the cache.

@@ -38,7 +38,7 @@ def tracked_run(**changes: Any) -> TrackedRun:
 
 
 def log_events(first: int, last: int, *, evaluated: tuple[int, ...] = ()) -> list[Event]:
-    """One training line per step, with a loss that follows from the step, and an evaluation at the steps `evaluated`."""
+    """Return one training line for each step, with a loss that is computed from the step, and an evaluation at each of the steps `evaluated`."""
     events: list[Event] = []
     for step in range(first, last + 1):
         coordinates = {"step": step, "epoch": step / 10, "unix_time": START + step}
@@ -54,7 +54,7 @@ def loss_of(step: int) -> float:
 
 
 def start_events() -> list[Event]:
-    """The data sets, and the begin of training."""
+    """Return the events of the data sets and of the start of training."""
     sources = (
         DataSource(context="training", source="s3://bucket/train.jsonl", digest="a" * 64),
         DataSource(context="validation", source="s3://bucket/validation.jsonl", digest="b" * 64),
@@ -63,7 +63,7 @@ def start_events() -> list[Event]:
 
 
 def end_events(last: int, *, end: RunEnd = RunEnd.FINISHED, reason: str | None = None) -> list[Event]:
-    """The model, the end of training, an evaluation, and the end of the attempt. After a failure only the end."""
+    """The model, the end of training, an evaluation, and the end of the attempt. After a failure, only the end of the attempt."""
     ended = EndEvent(end=end, time=START + 100, reason=reason)
     if end is not RunEnd.FINISHED:
         return [ended]

@@ -161,7 +161,7 @@ def data_uri(content: bytes) -> str:
 
 
 def image_rows(colours: Sequence[str] = tuple(COLOURS), *, sizes: Sequence[tuple[int, int]] = ((40, 32),)) -> list[dict[str, Any]]:
-    """One question about an image of each colour. The answer is the colour's name. `sizes`: width and height of the images, in turn."""
+    """One question about an image of each colour. The answer is the colour's name. `sizes`: width and height of the images, used in turn."""
     return [
         {
             "messages": [

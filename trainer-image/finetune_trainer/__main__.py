@@ -64,12 +64,15 @@ def _supervise(command: str, arguments: list[str]) -> int:
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
-    # A normal end would wait for the threads of transfers that were abandoned after a stop, until their requests time out.
+    # End without waiting for threads: after a stop, abandoned transfers run until their requests time out.
     os._exit(code)
 
 
 def _exit_code_of_failed_import(error: ImportError) -> int:
-    """Print which part the image lacks, and return exit code 78. Kubernetes takes the termination message from the log. Raises other errors."""
+    """If the image lacks a part, print the part's name and return exit code 78.
+
+    Kubernetes copies the end of the log to the termination message. Other errors are raised again.
+    """
     from finetune_trainer.failure import installation_error
 
     broken = installation_error(error)

@@ -1,11 +1,11 @@
-"""Decides which activations are recomputed, if the spec leaves this to the trainer.
+"""Decides which activations are recomputed if the spec does not decide it.
 
 Recomputing (gradient checkpointing) saves memory and costs a second forward pass. A run does not recompute if the estimated memory of its
-largest micro-batch fits into the GPU. Otherwise the last layers of each micro-batch keep their activations, as many as fit. The estimate covers
-dense decoders with LoRA or full training. Per token and layer it counts a number of values for each hidden unit, each unit of the attention heads
-and each unit of the feed-forward layer, which depends on the kernels (`KeptValues`). Measured peaks are 11 to 33 % lower with Liger's kernels, and more without
-(benchmarks/results/gpu_cells*.json). If an attempt runs out of memory
-nevertheless, the next one has a smaller micro-batch and always recomputes, because then the spec has an adaptation.
+largest micro-batch fits into the GPU. Otherwise, in each micro-batch, as many of the last layers as possible keep their activations. The
+estimate covers dense decoders with LoRA or full training. For each token and layer, the estimate counts kept values per hidden unit, per
+unit of the attention heads and per unit of the feed-forward layer. These counts depend on the kernels (`KeptValues`). Measured peaks are
+lower than the estimate: by 11 to 33 % with Liger's kernels, and by more without them (benchmarks/results/gpu_cells*.json). If an attempt
+still runs out of memory, the operator adapts the spec: the next attempt has a smaller micro-batch and recomputes all activations.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from finetune_trainer.kernels import COMPARED_TYPES
 from finetune_trainer.recomputation import count_kept_layers
 
 ESTIMATED_TYPES = COMPARED_TYPES - {"falcon_h1"}
-"""Types of models whose layers the estimate describes: attention and a gated feed-forward layer, without experts or state-space layers."""
+"""Model types for which the estimate is valid: each layer has attention and a gated feed-forward layer, but no experts or state space."""
 ESTIMATED_METHODS = (MethodType.FULL, MethodType.LORA, MethodType.QLORA)
 FIXED_BYTES = 3 * 10**9
-"""CUDA context, workspaces and a part of the logits."""
+"""Memory for the CUDA context, workspaces and a part of the logits."""
 USABLE_SHARE = 0.9
 """Share of the GPU's memory that the estimate may reach. The rest is for fragmentation."""
 UNSHARDED_STRATEGIES = ("single", "ddp")
@@ -34,7 +34,7 @@ UNSHARDED_STRATEGIES = ("single", "ddp")
 
 @dataclass(frozen=True)
 class KeptValues:
-    """How many values a layer keeps of a token for its backward pass, per unit."""
+    """How many values a layer keeps for the backward pass, per token and unit."""
 
     hidden: int
     attention: int
@@ -43,7 +43,7 @@ class KeptValues:
 
 TORCH_KERNELS, LIGER_KERNELS = KeptValues(5, 8, 6), KeptValues(4, 6, 4)
 DROPOUT = KeptValues(4, 0, 2)
-"""Additional values if adapters use dropout: their masked inputs."""
+"""Additional values if adapters use dropout: the masked inputs of the adapters."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class ActivationChoice:
     """Which activations are kept. The others are recomputed."""
 
     kept_layer_tokens: int | None
-    """Largest product of layers and tokens, with padding, whose activations a micro-batch keeps; None if all micro-batches keep all."""
+    """Maximum of (layers that keep activations) x (tokens of the micro-batch, with padding). None if all micro-batches keep all activations."""
     note: str
     """Sentence for the status."""
 
@@ -73,10 +73,10 @@ class ActivationChoice:
 def choose_kept_activations(
     run: RunConfig, hardware: Hardware, strategy_name: str, config: Any, *, batch_tokens: int, gpu_bytes: int, uses_liger: bool
 ) -> ActivationChoice | None:
-    """Choose the activations that need not be recomputed. Returns None if all must be, or if the spec decides.
+    """Choose the activations that need not be recomputed. Return None if all must be recomputed, or if the spec decides.
 
-    `config`: the model's configuration. `batch_tokens`: tokens of the largest micro-batch, with padding. `gpu_bytes`: memory of the GPU,
-    also if another program uses a part of it, so that all ranks and all attempts on GPUs of one type make the same choice. `uses_liger`: whether
+    `config`: the model's configuration. `batch_tokens`: tokens of the largest micro-batch, with padding. `gpu_bytes`: total memory of the
+    GPU. (The free memory is not used, so that all ranks and attempts on the same type of GPU make the same choice.) `uses_liger`: whether
     the model computes with Liger's kernels.
     """
     if not _is_choice_of_trainer(run) or not _is_estimated(run, hardware, strategy_name, config):
@@ -92,7 +92,7 @@ def choose_kept_activations(
     bytes_per_layer_token = estimate.activation_bytes / (layers * batch_tokens)
     layer_tokens = int((available_bytes - estimate.state_bytes - FIXED_BYTES) // bytes_per_layer_token)
     kept = count_kept_layers(layers, batch_tokens, layer_tokens)
-    # Packed micro-batches are all as long as the longest. Other micro-batches have at least one token per row.
+    # All packed micro-batches have the same length. Other micro-batches have at least one token per row.
     shortest_tokens = batch_tokens if run.spec.dataset.packing else run.spec.training.batch_size_per_device or 1
     if count_kept_layers(layers, shortest_tokens, layer_tokens) == 0:
         return None
@@ -105,7 +105,7 @@ def choose_kept_activations(
 
 
 def _is_choice_of_trainer(run: RunConfig) -> bool:
-    """Whether the spec leaves the choice open, and an attempt that runs out of memory would be followed by a smaller one."""
+    """Whether the trainer may choose: the spec does not decide, and after an out-of-memory error another attempt with a smaller batch follows."""
     training = run.spec.training
     return (
         training.gradient_checkpointing is GradientCheckpointing.ENABLED
@@ -119,16 +119,16 @@ def _is_choice_of_trainer(run: RunConfig) -> bool:
 
 
 def _is_estimated(run: RunConfig, hardware: Hardware, strategy_name: str, config: Any) -> bool:
-    """Whether the estimate describes the run."""
+    """Whether the estimate is valid for the run."""
     lora = run.spec.method.lora
     return (
         hardware.device.type == "cuda"
-        and hardware.attention != "eager"  # keeps the attention weights of all pairs of tokens
+        and hardware.attention != "eager"  # Eager attention keeps the weights of all pairs of tokens.
         and strategy_name in UNSHARDED_STRATEGIES
         and config.model_type in ESTIMATED_TYPES
         and trainer_type_of(run.spec) is TrainerType.SFT
         and method_type_of(run.spec) in ESTIMATED_METHODS
-        # DoRA keeps further copies. Modules and embeddings that are trained in full have sizes of their own.
+        # The estimate does not include DoRA's copies, and modules and embeddings that are trained in full.
         and not (lora is not None and (lora.use_dora or lora.modules_to_save))
         and not run.spec.model.new_tokens
     )
@@ -168,10 +168,10 @@ class _ModelSize:
 
 
 def _bytes_of_full_training(run: RunConfig, hardware: Hardware, size: _ModelSize, *, has_buckets: bool) -> int:
-    """Bytes of weights, gradients and two moments at the end of the forward pass. They have one data type.
+    """Return the bytes of weights, gradients and two moments at the end of the forward pass. All of them have the same data type.
 
     Without accumulation, gradients are allocated in the backward pass, which frees the activations of a layer before it computes the next
-    gradients. Only the head's gradients come before. `has_buckets`: DDP holds a second copy of all gradients.
+    gradients. Only the head's gradients are allocated earlier. `has_buckets`: DDP holds a second copy of all gradients.
     """
     weight_bytes = _weight_bytes(hardware)
     cast_bytes = 2 if weight_bytes == 4 else 0  # autocast's copy of 32-bit weights

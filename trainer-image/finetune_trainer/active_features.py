@@ -22,7 +22,7 @@ def require_attention(base_model: Any, hardware: Hardware) -> str:
 
 
 def require_quantization(base_model: Any, run: RunConfig, hardware: Hardware) -> None:
-    """Errors: InternalError QuantizationNotActive if the run requests 4-bit or 8-bit weights, but no layer has such weights."""
+    """Check that the requested quantisation is active. Errors: InternalError QuantizationNotActive if no layer has 4-bit or 8-bit weights."""
     requested_config = quantization_config(run, hardware)
     if requested_config is None:
         return
@@ -39,7 +39,7 @@ def require_quantization(base_model: Any, run: RunConfig, hardware: Hardware) ->
 
 
 def verify_kernels(base_model: Any, run: RunConfig) -> list[str]:
-    """Check whether a layer of the model uses a kernel of Liger, which silently skips unknown models. Returns notes for the status.
+    """Check whether a layer of the model uses a kernel of Liger, because Liger silently skips unknown models. Return notes for the status.
 
     Errors: InternalError KernelsNotActive if no layer uses a kernel, although the user requested the kernels.
     """

@@ -1,4 +1,4 @@
-"""The agent runs the ranks of one pod with the launcher of torchelastic.
+"""Runs the ranks of one pod with the launcher of torchelastic. This process is called the agent.
 
 The agent writes the exit code of each failed rank to a file for the supervisor (`agent_result`), because `torchrun` exits with
 1 for every failure. The agent does not restart ranks: a failed rank ends the attempt, and the operator starts the next attempt.

@@ -19,7 +19,7 @@ def write_failures(work: Path, failures: FailuresByRank) -> None:
 
 
 def read_exit_codes(work: Path) -> dict[int, int] | None:
-    """Exit codes of the ranks that failed, by rank; None if the agent ended before it wrote the file."""
+    """Return the exit codes of the ranks that failed, by rank; None if the agent ended before it wrote the file."""
     try:
         value = json.loads((work / RESULT_FILE).read_text())
     except (OSError, ValueError):

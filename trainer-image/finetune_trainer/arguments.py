@@ -20,7 +20,7 @@ CHECKPOINTING_PATH = "training.gradientCheckpointing"
 OPTIMIZER_PATH = "training.optimizer"
 LOW_MEMORY_OPTIMIZER = "paged_adamw_8bit"
 OPTIMIZER_PACKAGES = {"schedule_free_": "schedulefree", "adamw_torch_4bit": "torchao", "adamw_torch_8bit": "torchao"}
-"""Additional Python package for an optimizer, by the prefix of the optimizer's name."""
+"""The Python package that an optimizer needs, by the prefix of the optimizer's name."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def unused_warmup_notes(run: RunConfig) -> list[str]:
 
 
 def _warmup_steps(run: RunConfig) -> float | int:
-    """Warm-up steps; a value below 1 is a fraction of all steps (transformers has one field for both)."""
+    """Return the warm-up steps. A value below 1 is a fraction of all steps, because transformers has one field for both."""
     training = run.spec.training
     if training.warmup_steps is not None:
         return training.warmup_steps
@@ -151,7 +151,7 @@ def _interval_arguments(run: RunConfig, has_validation_data: bool) -> dict[str, 
 
 
 def _checkpointing_arguments(run: RunConfig, mode: GradientCheckpointing) -> dict[str, Any]:
-    """Arguments for gradient checkpointing: every layer, every n-th layer, or activations moved to host memory."""
+    """Return the arguments for gradient checkpointing: for every layer, for every n-th layer, or with activations moved to host memory."""
     training = run.spec.training
     if mode is GradientCheckpointing.DISABLED:
         return {"activation_checkpointing": False}

@@ -1,9 +1,9 @@
 """Attention for packed sequences and padding-free batches with torch's variable-length kernel, registered with transformers as `varlen`.
 
-A packed sequence holds several documents. A padding-free batch is such a sequence, too: its rows are concatenated instead of padded. With
-sdpa, transformers describes the documents by a mask of all pairs of tokens, and no flash kernel accepts such a mask. `varlen_attn`
-receives the boundaries of the documents instead. TRL's collator adds them to each batch (`cu_seq_lens_q`, `max_length_q`), and
-transformers passes them to every attention layer.
+A packed sequence holds several documents. A padding-free batch is also such a sequence: its rows are concatenated instead of padded. With
+sdpa, transformers describes the documents by a mask over all pairs of tokens, which flash kernels do not accept. `varlen_attn` receives the
+boundaries of the documents instead. TRL's collator adds them to each batch (`cu_seq_lens_q`, `max_length_q`), and transformers passes them
+to every attention layer.
 
 transformers creates one mask per forward pass and then calls the attention function in each layer. `varlen_mask` creates no mask if the
 kernel can compute the batch. `varlen_attention` calls the kernel, or sdpa in all other cases.
@@ -45,9 +45,9 @@ DROPOUT_FIELDS = ("attention_dropout", "attn_pdrop", "attn_dropout", "attention_
 ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
 """Layer types of model configurations that hold attention and no recurrence or convolution over the tokens."""
 TYPES_WITH_LEARNED_POSITIONS = ("gpt2", "gpt_bigcode", "opt")
-"""Types of models without rotary embeddings that read the positions of a padding-free batch."""
+"""Model types without rotary embeddings that use the position ids of a padding-free batch."""
 TYPES_WITHOUT_BOUNDARIES = ("nemotron",)
-"""Types of models whose layers do not pass the boundaries of the rows to the attention function, so that sdpa computes the whole batch."""
+"""Model types whose layers do not pass the boundaries of the rows to the attention function. For them, sdpa computes the whole batch."""
 PADDING_FREE_NOTE = (
     f"the rows of a batch are concatenated instead of padded, because attention {VARLEN} keeps them separate: the loss is the same, and no "
     "time is spent on padding"
@@ -55,7 +55,7 @@ PADDING_FREE_NOTE = (
 
 
 def gqa_options(kernel: Callable[..., Any]) -> dict[str, bool]:
-    """Arguments with which the kernel accepts fewer key heads than query heads. torch 2.11 needs none; torch 2.15 needs `enable_gqa`."""
+    """Return the arguments with which the kernel accepts fewer key heads than query heads. torch 2.11 needs none; torch 2.15 needs `enable_gqa`."""
     return {"enable_gqa": True} if "enable_gqa" in inspect.signature(kernel).parameters else {}
 
 
@@ -118,11 +118,11 @@ def uses_padding_free_batches(run: RunConfig, attention: str) -> bool:
 
 
 def can_concatenate_rows(run: RunConfig, config: Any, adapter: Path | None = None) -> bool:
-    """Whether an unpacked run that can use `varlen` gives the same results, and is faster, without padding."""
+    """Whether an unpacked run with `varlen` is faster without padding and has the same results."""
     return (
         # Prefix and prompt tuning add virtual tokens to each row. PEFT puts them before the whole batch, and drops the positions.
         method_type_of(run.spec) not in PROMPT_METHODS
-        and (adapter is None or changes_tokens_alike(adapter))
+        and (adapter is None or ignores_token_position(adapter))
         # The size of NEFTune's noise depends on the length of the sequence.
         and run.spec.training.neftune_noise_alpha is None
         # One row has no padding.
@@ -131,12 +131,12 @@ def can_concatenate_rows(run: RunConfig, config: Any, adapter: Path | None = Non
     )
 
 
-def changes_tokens_alike(adapter: Path) -> bool:
-    """Whether an adapter in a folder changes every token in the same way, wherever the token's row begins."""
+def ignores_token_position(adapter: Path) -> bool:
+    """Whether an adapter in a folder changes a token independently of where the token's row begins."""
     try:
         config = json.loads((adapter / "adapter_config.json").read_text())
     except (OSError, ValueError):
-        return False  # loading the adapter raises an error with the reason
+        return False  # If the file cannot be read, loading the adapter raises an error with the reason.
     # Activated LoRA (aLoRA) searches its invocation tokens once per row of the batch.
     return config.get("peft_type") in ("LORA", "IA3") and not config.get("alora_invocation_tokens")
 
@@ -144,7 +144,8 @@ def changes_tokens_alike(adapter: Path) -> bool:
 def separates_rows_by_position(config: Any) -> bool:
     """Whether the layers of a text model keep the rows of a padding-free batch separate, and compute their attention with the kernel.
 
-    The positions begin at 0 in each row. Recurrent and convolutional layers ignore them. Encoders such as RoBERTa count from another number.
+    The positions begin at 0 in each row. Recurrent and convolutional layers ignore them. Encoders such as RoBERTa do not count positions
+    from 0.
     """
     return (
         (bool(getattr(config, "rope_parameters", None)) or config.model_type in TYPES_WITH_LEARNED_POSITIONS)
@@ -168,7 +169,7 @@ def reason_against_varlen(run: RunConfig, hardware: Hardware, config: Any) -> st
         return f"models of type {config.model_type} have other inputs than text"
     try:
         return _unsupported_feature(config)
-    except RuntimeError:  # transformers raises this error for a field that each layer sets to its own value
+    except RuntimeError:  # transformers raises this error if the layers have different values of a field.
         return "the layers of the model have different attention settings"
 
 
@@ -195,7 +196,7 @@ def _unsupported_feature(config: Any) -> str | None:
 
 
 def _head_sizes(config: Any) -> list[int]:
-    """Sizes of the model's attention heads. Some models have larger heads in the layers without a sliding window."""
+    """Return the sizes of the model's attention heads. Some models have larger heads in the layers without a sliding window."""
     size, heads = getattr(config, "head_dim", None), getattr(config, "num_attention_heads", None)
     if size is None and heads:
         size = config.hidden_size // heads
@@ -215,7 +216,7 @@ def device_has_kernel(device: torch.device) -> bool:
 
 
 def _compute_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
-    """Data type in which attention computes inputs of type `dtype`. Autocast does not convert the inputs of the kernel itself."""
+    """Return the data type in which attention is computed for inputs of type `dtype`. Autocast does not convert the kernel's inputs."""
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else dtype
 
 
@@ -228,9 +229,9 @@ def _needs_no_mask(
     *, config: Any, batch_size: int, q_length: int, kv_length: int, device: torch.device, dtype: torch.dtype, q_offset: Any = 0,
     attention_mask: torch.Tensor | None = None, local_size: int | None = None, use_vmap: bool = False, **options: Any,
 ) -> bool:  # fmt: skip
-    """Whether `varlen_attention` can compute attention from the boundaries of the documents and the size of the sliding window alone."""
+    """Whether `varlen_attention` needs no mask: the boundaries of the documents and the size of the sliding window are enough."""
     return (
-        # Only causal masks have no option for bidirectional masks. A mask that a model changes is built with vmap.
+        # Only causal masks lack the option for bidirectional masks. If a model changes its masks, they are built with vmap.
         "allow_is_bidirectional_skip" not in options
         and not use_vmap
         # Chunked masks also have a local size, but no layer passes it to the attention function.
@@ -302,12 +303,12 @@ def _call_kernel(
 ) -> torch.Tensor:  # fmt: skip
     """Call the kernel. `boundaries`: start of each document, then the number of tokens; `max_length`: tokens of the longest document.
 
-    A sliding window of transformers counts the token itself. The kernel counts only the tokens before it.
+    transformers' size of a sliding window includes the token itself. The kernel's size includes only the preceding tokens.
     """
     dtype = _compute_dtype(query.device, query.dtype)
     query, key, value = (tensor.squeeze(0).transpose(0, 1).to(dtype) for tensor in (query, key, value))
     tokens_before = sliding_window - 1 if sliding_window is not None and sliding_window < max_length else -1
-    # The same tensor twice: a newer torch only uses cuDNN's faster kernel if both boundaries are one object.
+    # The same tensor is passed twice, because newer versions of torch use cuDNN's faster kernel only if both boundaries are one object.
     result: Any = varlen_attn(
         query,
         key,

@@ -1,4 +1,4 @@
-"""Keeps the weights of the best checkpoint until the end of training, also across attempts.
+"""Keeps the weights of the best checkpoint until the end of training, even if a later attempt ends it.
 
 At the end of training, transformers loads the best checkpoint from its folder. If the folder is missing, transformers only logs a
 warning. The folder may have been deleted after its upload, or written by an earlier attempt on another pod. This module therefore
@@ -44,14 +44,14 @@ class KeepBest(TrainerCallback):
         best_weights = Path(str(args.output_dir)) / BEST_FOLDER
         resumed_is_best = state.best_global_step == state.global_step
         files = list(_weight_files(self._resumed) if resumed_is_best else _included_best_files(self._resumed))
-        if not files:  # the best loss was measured between two checkpoints, so no checkpoint holds the best weights
+        if not files:  # The best loss was measured between two checkpoints, so no checkpoint contains the best weights.
             return
         if args.local_process_index == 0:
             _replace_files(best_weights, iter(files))
         state.best_model_checkpoint = str(best_weights)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Store the best weights in this checkpoint, too, unless this checkpoint is the best one."""
+        """Also store the best weights in this checkpoint, unless this checkpoint is the best one."""
         if args.local_process_index > 0 or not state.best_global_step:
             return
         root = Path(str(args.output_dir))
@@ -98,7 +98,7 @@ def _read_chunks(folder: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def best_folder(trainer: Any) -> Path:
-    """Folder with the best weights. Errors: NoCheckpointError BestCheckpointMissing."""
+    """Return the folder with the best weights. Errors: NoCheckpointError BestCheckpointMissing."""
     best_weights = Path(str(trainer.args.output_dir)) / BEST_FOLDER
     for folder in (best_weights, Path(str(trainer.state.best_model_checkpoint))):
         if any(True for _ in _weight_files(folder)):

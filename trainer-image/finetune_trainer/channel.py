@@ -48,7 +48,7 @@ SEND_TIMEOUT_SECONDS = 20.0
 MAX_MESSAGE_BYTES = 60_000
 SPILL_SUFFIX = ".json"
 Sender = Callable[[dict[str, Any], float], bool]
-"""Function that sends a message and waits at most this many seconds; returns False if it dropped the message."""
+"""A function that sends a message and waits at most the given number of seconds. It returns False if it dropped the message."""
 
 
 class Channel:
@@ -65,7 +65,7 @@ class Channel:
 
     @classmethod
     def from_env(cls) -> Channel:
-        """The channel of this process, from the environment that the supervisor and torchrun set."""
+        """Create the channel of this process from environment variables of the supervisor and torchrun."""
         rank_values = {name: int(os.environ.get(name.upper(), default)) for name, default in _RANK_VARIABLES.items()}
         node = int(os.environ.get("GROUP_RANK", os.environ.get(Env.NODE_RANK, "0")))
         work = Path(os.environ.get(Env.WORK_DIR, WORK_MOUNT))
@@ -99,7 +99,7 @@ class Channel:
         return inputs
 
     def stop_deadline(self) -> float | None:
-        """Time (seconds since 1970) by which the state must be saved; None if no stop was requested."""
+        """Return the time (seconds since 1970) by which the state must be saved, or None if no stop was requested."""
         try:
             text = (self.work / STOP_FILE).read_text()
         except FileNotFoundError:
@@ -109,7 +109,7 @@ class Channel:
     # ---- reports, dropped while the supervisor is busy ----
 
     def report_start(self) -> None:
-        """Report that this rank's process runs."""
+        """Report that this rank's process has started."""
         self._send_reliably("hello", pid=os.getpid())
 
     def report_stage(self, stage: Stage, detail: str | None = None) -> None:
@@ -163,7 +163,7 @@ class Channel:
         self._send_reliably("finished", folder=str(folder), outputKind=kind.value, extra=extra)
 
     def send_message(self, kind: str, **fields: Any) -> None:
-        """Send a message of another kind; it is retried while the supervisor is busy."""
+        """Send a message of another kind. While the supervisor is busy, sending is retried."""
         self._send_reliably(kind, **fields)
 
     def _send_if_possible(self, kind: str, **fields: Any) -> None:
@@ -195,7 +195,10 @@ def _discard_message(_message: dict[str, Any], _timeout: float) -> bool:
 
 
 def socket_sender(address: str) -> Sender:
-    """Create a sender for the datagram socket at `address`. The sender drops messages if the supervisor has ended, because this rank ends too."""
+    """Create a sender for the datagram socket at `address`.
+
+    If the supervisor has ended, the sender drops messages, because this rank will also end.
+    """
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     connection.setblocking(False)
 
@@ -204,7 +207,7 @@ def socket_sender(address: str) -> Sender:
         if len(data) > MAX_MESSAGE_BYTES:
             try:
                 data = _write_spill_file(data, Path(address).parent)
-            except OSError:  # the supervisor is gone, or the disk is full
+            except OSError:  # The supervisor has ended, or the disk is full.
                 return False
         end = time.monotonic() + timeout
         while True:

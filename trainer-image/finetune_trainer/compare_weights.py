@@ -14,12 +14,12 @@ from pydantic import Field
 class WeightComparison(LenientModel):
     """The result, as JSON on stdout."""
 
-    tensors: int = Field(description="Number of tensors of both models.")
+    tensors: int = Field(description="Number of tensors that both models have.")
     equal: bool = Field(description="All tensors have the same names, types, shapes and bits.")
-    different_tensors: int = Field(description="Tensors with other values.")
+    different_tensors: int = Field(description="Tensors with different values.")
     largest_difference: float = Field(default=0.0, description="Largest absolute difference of two values. 1.7e308 if a value is not finite.")
     largest_in: str | None = Field(default=None, description="Tensor with the largest difference.")
-    mismatched: list[str] = Field(default_factory=list, description="Tensors that only one model has, or that have another type or shape.")
+    mismatched: list[str] = Field(default_factory=list, description="Tensors that only one model has, or whose types or shapes differ.")
 
 
 def compare(left: Path, right: Path) -> WeightComparison:
@@ -61,7 +61,7 @@ def _load(file: Path, name: str) -> Any:
 
 
 def _largest_difference(left: Any, right: Any) -> float | None:
-    """0 if two tensors have the same bits; None if their type or shape differs. Values that differ only in their bits (-0, NaN) count, too."""
+    """Return the largest difference of two tensors: 0 if they have the same bits, None if type or shape differs. Bits also count for -0 and NaN."""
     import torch
 
     if left.dtype != right.dtype or left.shape != right.shape:
@@ -73,7 +73,7 @@ def _largest_difference(left: Any, right: Any) -> float | None:
 
 
 def main(arguments: list[str]) -> int:
-    """Compare two folders and print the result. Returns 0 if the comparison was made, whatever its result."""
+    """Compare two folders and print the result. Returns 0 after any comparison, even if the models differ."""
     left, right = map(Path, arguments)
     print(json.dumps(compare(left, right).to_wire()))
     return 0

@@ -1,4 +1,4 @@
-"""Free space for the pod, limited by the file system and by the pod's ephemeral-storage limit."""
+"""Measures the free space of the pod, limited by the file system and by the pod's ephemeral-storage limit."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from finetune_api.names import Env
 
 
 def free_bytes(work: Path) -> int:
-    """Bytes that may still be written below the work folder; negative if the limit is exceeded already.
+    """Return the bytes that may still be written below the work folder. Negative if the limit is already exceeded.
 
     The kubelet evicts a pod that exceeds its limit, even if the node's disk has free space.
     """
@@ -24,11 +24,11 @@ def free_bytes(work: Path) -> int:
 
 
 def _used_bytes(folder: Path) -> int:
-    """Bytes on disk below a folder. A file with several hard links counts once, as the kubelet counts it."""
+    """Return the bytes on disk below a folder. A file with several hard links counts once, as in the kubelet's measurement."""
     sizes: dict[tuple[int, int], int] = {}
     for parent, _, names in os.walk(folder):
         for name in names:
-            with contextlib.suppress(FileNotFoundError):  # files may be removed meanwhile
+            with contextlib.suppress(FileNotFoundError):  # Another process may remove files at the same time.
                 status = Path(parent, name).lstat()
                 sizes[status.st_dev, status.st_ino] = status.st_blocks * 512
     return sum(sizes.values())

@@ -35,7 +35,10 @@ logger = logging.getLogger(__name__)
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 MODEL_WEIGHTS = "model.safetensors"
 QUANTIZATION_STATE = (".absmax", ".quant_map", ".quant_state.", ".nested_")
-"""Parts of the keys of 4-bit scales that bitsandbytes saves. Such keys need not match, because the base model already has its scales."""
+"""Substrings of the keys under which bitsandbytes saves the scales of 4-bit weights.
+
+Such keys need not match, because the base model already has its scales.
+"""
 
 
 class GuardedTrainer(OpenTrainer):
@@ -46,9 +49,9 @@ class GuardedTrainer(OpenTrainer):
     lora_plus_ratio: float = 1.0
     """LoRA+: learning rate of the B matrices divided by the learning rate of the A matrices."""
     clock: TrainingClock | None = None
-    """Measures the seconds of training. Starts with the first pass over the data of this attempt."""
+    """Measures the seconds of training. It starts with this attempt's first pass over the data."""
     kept_layer_tokens: int | None = None
-    """Layers times tokens whose activations a micro-batch keeps; None if gradient checkpointing is on or off for all micro-batches."""
+    """Number of layers times tokens whose activations a micro-batch keeps. None if gradient checkpointing is on or off for all micro-batches."""
     _recomputation: RecomputationPerBatch | None = None
     _collected: CollectedModel | None = None
     """The modules and parameters of the model, during an epoch. None with FSDP and DeepSpeed."""
@@ -77,7 +80,7 @@ class GuardedTrainer(OpenTrainer):
         self._collected = None
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **options: Any) -> Any:
-        """Compute the gradients of a micro-batch, after the decision which layers recompute their activations."""
+        """Decide which layers recompute their activations, and compute the gradients of a micro-batch."""
         if self.kept_layer_tokens is not None:
             if self._recomputation is None:
                 self._recomputation = RecomputationPerBatch(self.model, self.kept_layer_tokens)
@@ -95,7 +98,7 @@ class GuardedTrainer(OpenTrainer):
         return self._clip_collected(math.inf)
 
     def _clip_collected(self, max_norm: float) -> Any:
-        """Do what accelerate does for models that a rank holds as a whole."""
+        """Clip as accelerate does for models that are complete on each rank."""
         assert self._collected is not None
         self.accelerator.unscale_gradients()
         return torch.nn.utils.clip_grad_norm_(self._collected.trained_parameters, max_norm)
@@ -211,14 +214,14 @@ class TrainingClock:
         self._last_reading = seconds_before
 
     def read(self, *, is_training: bool) -> float:
-        """Seconds of training until now. After training (`is_training` is false), the reading of the last call."""
+        """Return the seconds of training until now. After training (`is_training` is false), return the result of the last call."""
         if is_training:
             self._last_reading = round(self._seconds_before + time.perf_counter() - self._started, 3)
         return self._last_reading
 
 
 def logged_training_seconds(state: TrainerState) -> float:
-    """The seconds of training at the last logged line. 0 for a new run, and for checkpoints of releases that did not log this value."""
+    """Return the seconds of training at the last logged line. 0 for a new run, and for checkpoints of releases that did not log this value."""
     return next((float(line["training_seconds"]) for line in reversed(state.log_history) if "training_seconds" in line), 0.0)
 
 
@@ -257,7 +260,7 @@ class FiniteGuard(TrainerCallback):
             if not isinstance(value, float | int) or math.isfinite(value):
                 continue
             if key == "grad_norm" and args.fp16:
-                continue  # the gradient scaler skips such a step and lowers its scale
+                continue  # The gradient scaler skips such a step and lowers its scale.
             raise DivergedError(
                 code, f"{key} is {value} at step {state.global_step}",
                 hint="lower training.learningRate, raise warmupSteps, or use bf16 instead of fp16",

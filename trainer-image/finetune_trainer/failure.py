@@ -1,6 +1,6 @@
 """Maps exceptions and exit codes of ranks to named failures, and chooses the root cause among several failures.
 
-A rank that fails only because it lost a peer reports `origin` False; failures with `origin` True take precedence. Failures that
+A rank that failed only because another rank failed reports `origin` False. Failures with `origin` True take precedence. Failures that
 the user can fix take precedence over failures that the user cannot fix.
 """
 
@@ -77,26 +77,26 @@ MISSING_PART_PATTERNS = (
 )
 """Messages of libraries about a missing part of the image, and the name of that part. The messages were recorded with the locked versions."""
 INSTALL_ADVICE = re.compile(r"pip install (?:-U |--upgrade )?[\"']?([A-Za-z][\w.-]*)")
-"""The advice in an ImportError of a library that lacks another package."""
+"""Matches the advice to install a missing package in a library's ImportError."""
 GPU_DRIVER_MISSING = re.compile(r"(?i)found no NVIDIA driver|lib(?:cuda|nvidia-[\w-]+)\.so[.\d]*: cannot open shared object file")
-"""Messages about a GPU driver that the pod does not have at all. The driver's libraries come from the node, not from the image."""
+"""Messages that mean that the pod has no GPU driver. The driver's libraries come from the node, not from the image."""
 NODE_DRIVER_MESSAGES = (
     "cuda driver version is insufficient", "the nvidia driver on your system is too old", "cuda driver initialization failed",
     "unexpected error from cudagetdevicecount", "no cuda gpus are available", "no cuda-capable device is detected", "system not yet initialized",
     "cuda error: unknown error", "forward compatibility was attempted on non supported hw",
 )  # fmt: skip
-"""Messages about a GPU driver that does not work on this node, in lower case. An attempt on another node may succeed."""
+"""Messages (in lower case) that mean that the GPU driver does not work on this node. An attempt on another node may succeed."""
 
 
 def local_disk_full() -> StorageError:
-    """The failure for a full disk of the pod (exit code 69)."""
+    """Return the failure for a full disk of the pod (exit code 69)."""
     return StorageError(
         "LocalDiskFull", "the pod's local disk is full", hint="raise resources.ephemeralStorage, or checkpoint less often"
     )  # fmt: skip
 
 
 def classify_error(error: BaseException) -> tuple[FineTuneError, bool]:
-    """Return the named failure for an exception of a rank, and whether this rank failed by itself (False: another rank failed first)."""
+    """Return the named failure for a rank's exception, and whether this rank failed first (False: another rank caused the failure)."""
     if isinstance(error, FineTuneError):
         return error, not isinstance(error, PeerError)
     name, text = type(error).__name__, str(error).lower()
@@ -172,7 +172,7 @@ def _missing_part(error: BaseException) -> tuple[str | None, str]:
 
 
 def node_driver_error(reason: str) -> PeerError:
-    """The failure for a GPU driver that does not work on this node (exit code 74): an attempt on another node may succeed."""
+    """Return the failure for a GPU driver that does not work on this node (exit code 74): an attempt on another node may succeed."""
     return PeerError(
         "NodeDriverUnusable", f"the GPUs of the node cannot be used: {reason}",
         hint="check the GPUs and the driver of the node, or choose another node pool",
@@ -197,7 +197,10 @@ def _memory_exhausted(error: BaseException) -> MemoryExhaustedError:
 
 
 def _shared_memory_full() -> PeerError:
-    """The failure for full shared memory: exit code 74, as for SIGBUS. After 71 the operator would lower the batch size, which does not help."""
+    """Return the failure for full shared memory: exit code 74, as for SIGBUS.
+
+    After 71 the operator would lower the batch size, which does not help.
+    """
     return PeerError(
         "SharedMemoryFull", "the pod's shared memory, /dev/shm, is full", hint="raise resources.sharedMemory"
     )
@@ -209,7 +212,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def failure_from_message(message: dict[str, Any]) -> RankFailure:
-    """The failure that a rank reported. An unreadable field gets a default value, so that the other fields can still be used."""
+    """Return the failure that a rank reported. An unreadable field gets a default value, so that the other fields can still be used."""
     code = _int_or(message.get("exitCode"), ExitCode.INTERNAL_ERROR)
     kind = ERROR_OF_CODE.get(code, InternalError)
     reported_class = message.get("failureClass")
@@ -243,7 +246,10 @@ def replace_unpaired_surrogates(text: str) -> str:
 
 
 def failure_from_exit_code(rank: int, code: int, *, is_host_out_of_memory: bool = False) -> RankFailure:
-    """The failure of a rank that reported nothing, from its exit code. `is_host_out_of_memory`: the kernel's OOM killer ended a process of this pod."""
+    """Return the failure of a rank that reported nothing, from its exit code.
+
+    `is_host_out_of_memory`: the kernel's OOM killer ended a process of this pod.
+    """
     if code < 0:
         name = signal.Signals(-code).name if -code in list(signal.Signals) else f"signal {-code}"
         return RankFailure(

@@ -61,7 +61,7 @@ def detect_hardware(run: RunConfig, local_rank: int) -> Hardware:
 
 
 def trains_on_quantized_base(run: RunConfig) -> bool:
-    """Whether some modules of the base model are trained in full and the others are quantised and frozen (spectrum on a 4-bit base model)."""
+    """Whether the run trains some modules of the base model in full and quantises the others (spectrum on a 4-bit base model)."""
     return trains_base_weights(run.spec) and given_bits(run.spec) is not None
 
 
@@ -95,12 +95,15 @@ def _choose_device(run: RunConfig, local_rank: int) -> torch.device:
 
 
 def _missing_gpu_error(gpus_per_node: int) -> FineTuneError:
-    """The failure of a pod whose requested GPUs are not usable: final if the pod has no driver at all, else an attempt on another node may succeed."""
+    """Return the failure of a pod that cannot use its GPUs.
+
+    Without any driver, the failure is final; otherwise an attempt on another node may succeed.
+    """
     import torch
 
     try:
         torch.cuda.init()
-    except Exception as error:  # torch raises RuntimeError and AssertionError, and the driver's reason is only in the message
+    except Exception as error:  # torch raises RuntimeError or AssertionError; only the message contains the driver's reason.
         broken = installation_error(error)
         if broken is not None:
             return broken
@@ -111,13 +114,13 @@ def _missing_gpu_error(gpus_per_node: int) -> FineTuneError:
 
 
 def _choose_precision(run: RunConfig, device: torch.device) -> tuple[bool, bool]:
-    """Whether the forward pass uses bf16, and whether it uses fp16."""
+    """Return whether the forward pass uses bf16, and whether it uses fp16."""
     import torch
 
     requested = run.spec.training.mixed_precision or MixedPrecision.AUTO
     supports_bf16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
     if requested is MixedPrecision.AUTO and trains_on_quantized_base(run):
-        return True, False  # autocast converts the inputs of 16-bit modules that follow 4-bit modules
+        return True, False  # Autocast converts the inputs of 16-bit modules that follow 4-bit modules.
     if requested is MixedPrecision.AUTO:
         return (False, False) if device.type != "cuda" else (supports_bf16, not supports_bf16)
     if requested is MixedPrecision.FP16 and device.type != "cuda":

@@ -2,8 +2,8 @@
 
 Ranks import their libraries while the supervisor downloads the inputs. bitsandbytes and deepspeed take seconds to import. peft
 imports bitsandbytes if it is installed; accelerate imports deepspeed whenever a model is saved; TRL imports wandb and mlflow. If a
-job does not need such a package, its entry in `sys.modules` is set to None, and `importlib` reports it as not installed. scipy is hidden only while
-transformers is imported, because transformers would spend half a second on importing it for object detection losses.
+job does not need such a package, its entry in `sys.modules` is set to None, and `importlib` reports it as not installed. scipy is hidden
+only while transformers is imported: transformers would import it for object detection losses, which takes half a second.
 
 The garbage collector pauses during these imports. They create about a million objects that live as long as the process. Collections
 would examine all of them again and again, which takes a fifth of the time of the imports.
@@ -29,7 +29,7 @@ LIBRARY_ENVIRONMENT = {
     "TRL_EXPERIMENTAL_SILENCE": "1",
     "TOKENIZERS_PARALLELISM": "true",
 }
-"""Variables that the libraries read on import. A rank never accesses a hub: the supervisor has fetched everything."""
+"""Variables that the libraries read on import. A rank never accesses a hub, because the supervisor has downloaded all inputs."""
 BITSANDBYTES_OPTIMIZER = re.compile("8bit|paged|bnb|^ademamix|^lion")
 """Names of optimizers of bitsandbytes. The pattern also matches two 8-bit optimizers of torchao."""
 
@@ -62,11 +62,11 @@ def hide_unneeded(run: RunConfig) -> None:
         os.environ.setdefault(name, value)
     threads = run.spec.dataset.num_proc
     if threads is not None:
-        os.environ["RAYON_NUM_THREADS"] = str(threads)  # the thread pool of tokenizers reads this once
+        os.environ["RAYON_NUM_THREADS"] = str(threads)  # The thread pool of tokenizers reads this variable only once.
     needed_packages = {
         "bitsandbytes": needs_bitsandbytes(run),
         "deepspeed": needs_deepspeed(run),
-        "wandb": False,  # another process sends values to trackers (`finetune_trainer.trackers`)
+        "wandb": False,  # Another process sends values to trackers (`finetune_trainer.trackers`).
         "mlflow": False,
     }
     for name, needed in needed_packages.items():
@@ -83,7 +83,8 @@ def garbage_collection_paused() -> Iterator[None]:
         yield
     finally:
         if was_enabled:
-            # Both calls together move all objects to the oldest generation. Otherwise the next collection of each younger one would examine them.
+            # These two calls move all objects to the oldest generation. Otherwise the next collections of the younger generations would
+            # examine them.
             gc.freeze()
             gc.unfreeze()
             gc.enable()
@@ -91,7 +92,7 @@ def garbage_collection_paused() -> Iterator[None]:
 
 @contextmanager
 def hide_temporarily(*names: str, unless_imported: str) -> Iterator[None]:
-    """Hide packages during the first import of the package `unless_imported`. Packages that are imported already stay visible."""
+    """Hide packages while the package `unless_imported` is imported for the first time. Packages that are already imported stay visible."""
     hidden = [] if unless_imported in sys.modules else [name for name in names if name not in sys.modules]
     for name in hidden:
         _hide_package(name)
@@ -103,6 +104,6 @@ def hide_temporarily(*names: str, unless_imported: str) -> Iterator[None]:
 
 
 def _hide_package(name: str) -> None:
-    """Make the package `name` appear as not installed, unless it is imported already (in tests with several jobs per process)."""
+    """Make the package `name` appear as not installed, unless it is already imported (in tests with several jobs per process)."""
     if sys.modules.get(name) is None:
         sys.modules[name] = None  # type: ignore[assignment]  # the documented way to block an import

@@ -17,8 +17,11 @@ from finetune_trainer.hardware import Hardware
 
 LIGER_PATH = "model.ligerKernels"
 LIGER_OPTIONS = {"fused_linear_cross_entropy": False, "cross_entropy": False}
-"""The loss is left as it is. Liger's fused cross entropy replaces the forward pass of the model, which TRL's losses and a reward model's head
-need. Its plain cross entropy, which is on by default for Granite, replaces the function of torch for the whole process."""
+"""Options that keep the loss unchanged.
+
+Liger's fused cross entropy replaces the model's forward pass, but TRL's losses and a reward model's head need the original. Liger's plain
+cross entropy (on by default for Granite) replaces torch's function for the whole process.
+"""
 SWIGLU_TYPES = frozenset({
     "exaone4", "falcon_h1", "glm4", "granite", "hunyuan_v1_dense", "llama", "ministral", "mistral", "olmo2", "olmo3", "phi3", "qwen2", "qwen3", "smollm3",
 })  # fmt: skip
@@ -26,8 +29,9 @@ GEGLU_TYPES = frozenset({"gemma", "gemma2", "gemma3_text"})
 COMPARED_TYPES = SWIGLU_TYPES | GEGLU_TYPES
 """Types of models whose outputs and gradients with Liger's kernels were compared with those of the model's own layers.
 
-Only these types get the kernels without a request. Types with mixtures of experts are left out, because Liger replaces the layer that holds the
-experts and with it an adapter on the experts. Types with other inputs than text are left out, because Liger requires one class for each of them.
+Only these types get the kernels without a request. Types with mixtures of experts are left out: Liger replaces the layer of the experts,
+and an adapter on the experts would be lost. Types with inputs other than text are also left out, because Liger requires a specific class
+for each type.
 """
 ACTIVATIONS = dict.fromkeys(SWIGLU_TYPES, ("silu", "swish")) | dict.fromkeys(GEGLU_TYPES, ("gelu_pytorch_tanh",))
 """The activation that Liger's kernel computes, by model type. Liger does not read the activation of the model's configuration."""
@@ -36,7 +40,7 @@ TYPES_WITHOUT_REWARD_KERNELS = frozenset({"gemma3_text"})
 
 
 def is_allowed(run: RunConfig) -> bool:
-    """Whether the spec leaves the choice to the trainer or requests the kernels."""
+    """Whether the kernels may be used: the spec requests them or leaves the choice to the trainer."""
     return run.spec.model.liger_kernels is not False or _is_chosen_by_backend(run)
 
 
@@ -75,7 +79,7 @@ def choose_kernels(args: Any, run: RunConfig, hardware: Hardware, config: Any, m
 
 
 def choice_note(run: RunConfig, model_type: str) -> list[str]:
-    """Return the note about kernels that are in use. Empty if the user demanded them."""
+    """Return the note about kernels that are in use. Empty if the user requested them."""
     if is_requested(run):
         return []
     reason = f"the run uses a GPU, and Liger has kernels for models of type {model_type}"
@@ -83,7 +87,7 @@ def choice_note(run: RunConfig, model_type: str) -> list[str]:
 
 
 def _why_impossible(hardware: Hardware, config: Any, model_kind: str) -> str | None:
-    """Return why the kernels would fail or compute something else than the model's own layers; None if they would not."""
+    """Return why the kernels would fail or compute other results than the model's own layers. None if they work."""
     if hardware.device.type != "cuda":
         return f"the run trains on {hardware.device.type}, and Liger's kernels need a CUDA GPU"
     if find_spec("liger_kernel") is None:
@@ -104,7 +108,7 @@ def _why_impossible(hardware: Hardware, config: Any, model_kind: str) -> str | N
 
 
 def _why_not_chosen(run: RunConfig, config: Any) -> str | None:
-    """Return why the trainer does not choose kernels that the user may still request; None if it chooses them."""
+    """Return why the trainer does not choose the kernels by itself (the user may still request them). None if it chooses them."""
     import torch
 
     if torch.version.hip is not None:

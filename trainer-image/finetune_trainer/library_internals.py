@@ -77,14 +77,14 @@ class OpenTrainer(Trainer):  # type: ignore[misc]  # transformers ships no types
         return self.clip_gradients(model)
 
     def clip_gradients(self, model: Any) -> Any:
-        """Clip the gradients of `model.parameters()`, and return their norm. Overridden because each call walks over all modules."""
+        """Clip the gradients of `model.parameters()`, and return their norm. Overridden because transformers walks over all modules in each call."""
         return super()._clip_grad_norm(model)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         return self.gradient_norm(model, grad_norm)
 
     def gradient_norm(self, model: Any, norm: Any = None) -> Any:
-        """Return `norm`, or compute it from `model.parameters()`. Overridden because each computation walks over all modules."""
+        """Return `norm`, or compute it from `model.parameters()`. Overridden because transformers walks over all modules for each computation."""
         return super()._get_grad_norm(model, norm)
 
     def prepare_inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -134,11 +134,13 @@ def disable_compiled_deepspeed_operations() -> None:
 def cheap_reference_passes(trainer: Any) -> Iterator[None]:
     """Replace the functions that TRL's dpo, kto and grpo trainers call around each forward pass of the reference model.
 
-    Each of these functions walks over all modules of the trained model. Within the context, the replacements do not:
+    Each of these functions walks over all modules of the trained model. The replacements, which are active within the context, do not walk
+    over the modules:
     * `is_peft_model` and `Accelerator.unwrap_model` return the results of their first calls, which do not change.
     * `use_adapter` sets the active adapter in a list of layers. It leaves `requires_grad` alone, because TRL computes no gradients there.
-    * `disable_gradient_checkpointing` does nothing. Without gradients, checkpointing has no effect. TRL 1.16 would turn it on again with
-      transformers' defaults, so that `every_n_layers` and `offload` are lost, and would add another hook to the embedding each time.
+    * `disable_gradient_checkpointing` does nothing. Without gradients, checkpointing has no effect. Afterwards, TRL 1.16 would turn it
+      on again with transformers' defaults: `every_n_layers` and `offload` would be lost, and each call would add another hook to the
+      embedding.
     """
     trl_class = next(kind for kind in type(trainer).__mro__ if kind.__module__.startswith("trl."))
     namespace = vars(sys.modules[trl_class.__module__])
@@ -204,7 +206,7 @@ class AdapterSwitch:
 
 
 UNSET = object()
-"""Marks an object without an active adapter of its own: the default of its class applies."""
+"""Marks an object that has no own active adapter and therefore uses the default of its class."""
 
 
 def _adapter_holders(model: Any) -> list[tuple[Any, str]]:
@@ -218,24 +220,24 @@ def _adapter_holders(model: Any) -> list[tuple[Any, str]]:
 
 
 def use_one_device(args: TrainingArguments) -> None:
-    """Limit a rank to one device. Otherwise transformers would use every visible GPU in one process, and TRL refuses that."""
+    """Limit a rank to one device. Otherwise transformers would use all visible GPUs in one process, which TRL refuses."""
     args._n_gpu = min(args.n_gpu, 1)
 
 
 def tied_weight_names(model: Any) -> set[str]:
-    """Names of weights that share their tensor with another weight. Checkpoints store a shared tensor only once."""
+    """Return names of weights that share their tensor with another weight. Checkpoints store a shared tensor only once."""
     return set(getattr(model, "_tied_weights_keys", None) or ())
 
 
 def attention_implementation(model: Any) -> str:
-    """The attention implementation in use. The public argument `attn_implementation` only shows the requested one."""
+    """Return the attention implementation in use. The public argument `attn_implementation` only shows the requested implementation."""
     return str(model.config._attn_implementation)
 
 
 def passes_document_boundaries(config: Any) -> bool:
     """Whether transformers' language model for `config` passes the boundaries of packed documents to its attention layers.
 
-    The flags of the class say: it uses the attention and mask interfaces and passes all keyword arguments to each layer
+    The class has flags for this: it uses the attention and mask interfaces and passes all keyword arguments to each layer
     (`_supports_attention_backend`), its layers also work without a mask, as for flash attention (`_supports_flash_attn`), and sdpa can
     compute its attention (`_supports_sdpa`). False for models that run code from their repository.
     """
@@ -249,7 +251,7 @@ def passes_document_boundaries(config: Any) -> bool:
 def has_sdpa(config: Any) -> bool:
     """Whether transformers has sdpa attention for language models with this configuration.
 
-    A flag of the class says it (`_supports_sdpa`). Code from a model's repository is assumed to have sdpa attention.
+    A flag of the class shows this (`_supports_sdpa`). Code from a model's repository is assumed to have sdpa attention.
     """
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
@@ -258,9 +260,11 @@ def has_sdpa(config: Any) -> bool:
 
 
 def image_text_processor_class(config: Any) -> type[Any] | None:
-    """transformers' processor class for a vision-language model with this configuration. None if there is no such model or processor.
+    """Return transformers' processor class for a vision-language model with this configuration. None if there is no such model or
+    processor.
 
-    SmolVLM's processor treats images as that of Idefics3 does, and needs packages for videos that the image lacks.
+    For SmolVLM, return Idefics3's processor: it treats images in the same way, but SmolVLM's needs packages for videos that this image
+    lacks.
     """
     from transformers import Idefics3Processor
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
@@ -291,15 +295,16 @@ def build_processor(processor_class: type[Any], folder: Any, tokenizer: Any) -> 
     settings, _ = processor_class.get_processor_dict(folder)
     unchecked: Any = type(processor_class.__name__, (processor_class,), {"check_argument_for_proper_class": lambda self, name, part: None})
     processor = unchecked.from_args_and_dict([parts.get(name) for name in processor_class.get_attributes()], settings)
-    processor.__class__ = processor_class  # an instance of the temporary class could not be sent to worker processes
+    processor.__class__ = processor_class  # An instance of the temporary class could not be sent to worker processes.
     return processor
 
 
 def reinterpreted_lora_targets(model: Any) -> frozenset[str]:
-    """Names of linear layers that PEFT takes for the weights of routed experts in this type of model.
+    """Return the names of linear layers that PEFT treats as weights of routed experts in this type of model.
 
-    Before transformers v5, each expert had linear layers with these names. PEFT maps a LoRA configuration with such a name to the parameters that
-    replaced them (`utils/transformers_weight_conversion.py`, v0.21), also if dense layers or shared experts of the model still have the name.
+    Before transformers v5, each expert had linear layers with these names. PEFT maps such a name in a LoRA configuration to the parameters
+    that replaced these layers (`utils/transformers_weight_conversion.py`, v0.21), even if dense layers or shared experts of the model still
+    have the name.
     """
     from peft.utils import transformers_weight_conversion as conversion
 
@@ -310,9 +315,9 @@ def reinterpreted_lora_targets(model: Any) -> frozenset[str]:
 def connect_backbone(model: Any) -> None:
     """Let TRL's fused head find the layers and the number of experts of every language model.
 
-    TRL calls `model.base_model` and reads `config.num_experts` (`trainer/utils.py`, v1.16). In transformers v5.23, Llama 4's language model
-    names another part (`base_model_prefix`), so that `base_model` is the model itself, and some configurations have the number of
-    experts under another name only.
+    TRL calls `model.base_model` and reads `config.num_experts` (`trainer/utils.py`, v1.16). In transformers v5.23, `base_model_prefix` of
+    Llama 4's language model names another part, so `base_model` returns the model itself. Some configurations store the number of experts
+    under another name.
     """
     if model.base_model is model and hasattr(model, "model"):
         model.base_model_prefix = "model"
@@ -349,12 +354,12 @@ def enable_fsdp_on_cpu(fsdp_plugin: Any) -> None:
 
 
 def loss_sum(trainer: Any) -> Any:
-    """Sum of this rank's losses since the last log line: a tensor with one number that callers may change in place."""
+    """Return the sum of this rank's losses since the last log line: a tensor with one number, which callers may change in place."""
     return trainer._tr_loss
 
 
 def last_logged_step(trainer: Any) -> int:
-    """Step of the last log line. The next logged loss is the mean over the steps since this step."""
+    """Return the step of the last log line. The next logged loss is the mean over the steps since this step."""
     return int(trainer._globalstep_last_logged)
 
 
@@ -364,13 +369,13 @@ def set_last_logged_step(trainer: Any, step: int) -> None:
 
 
 def metric_lists(trainer: Any) -> MutableMapping[str, Any]:
-    """TRL's training metrics since the last log line, by name; empty for trainers without them."""
+    """Return TRL's training metrics since the last log line, by name. Empty for trainers without such metrics."""
     lists: dict[str, dict[str, Any]] = getattr(trainer, "_metrics", {"train": {}})
     return lists["train"]
 
 
 def trained_tokens(trainer: Any) -> int:
-    """TRL's count of tokens since the run began; 0 for trainers without it."""
+    """Return TRL's count of tokens since the run began. 0 for trainers without this count."""
     return int(getattr(trainer, "_total_train_tokens", 0))
 
 
@@ -381,7 +386,7 @@ def set_trained_tokens(trainer: Any, tokens: int) -> None:
 
 
 def copied_modules(model: Any) -> dict[str, Any]:
-    """The original modules of `modules_to_save`, by name. PEFT freezes these modules and trains copies of them."""
+    """Return the original modules of `modules_to_save`, by name. PEFT freezes these modules and trains copies of them."""
     from peft.utils.other import ModulesToSaveWrapper
 
     return {
@@ -392,14 +397,14 @@ def copied_modules(model: Any) -> dict[str, Any]:
 
 
 def expose_head_bias(model: Any) -> None:
-    """Expose `bias` on PEFT's wrapper of a head with trained rows: the loss reads it, but PEFT 0.21 exposes only `weight`."""
+    """Expose `bias` on PEFT's wrapper of a head with trained rows, because the loss reads `bias`, but PEFT 0.21 only exposes `weight`."""
     head = model.get_base_model().get_output_embeddings()
     if type(head).__name__ == "TrainableTokensWrapper":
         head.bias = head.original_module.bias
 
 
 def continuable_adapter_types() -> Collection[str]:
-    """Values of `peft_type` in an adapter's configuration that the installed PEFT supports."""
+    """Return the values of `peft_type` in an adapter's configuration that the installed PEFT supports."""
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
     return [str(getattr(kind, "value", kind)) for kind in PEFT_TYPE_TO_CONFIG_MAPPING]

@@ -47,7 +47,7 @@ def load_tokenizer(run: RunConfig, inputs: Inputs) -> tuple[Any, list[str]]:
 
 
 def _choose_pad_token(tokenizer: Any, requested_token: str | None) -> list[str]:
-    """Set the pad token: the requested token, the tokenizer's own pad token, a reserved token, or the end token, in this order."""
+    """Set the pad token to the first of these that exists: the requested token, the tokenizer's own pad token, a reserved token, the end token."""
     vocabulary = tokenizer.get_vocab()
     if requested_token is not None:
         token = tokenizer.eos_token if requested_token == END_OF_SEQUENCE else requested_token
@@ -72,7 +72,8 @@ def _choose_pad_token(tokenizer: Any, requested_token: str | None) -> list[str]:
 
 
 def load_processor(run: RunConfig, inputs: Inputs, config: Any, tokenizer: Any) -> VisionProcessor | None:
-    """Load the processor of a vision-language model; None for a text job. Without a chat template of its own, the tokenizer gets that of the processor.
+    """Load the processor of a vision-language model; None for a text job. If the tokenizer has no chat template, it gets the processor's
+    template.
 
     Errors: ConfigError ModelWithoutVision, ImageProcessorUnavailable; NotFoundError ProcessorUnreadable.
     """
@@ -160,14 +161,16 @@ def load_model(
 
 
 def _keep_quantized_weights_trainable(model: Any) -> None:
-    """On some CPUs, bitsandbytes changes the layout of 4-bit weights at the first evaluation, and no gradient passes such weights afterwards."""
+    """Turn off a conversion by bitsandbytes. On some CPUs, it changes the layout of 4-bit weights at the first evaluation, and gradients no
+    longer pass them.
+    """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
 
 
 def max_positions(config: Any) -> int | None:
-    """Number of positions of the model, which limits the sequence length. None if the model's configuration has no such field."""
+    """Return the number of positions of the model, which limits the sequence length. None if the model's configuration has no such field."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     return getattr(text, "max_position_embeddings", None)
 
@@ -175,7 +178,10 @@ def max_positions(config: Any) -> int | None:
 def quantization_config(
     run: RunConfig, hardware: Hardware, *, skipped_modules: tuple[str, ...] = (), is_sharded: bool = False
 ) -> BitsAndBytesConfig | None:
-    """Quantisation of the frozen base model; None without quantisation. `skipped_modules`: modules that stay unquantised, in addition to the head."""
+    """Return the quantisation of the frozen base model, or None without quantisation.
+
+    `skipped_modules`: modules that stay unquantised, in addition to the head.
+    """
     import torch
     from transformers import BitsAndBytesConfig
 
@@ -201,7 +207,7 @@ def quantization_config(
         bnb_4bit_quant_type=str((spec.type if spec else None) or QuantizationType.NF4),
         bnb_4bit_use_double_quant=spec is None or spec.double_quant is not False,
         bnb_4bit_compute_dtype=compute,
-        # FSDP does not shard weights of an integer type (it only warns), so the bytes are stored as floats.
+        # FSDP does not shard integer weights, and only warns. So the bytes are stored as floats.
         bnb_4bit_quant_storage=compute if is_sharded else torch.uint8,
         llm_int8_skip_modules=unquantized,
     )
@@ -243,7 +249,7 @@ def _loads_in_8_bits(quantization: Any) -> bool:
 
 
 def _check_complete(loading_info: Any, run: RunConfig, expected_missing: tuple[str, ...] = ()) -> None:
-    """Refuse a model with missing weights. transformers only warns and initialises missing weights randomly.
+    """Refuse a model with missing weights. transformers would only warn, and initialise the missing weights randomly.
     `expected_missing`: the weights of a new head. Errors: NotFoundError ModelIncomplete.
     """
     missing = sorted(set(loading_info.get("missing_keys", ())) - set(expected_missing))
@@ -280,6 +286,6 @@ def count_parameters(model: Any) -> tuple[int, int]:
 
 
 def parameter_size(parameter: Any) -> int:
-    """Number of values in a parameter: two per byte for a 4-bit weight, the unsharded size for a ZeRO-3 parameter."""
+    """Return the number of values in a parameter: two per byte for a 4-bit weight, the unsharded size for a ZeRO-3 parameter."""
     stored_count = int(getattr(parameter, "ds_numel", None) or parameter.numel())
     return stored_count * 2 * parameter.element_size() if type(parameter).__name__ == "Params4bit" else stored_count

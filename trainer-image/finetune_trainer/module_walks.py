@@ -1,8 +1,8 @@
 """Collects the modules and parameters of a model once per epoch, so that no micro-batch walks over all modules.
 
 transformers calls `train`, `zero_grad`, `parameters` and `num_parameters` of the model in each step. Each call visits every module: 2,665 for a
-Llama with 32 layers and LoRA on all linear layers. A GPU that has finished its kernels waits meanwhile. Modules and parameters do not change
-within an epoch, so lists of them give the same results. `benchmarks/host_overhead.py` measures the difference.
+Llama with 32 layers and LoRA on all linear layers. If the GPU has finished its kernels, it waits during this time. Modules and parameters
+do not change within an epoch, so lists of them give the same results. `benchmarks/host_overhead.py` measures the difference.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 REPEATABLE_TRAIN_METHODS = (nn.Module.train, PreTrainedModel.train, DistributedDataParallel.train)
-"""Implementations of `train` that change nothing if the module and all its children are in training mode already."""
+"""Implementations of `train` that have no effect if the module and all its children are already in training mode."""
 IS_TRAINING = attrgetter("training")
 
 
@@ -46,7 +46,7 @@ class CollectedModel:
 
     @property
     def can_replace_train(self) -> bool:
-        """Whether no module does more in `train` than to set the mode. DeepSpeed's engine and DoRA's layers do more."""
+        """Whether `train` of every module only sets the mode. `train` of DeepSpeed's engine and DoRA's layers does more."""
         return all(type(module).train in REPEATABLE_TRAIN_METHODS for module in self._modules)
 
     @property

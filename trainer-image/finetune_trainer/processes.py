@@ -1,4 +1,4 @@
-"""Child processes: start them, list all descendants, kill and reap them.
+"""Starts child processes, lists all descendants, and kills and reaps them.
 
 If the agent dies, its ranks keep running and could even commit checkpoints. The supervisor therefore becomes the subreaper of its
 descendants (as PID 1 always is), so that it can kill all of them.
@@ -27,7 +27,7 @@ def adopt_orphans() -> None:
 
 
 def die_with_parent() -> None:
-    """Let the kernel kill this process when its parent ends. To be called in the child process."""
+    """Let the kernel kill this process when its parent ends. Must be called in the child process."""
     _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
@@ -54,7 +54,7 @@ def spare_process(pid: int) -> None:
 
 
 def descendants(root: int | None = None, *, without: Collection[int] = ()) -> list[int]:
-    """Pids of all running descendants of `root` (default: this process), from /proc; without zombie processes.
+    """Return the pids of all running descendants of `root` (default: this process), from /proc, without zombie processes.
 
     The processes in `without` and their descendants are left out.
     """
@@ -74,7 +74,7 @@ def descendants(root: int | None = None, *, without: Collection[int] = ()) -> li
 
 
 def kill_all_descendants(timeout: float = 10.0) -> None:
-    """SIGKILL all descendants of this process, except spared ones, and reap them."""
+    """Send SIGKILL to all descendants of this process, except spared ones, and reap them."""
     end = time.monotonic() + timeout
     while (running := descendants(without=_spared_pids)) and time.monotonic() < end:
         for pid in running:

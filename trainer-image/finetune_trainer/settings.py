@@ -17,7 +17,7 @@ FINAL_UPLOAD_TIMEOUT_SECONDS = 1800.0
 FINAL_UPLOAD_TIMEOUT_OF_0_1 = "FINETUNE_FINAL_PATIENCE_SECONDS"
 """The variable's name in version 0.1.0. Jobs may still set it in `placement.env`."""
 UNSAVED_TIMEOUT_SECONDS = 6 * 3600.0
-"""How long a run may continue if its due checkpoints cannot be committed. See `Uploader.unsaved_error`."""
+"""How long a run may continue while due checkpoints cannot be committed. See `Uploader.unsaved_error`."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Settings:
 
 
 def load_run(settings: Settings) -> tuple[RunConfig, str]:
-    """The run configuration and its sha256.
+    """Return the run configuration and its sha256.
 
     Errors: InternalError `RunFileMissing`, `RunFileDamaged` (checksum); ConfigError `RunFileInvalid`; TooOldError
     `TrainerTooOld` if the user set a field that this trainer does not know.

@@ -1,8 +1,8 @@
-"""Throughput of a run: tokens per second, model FLOPs utilisation (MFU), time spent waiting for data.
+"""Measures the throughput of a run: tokens per second, model FLOPs utilisation (MFU), time spent waiting for data.
 
-FLOPs per token. N: parameters in matrix products; the head counts, the embedding lookup does not. Of experts, only those that a
-token is routed to count. T: trained parameters among N. A: FLOPs of the attention per token; a token attends to all tokens of its
-document, or with causal attention to half of them on average.
+FLOPs per token. N: parameters in matrix products. N includes the head, but not the embedding lookup, and only the experts to which a token
+is routed. T: trained parameters among N. A: FLOPs of the attention per token; a token attends to all tokens of its document, or with causal
+attention to half of them on average.
 
     full          3 * (2N + A)     the backward pass costs twice the forward pass
     spectrum      4N + 2T + 3A     no gradients of frozen weights
@@ -26,7 +26,7 @@ PEAK_BF16 = {
     "A100": 312e12, "A800": 312e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "A10G": 70e12, "A10": 125e12, "RTX 4090": 165e12,
     "RTX 3090": 71e12, "V100": 125e12, "T4": 65e12, "MI300X": 1307e12,
 }  # fmt: skip
-"""Peak FLOP/s of dense bf16 (or fp16) matrix products, by a part of the device's name, from the vendors' data sheets."""
+"""Peak FLOP/s of dense bf16 (or fp16) matrix products, from the vendors' data sheets. The keys are parts of device names."""
 SLOWER_VARIANTS = re.compile(r"\b(MIG|RTX A\d+|Laptop|Max-Q|4090 D)\b")
 """Words in the names of slower devices (MIG slices, workstation and laptop GPUs), to distinguish them from those in `PEAK_BF16`."""
 
@@ -45,7 +45,7 @@ class ModelShape:
 
     @staticmethod
     def of(model: Any) -> ModelShape:
-        """The sizes of a transformers model, with or without PEFT layers."""
+        """Return the sizes of a transformers model, with or without PEFT layers."""
         config = model.config.get_text_config()
         heads = int(getattr(config, "num_attention_heads", 0) or 0)
         head_size = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
@@ -55,7 +55,7 @@ class ModelShape:
 
 
 def trained_parameters(model: Any) -> int:
-    """Number of trained parameters in matrix products of the base model, without adapters."""
+    """Return the number of trained parameters in matrix products of the base model, without adapters."""
     return sum(used_count for parameter, used_count in _matrix_parameters(model) if parameter.requires_grad)
 
 
@@ -82,19 +82,19 @@ def _effective_parameters(module: Any, kept_ids: Collection[int] = ()) -> Iterat
 
 
 def attention_flops(shape: ModelShape, document_length: float, *, is_causal: bool = True) -> float:
-    """FLOPs of the attention products per token, in documents of `document_length` tokens."""
+    """Return the FLOPs of the attention products per token, in documents of `document_length` tokens."""
     return 4 * shape.layers * shape.heads * shape.head_size * document_length * (0.5 if is_causal else 1.0)
 
 
 def flops_per_token(shape: ModelShape, mean_length: float, *, frozen_base: bool, trained_count: int = 0, is_causal: bool = True) -> float:
-    """FLOPs of training per token. `trained_count`: number of trained parameters of an otherwise frozen base model."""
+    """Return the FLOPs of training per token. `trained_count`: number of trained parameters of an otherwise frozen base model."""
     attention = attention_flops(shape, mean_length, is_causal=is_causal)
     matrix = 2 * shape.matrix_parameters
     return 2 * (matrix + trained_count) + 3 * attention if frozen_base else 3 * (matrix + attention)
 
 
 def peak_of(device: str) -> float | None:
-    """Peak FLOP/s of a device by its name. None for unknown devices, so that no wrong utilisation is reported."""
+    """Return the peak FLOP/s of a device by its name. None for unknown devices, so that no wrong utilisation is reported."""
     if SLOWER_VARIANTS.search(device):
         return None
     return next((peak for words, peak in PEAK_BF16.items() if re.search(rf"\b{words}\b", device)), None)
@@ -111,11 +111,11 @@ class SpeedMeter:
         """Seconds spent waiting for data since the last log line."""
 
     def start(self, tokens: int, now: float | None = None) -> None:
-        """Start a new measurement when `tokens` tokens have been processed."""
+        """Start a new measurement. `tokens`: number of tokens processed so far."""
         self._since, self.waited_seconds = (time.perf_counter() if now is None else now, tokens), 0.0
 
     def read(self, tokens: int, now: float | None = None) -> dict[str, float]:
-        """Throughput since the last call, as log values. Empty on the first call and if no token was counted."""
+        """Return the throughput since the last call, as log values. Empty on the first call and if no token was counted."""
         now = time.perf_counter() if now is None else now
         last_reading, waited_seconds = self._since, self.waited_seconds
         self.start(tokens, now)

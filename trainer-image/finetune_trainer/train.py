@@ -38,8 +38,10 @@ RULES_CHECKED_AGAIN = (
     "OptionOfAnotherMethod", "OptionOfAnotherObjective", "LoraInitialisation", "BiasBesideReference", "NewTokensUntrained", "DpoLosses",
     "HalfWeights", "BatchTooSmall", "ObjectiveAndMethod", "RewardIncomplete", "GenerationsDoNotDivide",
 )  # fmt: skip
-"""Rules of the API. If one of them were violated, the run would silently differ from the spec. A rank checks them again, because
-run.json may come from an older operator without the rule, or from a test."""
+"""Rules of the API. If a spec violates one of them, the run silently differs from the spec.
+
+A rank checks them again, because run.json may come from an older operator that lacks the rule, or from a test.
+"""
 
 
 def preload(run: RunConfig) -> None:
@@ -50,14 +52,17 @@ def preload(run: RunConfig) -> None:
 
 @runtime_checkable
 class NeedsTrainer(Protocol):
-    """A callback that needs the Trainer object. transformers does not pass the Trainer to callbacks."""
+    """A callback that needs the Trainer object, which transformers does not pass to callbacks."""
 
     def on_trainer_created(self, trainer: Any) -> None:
         """Called with the Trainer before training begins."""
 
 
 class TrainingHooks(Protocol):
-    """Reporting, checkpoints and the delivery of the final artefact. Implemented by `finetune_trainer.checkpoint.rank`, and by tests."""
+    """Functions for reporting, checkpoints and the delivery of the final artefact.
+
+    Implemented by `finetune_trainer.checkpoint.rank`, and by tests.
+    """
 
     def create_callbacks(self, run: RunConfig, channel: Channel, inputs: Inputs) -> list[Any]:
         """Callbacks for the Trainer."""
@@ -182,7 +187,8 @@ class TrainingSession:
     def _choose_checkpointing(self, args: Any) -> int | None:
         """Turn off gradient checkpointing if the spec leaves it to the trainer and all activations fit into the GPU's memory.
 
-        Otherwise returns how many activations a micro-batch keeps, as layers times tokens; None if the spec decides or none are kept.
+        Otherwise, return how many activations a micro-batch keeps, as layers times tokens. None if the spec decides, or if no activations
+        are kept.
         """
         import torch
 
@@ -282,8 +288,8 @@ class TrainingSession:
     def _write_test_split(self) -> None:
         """Write the raw rows of the test set to the output folder.
 
-        All data is read once more, because the rows may come from the token cache. This happens before the model is loaded, while the
-        pod has enough memory for the rows.
+        All data is read again, because the token cache does not contain raw rows. The function is called before the model is loaded, while
+        the pod has enough memory for the rows.
         """
         from finetune_trainer.data import load
         from finetune_trainer.results.file_names import ResultFile
@@ -341,7 +347,8 @@ class TrainingSession:
         (folder / CARD_FILE).write_text(model_card(self.run, self.inputs, self.trainable.kind, facts), encoding="utf-8")
 
     def _write_reference_values(self, trainer: Any) -> dict[str, str]:
-        """Write the values that the stage `verifying` compares with those of the stored model. Called when all weights are saved.
+        """Write the reference values, which the stage `verifying` compares with the values of the stored model. Called after all weights
+        are saved.
 
         Returns the sha256 of the file for the model's manifest. With sharded weights, all ranks compute the values together.
         """
@@ -405,7 +412,7 @@ def to_finetune_error(error: Exception) -> FineTuneError:
 
 
 def _disable_progress_bars() -> None:
-    """Turn off progress bars, because they overwrite lines, but a pod's log can only append lines."""
+    """Turn off progress bars: they overwrite lines, which is impossible in a pod's log."""
     import datasets
     from transformers.utils import logging as hf_logging
 

@@ -16,7 +16,7 @@ from finetune_api.sources import redact_source
 
 
 def add_tokens(tokenizer: Any, new_tokens: Sequence[str] | None) -> list[int]:
-    """Add tokens that the tokenizer never splits; returns their ids. Errors: ConfigError TokenKnown."""
+    """Add tokens that the tokenizer never splits. Returns their ids. Errors: ConfigError TokenKnown."""
     if not new_tokens:
         return []
     from transformers import AddedToken
@@ -32,12 +32,12 @@ def add_tokens(tokenizer: Any, new_tokens: Sequence[str] | None) -> list[int]:
 
 
 def new_token_ids(tokenizer: Any, new_tokens: Sequence[str] | None) -> list[int]:
-    """Ids of the new tokens, in the given order."""
+    """Return the ids of the new tokens, in the given order."""
     return [int(tokenizer.convert_tokens_to_ids(token)) for token in new_tokens or ()]
 
 
 def fit_embeddings(model: Any, tokenizer: Any, run: RunConfig, datasets: Sequence[Any] = ()) -> None:
-    """Add embedding rows for the new tokens. Without new tokens, check that the model has a row for every token in the data.
+    """Add embedding rows for the new tokens. If there are no new tokens, check that the model has a row for every token in the data.
 
     A tokenizer may have more tokens than the model has rows (for example image tokens), if the additional tokens do not occur in
     the data sets `datasets` and are not the pad token. Errors: ConfigError VocabularyDiffers, NewTokensSharded.
@@ -65,7 +65,7 @@ def fit_embeddings(model: Any, tokenizer: Any, run: RunConfig, datasets: Sequenc
 
 
 def _highest_id(dataset: Any) -> int:
-    """The highest token id in the token columns of a data set; -1 without such columns."""
+    """Return the highest token id in the token columns of a data set, or -1 without such columns."""
     import pyarrow.compute
 
     columns = [name for name in getattr(dataset, "column_names", ()) if name.endswith("_ids")]
@@ -82,7 +82,7 @@ def _set_to_mean(model: Any, new_ids: list[int]) -> None:
 
 
 def embedding_names(model: Any) -> list[str]:
-    """Short module names of the embeddings and the head. The head is left out if its weight is tied to the embeddings."""
+    """Return the short module names of the embeddings and the head. If the head's weight is tied to the embeddings, the head is left out."""
     modules = [model.get_input_embeddings(), model.get_output_embeddings()]
     short_names = {id(module): name.rsplit(".", 1)[-1] for name, module in model.named_modules()}
     untied = {id(module.weight): short_names[id(module)] for module in reversed(modules) if module is not None}

@@ -27,7 +27,7 @@ def export(
         typer.Option(
             "--form",
             metavar="modelpack|image",
-            help="`modelpack`: a layer is a file, for tools that know models. `image`: a layer is a tar archive below /models, for image volumes.",
+            help="`modelpack`: each layer is a file, for tools that support ModelPack. `image`: each layer is a tar archive below /models, for image volumes.",
         ),
     ] = "modelpack",
     tag: Annotated[str, typer.Option("--tag", metavar="NAME", help="Name of the artefact in the layout.")] = "latest",

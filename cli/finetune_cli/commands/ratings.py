@@ -36,7 +36,7 @@ def ratings(
 
 
 def summary_lines(summary: dict[str, Any]) -> list[str]:
-    """The statistics as text."""
+    """Return the statistics as text."""
     lines = [f"{summary['answers']} answers, {len(summary['raters'])} raters: {', '.join(summary['raters'])}", ""]
     lines.append(f"{'MODEL':<8} {'SCORE':<10} {'COUNT':>5} {'MEAN':>6} {'MEDIAN':>6} {'STD':>6} {'MIN':>4} {'MAX':>4}")
     for model, scores in summary["scores"].items():

@@ -55,7 +55,7 @@ def report(
 
 
 def read_report(storage: JobStorage, name: str) -> bytes:
-    """Return the report in a job's folder. Raises StorageError, also if the report does not exist."""
+    """Return the report in a job's folder. Raises StorageError, for example if the report does not exist."""
     from finetune_api.names import REPORT_KEY, Storage
 
     from finetune_cli.job_storage import StorageError

@@ -58,7 +58,7 @@ def sign(
 
     private_key = read_private_key(key)
     opened, job = open_target(target, StorageOptions(use_secret, endpoint, storage, namespace, context, kubeconfig))
-    statement = _true_statement(opened, job)
+    statement = _verified_statement(opened, job)
     _store_signature(opened, statement, private_key)
     output.write(f"{opened.uri}: signed by the key {key_id(private_key.public_key())}")
 
@@ -73,7 +73,7 @@ def _create_key(path: Path) -> None:
     output.write(f"{path}: the private key, {'encrypted' if password else 'not encrypted'}. {public_path}: the public key, for `finetune verify`")
 
 
-def _true_statement(storage: JobStorage, job: dict[str, Any] | None) -> bytes:
+def _verified_statement(storage: JobStorage, job: dict[str, Any] | None) -> bytes:
     """Return the statement to sign. If a check of model or statement fails, print the findings and raise CommandExit."""
     from finetune_cli.lineage import CheckName, Verifier
 
@@ -102,7 +102,7 @@ def _compare_with_status(verification: CheckResults, job: dict[str, Any]) -> Non
 
 
 def _with_image_digest(statement: bytes, job: dict[str, Any]) -> bytes:
-    """Add the digest of the trainer image, which the operator has seen. A pod does not know it."""
+    """Add the digest of the trainer image from the job's status, because a pod does not know it."""
     import json
 
     from finetune_api.lineage import TRAINER_IMAGE, Resource

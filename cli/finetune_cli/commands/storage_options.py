@@ -77,7 +77,7 @@ class StorageOptions:
 
 
 def open_target(target: str, options: StorageOptions) -> tuple[JobStorage, dict[str, Any] | None]:
-    """Open the storage of a job by its name or URI. Returns the job, too, if a name was given. Raises StorageError or ClusterError."""
+    """Open the storage of a job by its name or URI. If a name was given, also return the job. Raises StorageError or ClusterError."""
     from finetune_api.spec.cluster import StorageRoot
 
     from finetune_cli.cluster import connect, parse_job_name

@@ -72,7 +72,7 @@ def verify(
 
 
 def check_lines(verification: CheckResults) -> list[str]:
-    """One line for each check, and one for each finding."""
+    """Return one line for each check, and one for each finding."""
     from finetune_cli.lineage import CheckName, SignatureState
 
     lines = []
@@ -98,7 +98,7 @@ def _signature_text(verification: CheckResults) -> str:
 
 
 def as_data(uri: str, verification: CheckResults) -> dict[str, Any]:
-    """The result as data for `-o json`."""
+    """Return the result as data for `-o json`."""
     from finetune_cli.lineage import CheckName
 
     checks = [

@@ -20,7 +20,7 @@ from finetune_cli.importers.data_parts import (
 from finetune_cli.importers.draft import NEUTRAL_VALUES, JobDraft
 from finetune_cli.importers.options import to_source_uri
 
-OWN_FILE = "store the rows that you need in a file of their own"
+OWN_FILE = "store the rows that you need in a separate file"
 
 
 @dataclass(frozen=True)

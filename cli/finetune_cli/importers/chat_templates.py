@@ -1,4 +1,4 @@
-"""Chat templates that other tools choose by name: which of them the model's tokenizer has, and the text of the simple ones."""
+"""Chat templates that other tools choose by name: whether the model's tokenizer has them, and the text of simple templates."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _text(text: str) -> str:
 
 
 def _headers(start: str, end: str, close: str) -> TurnMarkers:
-    """Return markers in which the role's name stands between `start` and `end`, and `close` ends the turn."""
+    """Return markers with the role's name between `start` and `end`. `close` ends the turn."""
     return TurnMarkers((f"{start}system{end}", close), (f"{start}user{end}", close), (f"{start}assistant{end}", close))
 
 
@@ -93,7 +93,7 @@ FAMILIES: Mapping[str, tuple[str, str]] = {
     "starchat": ("starchat", ""), "telechat2": ("telechat", ""), "xuanyuan": ("xuanyuan", ""), "yi": ("\\byi\\b", "chatml"), "youtu": ("youtu", ""),
     "yuan": ("yuan", ""),
 }  # fmt: skip
-"""For each name of a template: a pattern for the names of the models whose tokenizer has it, and the name of our text for other models."""
+"""For each template name: a pattern for the names of models whose tokenizer has the template, and a name in `MARKERS` for all other models."""
 FAMILIES_WITH_TEMPLATE_IN_BASE = ("qwen", "phi", "jamba", "falcon_h1", "gpt_oss")
 """Templates of families whose base models also have the template."""
 OF_IMAGES = "llava|pixtral|_vl|vision|qwen2_audio|_omni|paligemma|minicpm|mllama|glm4v|glm4_5v|glm_ocr|dots_ocr|moss_vl|video|intern_vl"

@@ -22,7 +22,7 @@ ROLE_NAMES = {
 
 @dataclass(frozen=True)
 class DataPart:
-    """One source of data. `row_count` is None if the number of rows is unknown; `fraction` is the part of the rows that the file asks for."""
+    """One source of data. `row_count` is None if the number of rows is unknown; `fraction` is the part of the rows that the file selects."""
 
     source: str
     format: str | None = None
@@ -101,7 +101,7 @@ def _assign_fraction(draft: JobDraft, key: str, parts: list[DataPart]) -> None:
         return
     if len(fractions) > 1:
         draft.refuse_feature(
-            key, "a different part of the rows of each source", "store the rows that you need in files of their own"
+            key, "a different part of the rows of each source", "store the rows that you need in separate files"
         )
         return
     fraction = fractions.pop()
@@ -117,7 +117,7 @@ def _assign_fraction(draft: JobDraft, key: str, parts: list[DataPart]) -> None:
         draft.assign("dataset.split.test", round(1 - train - validation, 6), key)
         draft.add_warning(
             f"{location}: {key}: the job trains on {fraction:g} of the rows, drawn at random. The other rows become the test set, and the job measures "
-            "the loss on them after training; to avoid this, store the rows that you need in a file of their own"
+            "the loss on them after training; to avoid this, store the rows that you need in a separate file"
         )
     else:
         draft.assign("dataset.split.validation", rest, key)
@@ -128,7 +128,7 @@ def _assign_fraction(draft: JobDraft, key: str, parts: list[DataPart]) -> None:
 
 
 def set_validation_split(draft: JobDraft, size_key: str, data_key: str) -> None:
-    """Set the part of the rows that validates. `data_key`: the option that names validation data instead."""
+    """Set the fraction of the rows that is used for validation. `data_key`: the option that names validation data instead."""
     size = draft.get(size_key)
     if size is None:
         return

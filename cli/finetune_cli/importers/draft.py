@@ -30,8 +30,8 @@ class Row:
     `is_set_by_combine`: the tool's `combine_options` function sets the field; `path` is only documentation.
     `no_effect`: why the importer ignores the option. The warning about the option contains this reason.
     `is_secret`: the value is never printed and is stored in a Secret.
-    `missing_feature`: a FineTuneJob cannot do what the option asks for. The option is refused unless its value is one of `NEUTRAL_VALUES` or of
-    `neutral_values`, which turn the feature off. `hint` says what to do instead.
+    `missing_feature`: the feature of the option, which a FineTuneJob does not have. The option is refused unless its value is one of
+    `NEUTRAL_VALUES` or of `neutral_values`, which turn the feature off. `hint` says what to do instead.
     """
 
     key: str
@@ -88,7 +88,7 @@ class Request:
     overrides: Mapping[str, AssignedValue] = field(default_factory=dict)
     """Fields set by options of `finetune import`, by spec path. They override every file."""
     drop_unsupported: bool = False
-    """Leave out what a FineTuneJob cannot do, instead of refusing it."""
+    """Leave out features that a FineTuneJob does not have, instead of refusing them."""
     benchmarks: str | None = None
     """Folder with the data of the tool's benchmarks."""
     model_map: Mapping[str, str] = field(default_factory=dict)
@@ -135,7 +135,7 @@ class JobDraft:
     config_maps: dict[str, dict[str, str]] = field(default_factory=dict)
     annotations: dict[str, str] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
-    """For every key of the user that sets no field: what happened to it."""
+    """For every key of the user that sets no field: the reason."""
 
     @property
     def secret_name(self) -> str:
@@ -212,7 +212,10 @@ class JobDraft:
         self.reasons[given_option.key if given_option else key] = reason
 
     def refuse_feature(self, keys: str | tuple[str, ...], feature: str, hint: str = "", *, is_droppable: bool = True) -> None:
-        """Record that a FineTuneJob cannot do what options ask for. With `--drop-unsupported`, the options are left out with a warning."""
+        """Record that options request a feature that a FineTuneJob does not have.
+
+        With `--drop-unsupported`, the options are left out with a warning.
+        """
         keys = (keys,) if isinstance(keys, str) else keys
         options = [self.given_options[key] for key in keys if key in self.given_options]
         locations = ", ".join(dict.fromkeys(option.origin.location for option in options)) or self.location
@@ -220,7 +223,7 @@ class JobDraft:
         self.refuse_feature_at(locations, spellings, feature, hint, is_droppable=is_droppable)
 
     def refuse_feature_at(self, location: str, key: str, feature: str, hint: str = "", *, is_droppable: bool = True) -> None:
-        """Record that a FineTuneJob cannot do what the key at a location asks for."""
+        """Record that the key at a location requests a feature that a FineTuneJob does not have."""
         message = f"{feature} is not possible in a FineTuneJob"
         if is_droppable and self.request.drop_unsupported:
             for name in key.split(", "):

@@ -163,7 +163,7 @@ def recognises_input(documents: tuple[InputDocument, ...], words: tuple[str, ...
 
 
 def read(draft: JobDraft) -> Iterator[OptionEntry]:
-    """Yield the options of files, overrides and dashed flags. `None` in any letter case, as Python writes it, means that an option is not set."""
+    """Yield the options of files, overrides and dashed flags. An option with the value `None` (in any letter case) counts as not set."""
     for entry in _read_entries(draft):
         is_none = entry.value is None or str(entry.value).strip().lower() in ("none", "null")
         value = "none" if normalise_key(entry.key).endswith("report_to") else None

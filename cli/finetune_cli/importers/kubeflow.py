@@ -98,7 +98,7 @@ TITLE = "Kubeflow's TrainJob"
 
 
 def _optional(rows: tuple[Row, ...]) -> Iterator[Row]:
-    """Yield rows of which none is required, because the TrainJob may name the model."""
+    """Yield the rows without required options, because the TrainJob itself may name the model."""
     return (replace(row, is_required=False) for row in rows)
 
 

@@ -1,4 +1,4 @@
-"""The data sets of LLaMA-Factory: names that a `dataset_info.json` describes, and the names in the tool's own file of this kind."""
+"""The data sets of LLaMA-Factory: names in the user's `dataset_info.json`, and names in the tool's own `dataset_info.json`."""
 
 from __future__ import annotations
 
@@ -214,7 +214,7 @@ def _checked(
     *,
     is_pretraining: bool,
 ) -> DataPart | None:
-    """Return the data part of a source, or None if its description asks for something that a FineTuneJob cannot do."""
+    """Return the data part of a source, or None if its description requests a feature that a FineTuneJob does not have."""
     columns = description.get("columns") or {}
     for option in ("images", "videos", "audios"):
         if columns.get(option):

@@ -18,7 +18,8 @@ class UnsupportedPattern(Exception):
 def names_of_pattern(pattern: str) -> list[str]:
     """Return the ends of all module names that a regular expression matches, such as `mlp.up_proj`. A plain name is returned unchanged.
 
-    What stands before the last repeated part (`model.layers.[0-9]+.`) is left out: a name of the list matches every module whose name ends with it.
+    Everything up to the last repeated part (`model.layers.[0-9]+.`) is left out, because a name in the list matches all modules whose names
+    end with it.
 
     Raises UnsupportedPattern.
     """
@@ -36,7 +37,7 @@ def names_of_pattern(pattern: str) -> list[str]:
 
 
 def _expand(tree: Any) -> list[str]:
-    """Return all texts that the nodes of a parsed expression match. A part that is repeated without limit removes what stands before it."""
+    """Return all texts that the nodes of a parsed expression match. A part that is repeated without limit removes all text before it."""
     texts = [""]
     for operator, argument in tree:
         name = str(operator)

@@ -151,7 +151,7 @@ def combine_options(draft: JobDraft) -> None:
 
 
 def assign_api_model(draft: JobDraft) -> None:
-    """Set the model of an API's job: an open model, or the model that `--model-map` gives for a model of the API."""
+    """Set the base model: an open model of the file, or the open model that `--model-map` names for a model of the API."""
     given_option = draft.given_options.get("model")
     if given_option is None or "model.source" in draft.request.overrides:
         return

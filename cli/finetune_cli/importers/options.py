@@ -29,7 +29,7 @@ def ignored(reason: str, keys: str) -> tuple[Row, ...]:
 
 
 def refused(feature: str, keys: str, hint: str = "", *neutral_values: Any) -> tuple[Row, ...]:
-    """Return rows for options that ask for something that a FineTuneJob cannot do. `neutral_values` turn the feature off."""
+    """Return rows for options whose features a FineTuneJob does not have. `neutral_values` turn the feature off."""
     return tuple(
         Row(key, convert=any_value, missing_feature=feature, hint=hint, neutral_values=neutral_values)
         for key in keys.split()
@@ -37,7 +37,7 @@ def refused(feature: str, keys: str, hint: str = "", *neutral_values: Any) -> tu
 
 
 def group_rows(keys: str) -> tuple[Row, ...]:
-    """Return rows for the names of groups, which may be null instead of a group."""
+    """Return rows for the keys of option groups. The value of such a key may be null."""
     return tuple(Row(key, convert=_group, is_set_by_combine=True) for key in keys.split())
 
 
@@ -160,7 +160,7 @@ COMPRESSED_ADAMW = (
 
 
 def zero_stage_of_file(path: str) -> dict[str, Any] | None:
-    """Return the DeepSpeed fields that the name of a DeepSpeed JSON tells, such as `zero3_bf16_cpuoffload_all.json`, or None for other names."""
+    """Return the DeepSpeed fields that follow from the name of a DeepSpeed JSON, such as `zero3_bf16_cpuoffload_all.json`, or None for other names."""
     name = path.replace("\\", "/").rpartition("/")[2].lower()
     match = re.search(r"(?:zero|ds_z|stage|_z)_?([0-3])", name)
     if match is None:

@@ -61,7 +61,7 @@ class ImportResult:
     warnings: list[str]
     notes: list[str]
     reasons: dict[str, str]
-    """For every key of the user that sets no field: what happened to it."""
+    """For every key of the user that sets no field: the reason."""
 
 
 def run_import(request: Request, importers: dict[str, Importer]) -> ImportResult:
@@ -419,7 +419,7 @@ def _convert_entry(row: Row, entry: OptionEntry, draft: JobDraft, *, is_note: bo
 
 
 def _refuse_unless_neutral(row: Row, entry: OptionEntry, draft: JobDraft) -> None:
-    """Refuse an option that asks for something that a FineTuneJob cannot do, unless its value turns this off."""
+    """Refuse an option whose feature a FineTuneJob does not have, unless the value turns the feature off."""
     if any(entry.value == value and isinstance(entry.value, bool) is isinstance(value, bool) for value in (*NEUTRAL_VALUES, *row.neutral_values)):
         draft.add_reason(entry.key, f"no effect: this value turns {row.missing_feature} off, as in every FineTuneJob")
     else:
@@ -468,7 +468,8 @@ def nest_values(values: dict[str, AssignedValue]) -> dict[str, Any]:
 def _check_spec(draft: JobDraft, *, names_features: bool = False) -> dict[str, Any]:
     """Check the values of the draft with the API's models and rules, and return them as a nested spec.
 
-    `names_features`: a problem that a rule finds counts as a feature that a FineTuneJob does not have, because the tool accepts the values.
+    If `names_features` is true, a problem that a rule finds counts as a missing feature and not as a mistake, because the tool accepts the
+    values.
     """
     values = dict(draft.values)
     reported_errors: list[FieldError] = []
@@ -555,7 +556,7 @@ MISSING_SECRETS = {
     "tracking.wandb.apiKeySecretRef": ("wandb", "reporting to wandb"),
     "tracking.mongodb.uriSecretRef": ("mongodb", "reporting to MongoDB"),
 }
-"""For each reference to a Secret that the other tool's files cannot contain: the end of the Secret's name, and what needs it."""
+"""For each reference to a Secret that the other tool's files cannot contain: the end of the Secret's name, and the feature that needs the Secret."""
 
 
 def _record_problem(problem: Problem, draft: JobDraft, *, is_missing_feature: bool) -> None:

@@ -309,7 +309,7 @@ def _variables_of(value: Any) -> list[str]:
 
 
 def _resolve_value(value: Any, draft: JobDraft) -> Any:
-    """Replace the string `"null"` by None, also in lists. Replace a string `"${NAME}"` by the value of the environment variable."""
+    """Replace the string `"null"` by None, including strings in lists. Replace a string `"${NAME}"` by the value of the environment variable."""
     if isinstance(value, list):
         return [item for item in (_resolve_value(item, draft) for item in value) if item is not None]
     if value == "null":
@@ -558,7 +558,7 @@ def _set_vision(draft: JobDraft) -> None:
     if is_multimodal:
         draft.assign("model.modality", "visionLanguage", "fine_tuner.is_multimodel")
         if "fine_tuner.finetune_vision_layers" not in draft.given_options:
-            draft.assign("method.vision.visionLayers", True, "fine_tuner.is_multimodel")  # the tool trains them unless it is told otherwise
+            draft.assign("method.vision.visionLayers", True, "fine_tuner.is_multimodel")  # The tool trains these parts by default.
     for row in ROWS:
         if row.path.startswith("method.vision.") and row.key in draft.given_options:
             if is_multimodal:

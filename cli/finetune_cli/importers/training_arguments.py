@@ -160,7 +160,7 @@ DEFAULTS: tuple[ToolDefault, ...] = (
     ToolDefault("tracking.loggingSteps", 500),
     ToolDefault("output.layout", "flat", is_applicable=lambda d: d.has_value("output.dir")),
 )  # fmt: skip
-"""Defaults of transformers. Tools with other defaults list theirs in front of these."""
+"""Defaults of transformers. A tool with other defaults puts its own defaults before these."""
 
 
 def set_training_arguments(draft: JobDraft, *, default_precision: str = "no") -> None:

@@ -48,7 +48,7 @@ KEYS_OF_TRAINERS = {
     "grpo": ("num_generations", "reward_funcs", "epsilon", "scale_rewards"), "kto": ("desirable_weight", "undesirable_weight"),
     "dpo": ("precompute_ref_log_probs", "f_divergence_type", "label_smoothing", "beta"), "reward": ("center_rewards_coefficient",),
 }  # fmt: skip
-"""Keys that tell the trainer of a file without a command."""
+"""Keys that show the trainer of a file without a command."""
 
 
 def recognises_input(documents: tuple[InputDocument, ...], words: tuple[str, ...]) -> bool:

@@ -1,6 +1,6 @@
 """`unsloth`: the importer for dictionaries of Unsloth's arguments as YAML or JSON, and for the flags of its script.
 
-The dictionaries are those of `FastLanguageModel.from_pretrained`, `get_peft_model` and `SFTConfig`, in one group or in groups of their own.
+The dictionaries are those of `FastLanguageModel.from_pretrained`, `get_peft_model` and `SFTConfig`, in one group or in separate groups.
 """
 
 from __future__ import annotations

@@ -133,13 +133,13 @@ def prompts_to_compare(spec: FineTuneJobSpec) -> ConfigMapKeyRef | None:
 
 
 def compares_metrics(spec: FineTuneJobSpec) -> bool:
-    """Whether the metrics of the base model are measured, too: for `evaluation.comparison`, or for a gate with `notWorseThanBase`."""
+    """Whether the metrics of the base model are also measured: for `evaluation.comparison`, or for a gate with `notWorseThanBase`."""
     has_gate = any(gate.not_worse_than_base is not None for gate in spec.evaluation.gates or [])
     return bool(metrics_after_training(spec)) and (spec.evaluation.comparison is not None or has_gate)
 
 
 def compares_answers(spec: FineTuneJobSpec) -> bool:
-    """Whether the answers of both models are stored: those to the prompts of `promptsRef`, otherwise those to the test questions."""
+    """Whether the answers of both models are stored: the answers to the prompts of `promptsRef` or, without prompts, to the test questions."""
     return prompts_to_compare(spec) is not None or (spec.evaluation.comparison is not None and compares_metrics(spec))
 
 

@@ -145,7 +145,7 @@ def check_combined_adapters(spec: FineTuneJobSpec, target: ExecutionTarget) -> F
     for name in (name for name, is_present in obstacles.items() if is_present):
         yield (
             "output.combineAdapters",
-            f"only changes by plain LoRA can be added up, but the job uses {name}",
+            f"only plain LoRA adapters can be combined, but the job uses {name}",
             "remove combineAdapters",
         )
 
@@ -209,7 +209,7 @@ def check_trackers(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
 
 
 def _has_wandb_variables(spec: FineTuneJobSpec) -> bool:
-    """Whether `placement.env` has the API key, or asks for files instead of a server."""
+    """Whether `placement.env` has the API key, or requests files instead of a server."""
     return any(
         variable.name == WANDB_KEY or (variable.name == WANDB_MODE and variable.value == "offline") for variable in spec.placement.env or []
     )

@@ -1,4 +1,4 @@
-"""What inference servers can serve: the one table of servers and features.
+"""Which features of a job inference servers cannot serve. This is the only table of servers and features.
 
 A feature in this table is a warning for every job, and a problem for jobs that name the server in `output.serving`. The facts are those of
 vLLM 0.11 to 0.22 (`vllm/lora/peft_helper.py`, `vllm/config/lora.py`). KServe's Hugging Face runtime passes adapters to vLLM, so it has the
@@ -25,7 +25,7 @@ from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.enums import LoraBias, MethodType, ServingTarget, TrainerType
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""Values of vLLM's option `--max-lora-rank` that every release accepts. An adapter needs the next higher value."""
+"""Values of vLLM's option `--max-lora-rank` that every release accepts. An adapter needs the smallest value that is not below its rank."""
 DEFAULT_RANK = 16
 ALL_SERVERS = (ServingTarget.VLLM, ServingTarget.KSERVE)
 MERGE = "set output.mergeAdapter: true to serve the merged model"
@@ -39,18 +39,18 @@ class UnservableFeature:
     servers: tuple[ServingTarget, ...]
     applies: Callable[[FineTuneJobSpec], bool]
     limit: str
-    """What the servers cannot do. The sentence begins with the names of the servers and `cannot`."""
+    """What the servers cannot do. The text completes a sentence that begins with the names of the servers and `cannot`."""
     hint: str
     warns: bool = True
     """Whether jobs without this server in `output.serving` get a warning. False for limits of jobs whose result is rarely served."""
 
     def message(self, servers: tuple[ServingTarget, ...]) -> str:
-        """The limit of these servers in one sentence."""
+        """Return the limit of these servers in one sentence."""
         return f"{' and '.join(servers)} cannot {self.limit}"
 
 
 def adapter_rank(spec: FineTuneJobSpec) -> int | None:
-    """Rank of the stored LoRA adapter. PiSSA and OLoRA are stored with twice the rank. None for other methods and given adapters."""
+    """Return the rank of the stored LoRA adapter. PiSSA and OLoRA are stored with twice the rank. None for other methods and existing adapters."""
     if method_type_of(spec) not in LORA_METHODS or method_type_of(spec) is MethodType.ADAPTER:
         return None
     lora = spec.method.lora

@@ -66,7 +66,7 @@ class CombinedAdapter(Group):
         description="LoRA adapter for the same base model, in the same forms as `model.source`. Required. Example: `s3://models/ft/team-a/style/UID/model`."
     )
     weight: Annotated[float, Field(ge=-100, le=100)] | None = spec_field(
-        "Factor of the adapter's change of the base model.", default=1.0, example=0.5, since="0.2.0"
+        "Factor by which the adapter's change to the base model is multiplied.", default=1.0, example=0.5, since="0.2.0"
     )
 
 
@@ -104,7 +104,7 @@ class Output(Group):
         since="0.2.0",
     )
     adapter_weight: Annotated[float, Field(ge=-100, le=100)] | None = spec_field(
-        "Factor of the trained adapter's change of the base model in the merged model. Only with combineAdapters.", default_text="1", example=0.5, since="0.2.0"
+        "Factor by which the trained adapter's change to the base model is multiplied in the merged model. Only with combineAdapters.", default_text="1", example=0.5, since="0.2.0"
     )
     export: Annotated[list[ExportFormat], Field(max_length=8)] | None = spec_field(
         "Formats of the final model. The model is always saved as safetensors. With `oci`, the manifest of an OCI artefact is stored beside the model, for `finetune export`. `gguf` and `onnx` are refused.",
@@ -118,7 +118,7 @@ class Output(Group):
         since="0.2.0",
     )
     serving: Annotated[list[ServingTarget], Field(max_length=2)] | None = spec_field(
-        "Servers that must be able to serve the final model. The job is refused if one of them cannot. Manifests for these servers are written to the folder `serving` beside the model.",
+        "Servers that must be able to serve the final model. The job is refused if one of them cannot serve it. Manifests for these servers are written to the folder `serving` beside the model.",
         default_text="none: a feature that a server cannot serve is only a note in status.resolved.notes",
         example=["vllm"],
         since="0.2.0",
@@ -143,10 +143,10 @@ class Benchmark(Group):
         since="0.2.0",
     )
     few_shot: Annotated[int, Field(ge=0, le=1000)] | None = spec_field(
-        "Number of solved examples before each question. Tasks that require 0 keep 0.", default_text="the number in the task", example=5, since="0.2.0"
+        "Number of solved examples before each question. Tasks that require 0 examples always get 0.", default_text="the number in the task", example=5, since="0.2.0"
     )
     limit: Annotated[int, Field(ge=1, le=1000000000)] | None = spec_field(
-        "Largest number of questions of each task: the first questions of the task, or a random sample of the rows for human-eval.",
+        "Maximum number of questions of each task: the first questions of the task, or a random sample of the rows for human-eval.",
         default_text="all questions; 50 for human-eval",
         example=200,
         since="0.2.0",

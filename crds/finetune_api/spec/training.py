@@ -99,8 +99,7 @@ class Training(Group):
     gradient_checkpointing: GradientCheckpointing | None = spec_field(
         "Whether activations are recomputed to save GPU memory.",
         default_text=(
-            "enabled on GPU, but the trainer keeps the activations of micro-batches that fit into its memory by the trainer's estimate; "
-            "disabled on CPU and for prefixTuning"
+            "enabled on GPU, except for activations that fit into the GPU's memory by the trainer's estimate; disabled on CPU and for prefixTuning"
         ),
         example="disabled",
     )

@@ -4,8 +4,8 @@ The expressions are the same for every installation. The chart adds three variab
 of texts: patterns as `+` or `-` and a regular expression, the last pattern first; other values as one text or none), `storage` (the default
 storage without a slash at the end, or an empty text) and `pools` (name, resource and default of each node pool).
 
-A changed job is not checked, because a new rule must not hinder running jobs. The exception is an extension of `policy.activeDeadlineSeconds`, the
-only field with a rule that can change.
+Changes of a job are not checked, because a new rule must not affect running jobs. The only exception is a longer
+`policy.activeDeadlineSeconds`, because no other field with a rule can change.
 """
 
 from __future__ import annotations

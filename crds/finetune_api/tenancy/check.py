@@ -91,7 +91,7 @@ class _Checker:
             yield PolicyProblem(path, rule, message, f"write for example `{example}`" if example else hint)
 
     def _describe(self, patterns: tuple[str, ...]) -> str:
-        """Return a hint with the patterns, as they read in this namespace."""
+        """Return a hint with the patterns, in which the job's namespace replaces `{namespace}`."""
         if not patterns:
             return "the rule allows no value: remove the field"
         root = self._platform.s3_root
@@ -101,20 +101,20 @@ class _Checker:
         return f"write a value that the rule allows: {', '.join(texts)}{order}"
 
     def check_pool(self, spec: FineTuneJobSpec) -> Iterator[PolicyProblem]:
-        """Check the pool that the job names or gets."""
+        """Check the pool that the job names, or that the operator chooses for it."""
         name = pool_name(spec, self._platform.pools)
         subject = "a job without a node pool" if not name else f"node pool {name!r}"
         yield from self._refused("nodePools", "resources.nodePool", Text(name, name), subject=subject)
 
     def check_patterns(self, wire: dict[str, Any]) -> Iterator[PolicyProblem]:
-        """Check each field whose value is compared with patterns by itself."""
+        """Check each field whose own value is compared with patterns."""
         for check in table.PATTERN_CHECKS:
             for path, value in values_at(wire, check.path):
                 for text in check.texts(value, self._platform):
                     yield from self._refused(check.rule, path, text)
 
     def check_output_folder(self, spec: FineTuneJobSpec) -> Iterator[PolicyProblem]:
-        """Check `<storage.uri>/<output.dir>`. Without any storage, the job is not accepted for another reason."""
+        """Check `<storage.uri>/<output.dir>`. A job without any storage is refused by another check."""
         uri, folder = spec.storage.uri or self._platform.storage_uri, spec.output.dir
         if uri is None or folder is None:
             return

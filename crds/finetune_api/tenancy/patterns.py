@@ -1,10 +1,9 @@
-"""Patterns in `policy`: text with `*`, which matches any text. The last matching pattern of a list decides; `!` makes a pattern refuse.
+"""Patterns in `policy`: text with `*`, which matches any text. The last matching pattern of a list decides: it allows the value, or refuses
+it if the pattern begins with `!`. If no pattern matches, the value is refused. `{namespace}` is replaced by the job's namespace, and
+`{storage}` by the default storage if it is an S3 store. Without such a store, patterns with `{storage}` are ignored.
 
-Without a matching pattern, a value is refused. `{namespace}` is replaced by the job's namespace, and `{storage}` by the default storage if it is an S3
-store. Without such a store, patterns with `{storage}` are ignored.
-
-Some rules compare paths and addresses. There, `X/*` also matches the folder `X` itself. `!X/*` also matches all folders above `X`, because reading or
-covering such a folder includes X.
+Some rules compare paths and addresses. There, `X/*` also matches the folder `X` itself. `!X/*` also matches all folders above `X`, because
+access to such a folder includes access to `X`.
 
 Every pattern becomes one regular expression, which Python and the RE2 library of the API server read in the same way. The chart's template
 `admission-policy.yaml` builds the same expressions.

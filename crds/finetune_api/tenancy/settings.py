@@ -28,7 +28,7 @@ class NamespacePolicy(WireModel):
     secrets: Patterns | None = Field(default=None, description="Names of the Secrets that the job uses, in the job's namespace.")
     priority_classes: Patterns | None = Field(default=None, description="Priority classes in placement.priorityClassName.")
     tolerations: Patterns | None = Field(
-        default=None, description="Keys of the taints in placement.tolerations. A toleration without key tolerates every taint and needs exactly [`*`]."
+        default=None, description="Keys of the taints in placement.tolerations. A toleration without key tolerates every taint; only the list [`*`] allows it."
     )
     node_labels: Patterns | None = Field(
         default=None, description="Keys of node labels in placement.nodeSelector and placement.nodeAffinity. NotIn and DoesNotExist are always allowed."
@@ -51,8 +51,8 @@ class NamespacePolicy(WireModel):
     allow_user_code: bool | None = Field(
         default=None, description="Whether jobs may run reward functions of ConfigMaps and benchmarks with allowCodeExecution, and set checkpoint.allowPickle."
     )
-    max_nodes: int | None = Field(default=None, ge=1, description="Most nodes of a job; default: no limit.")
-    max_gpus: int | None = Field(default=None, ge=0, description="Most GPUs of a job: nodes x gpusPerNode; default: no limit.")
+    max_nodes: int | None = Field(default=None, ge=1, description="Maximum number of nodes of a job; default: no limit.")
+    max_gpus: int | None = Field(default=None, ge=0, description="Maximum number of GPUs of a job: nodes x gpusPerNode; default: no limit.")
     max_duration_seconds: int | None = Field(
         default=None,
         ge=1,
@@ -67,7 +67,7 @@ class NamespaceEntry(NamespacePolicy):
 
 
 class PolicyRules(WireModel):
-    """All rules of one namespace. The defaults of the lists refuse only what reaches beyond the namespace."""
+    """All rules of one namespace. By default, the lists only refuse access beyond the namespace."""
 
     node_pools: Patterns = ("*",)
     images: Patterns = ("*",)
@@ -108,7 +108,7 @@ class PlatformPolicy(NamespacePolicy):
     )
 
     def rules_for(self, namespace: str) -> PolicyRules:
-        """Return the rules of a namespace: of the first matching entry, otherwise of `policy`, otherwise the defaults."""
+        """Return the rules of a namespace: rules of the first matching entry, or else of `policy`, or else the defaults."""
         entry = next((entry for entry in self.namespaces if any(_matches(name, namespace) for name in entry.names)), None)
         given_rules = self.model_dump(exclude_none=True, exclude={"namespaces"})
         if entry is not None:

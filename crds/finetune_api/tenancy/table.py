@@ -32,7 +32,7 @@ class Pool:
 
 @dataclass(frozen=True)
 class Platform:
-    """What the rules need to know of a job's namespace and of the operator's configuration."""
+    """The data about a job's namespace and the operator's configuration that the rules need."""
 
     namespace: str
     storage_uri: str | None = None
@@ -40,7 +40,7 @@ class Platform:
 
     @property
     def s3_root(self) -> str:
-        """The default storage without a slash at the end, or an empty string if it is no S3 store."""
+        """The default storage without a slash at the end, or an empty string if it is not an S3 store."""
         uri = without_end_slash(self.storage_uri or "")
         return uri if uri.startswith("s3://") else ""
 
@@ -181,7 +181,7 @@ def _written(address: str, shown: str) -> Text:
 
 
 def _storage_uri(value: Any, platform: Platform) -> Iterator[Text]:
-    """The job's folder lies below `<storage.uri>/<namespace>`."""
+    """The job writes below `<storage.uri>/<namespace>`."""
     yield _written(f"{without_end_slash(value)}/{platform.namespace}", value)
 
 
@@ -247,7 +247,7 @@ PATTERN_CHECKS: tuple[PatternCheck, ...] = (
     PatternCheck("destinations", "storage.uri", _storage_uri, _cel_storage_uri),
     PatternCheck("destinations", "output.hub.repository", _hub_repository, _cel_hub_repository),
 )
-"""Every field that a pattern rule checks by itself. `check` and `admission` add the fields that depend on other fields."""
+"""Every field whose own value a pattern rule checks. `check` and `admission` add the fields that depend on other fields."""
 FOLDER_RULES = frozenset({"mountPaths", "sources", "destinations"})
 """Rules whose patterns are compared with folders; see `patterns`."""
 FORBIDDEN_IF_PRESENT = (("allowUserCode", "trainer.rewards[].configMapRef"),)
@@ -261,5 +261,5 @@ FORBIDDEN_IF_TRUE = (
 
 
 def source_address(value: str) -> str:
-    """Return the address of a source as the patterns see it."""
+    """Return the address of a source in the form that is compared with the patterns."""
     return without_end_slash(value) if "://" in value else f"hf://{value}"

@@ -92,12 +92,15 @@ def build_service(job: JobView) -> Object:
 
 
 def _job_labels(spec: FineTuneJobSpec) -> dict[str, str]:
-    """The user's labels for the Job, without the queue label, which would queue the Job. Release 0.1.0 set that label only on pods."""
+    """Return the user's labels for the Job, without the queue label.
+
+    On a Job, that label makes Kueue queue the Job; release 0.1.0 set it only on pods.
+    """
     return {key: value for key, value in (spec.placement.labels or {}).items() if key != Label.QUEUE}
 
 
 def child_labels(job: JobObject, attempt: int) -> dict[str, str]:
-    """Labels of the Job and the pods of an attempt."""
+    """Return the labels of the Job and the pods of an attempt."""
     return {
         Label.MANAGED_BY.value: names.MANAGER_NAME,
         Label.JOB_NAME.value: job.name,
@@ -113,9 +116,9 @@ def _owner_reference(api_version: str, kind: str, name: str, uid: str) -> Object
 
 
 def _failure_rules() -> list[Object]:
-    """Rules that fail the Job at once after a disruption or certain exit codes. `backoffLimit: 0` covers all other failures.
+    """Return the rules that fail the Job at once after a disruption or certain exit codes. `backoffLimit: 0` covers all other failures.
 
-    Pods of a suspended Job exit with code 75. A rule for all other exit codes would match this code and fail the suspended Job.
+    Pods of a suspended Job exit with code 75. So the rules list exit codes: a rule for every nonzero code would also fail suspended Jobs.
     """
     return [
         {"action": "FailJob", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
@@ -163,7 +166,7 @@ def _build_pod_spec(name: str, run: RunConfig, run_sha256: str, pool: NodePool |
 
 
 def _build_pod_security(fixed_user: bool) -> Object:
-    """The pod's security context. OpenShift rejects pods with user ids that it has not assigned, so `fixed_user` can be false."""
+    """Return the pod's security context. OpenShift rejects pods with user ids that it has not assigned, so `fixed_user` can be false."""
     ids: Object = {"runAsUser": names.TRAINER_UID, "runAsGroup": names.TRAINER_UID, "fsGroup": names.TRAINER_UID} if fixed_user else {}
     return {"runAsNonRoot": True, **ids, "fsGroupChangePolicy": "OnRootMismatch", "seccompProfile": {"type": "RuntimeDefault"}}
 
@@ -206,7 +209,7 @@ def _operator_volumes(spec: FineTuneJobSpec) -> list[Object]:
         {"name": "run", "downwardAPI": {"items": [item]}},
         {"name": "work", "emptyDir": _with_size_limit({}, resources.ephemeral_storage)},
         {"name": "shm", "emptyDir": _with_size_limit({"medium": "Memory"}, resources.shared_memory)},
-        # All volumes together may not exceed the disk limit of the pod either.
+        # The sizes of all volumes together are also limited, by the disk limit of the pod.
         {"name": "tmp", "emptyDir": _with_size_limit({}, resources.ephemeral_storage)},
     ]
 
@@ -216,7 +219,10 @@ def _with_size_limit(volume: Object, size: str | int | None) -> Object:
 
 
 def _build_resources(spec: FineTuneJobSpec) -> Object:
-    """Requests and limits. CPU has no limit, because a limit would throttle data loading. Memory and disk requests equal their limits."""
+    """Return the requests and limits. CPU has no limit, because a CPU limit would throttle data loading.
+
+    Memory and disk requests equal their limits.
+    """
     resources = spec.resources
     requests: Object = {} if resources.cpu is None else {"cpu": str(resources.cpu)}
     limits: Object = {}
@@ -230,7 +236,7 @@ def _build_resources(spec: FineTuneJobSpec) -> Object:
 
 
 def _build_env(run: RunConfig, run_sha256: str, config: OperatorConfig) -> list[Object]:
-    """Environment of the trainer. The user's variables come last, but cannot replace the operator's reserved variables."""
+    """Return the trainer's environment variables. The user's variables come last, but the user cannot set variables that the operator reserves."""
     spec = run.spec
     operator_variables: list[Object] = [
         {"name": Env.RUN_SHA256.value, "value": run_sha256},
@@ -262,7 +268,7 @@ def _build_env(run: RunConfig, run_sha256: str, config: OperatorConfig) -> list[
 
 
 def _client_keys(spec: FineTuneJobSpec) -> list[Object]:
-    """Credentials for experiment trackers, the model hub and the judge, as the environment variables that the client libraries read."""
+    """Return the credentials for experiment trackers, the model hub and the judge, as environment variables that the client libraries read."""
     wandb, mongodb, hub, judge = spec.tracking.wandb, spec.tracking.mongodb, spec.output.hub, spec.evaluation.judge
     secret_references = (
         (names.WANDB_KEY, wandb.api_key_secret_ref if wandb else None),
@@ -290,7 +296,7 @@ def _credential_variables(secret: SecretRef | None, prefix: str) -> list[Object]
 
 
 def _customer_key_variables(connection_name: str, connection: StorageConnection | None) -> list[Object]:
-    """The variable with the customer's key for server-side encryption (SSE-C), read from a Secret."""
+    """Return the variable with the customer's key for server-side encryption (SSE-C), read from a Secret."""
     key_reference = connection.encryption.customer_key_secret_ref if connection and connection.encryption else None
     if key_reference is None:
         return []
@@ -312,7 +318,10 @@ def _field_ref(path: str) -> Object:
 
 
 def _build_scheduling_fields(spec: FineTuneJobSpec, pool: NodePool | None, config: OperatorConfig, gang_name: str | None) -> Object:
-    """Scheduling fields of the pod. If the Job has several pods, `gang_name` is its name, and the pods prefer the same zone but different hosts."""
+    """Return the scheduling fields of the pod.
+
+    If the Job has several pods, `gang_name` is the Job's name, and the pods prefer one zone but different hosts.
+    """
     placement = spec.placement
     result: Object = {}
     node_selector = {**(pool.node_selector if pool else {}), **(placement.node_selector or {})}

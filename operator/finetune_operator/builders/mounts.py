@@ -49,7 +49,7 @@ def build_mounts(spec: FineTuneJobSpec) -> PodVolumes:
 
 
 def ca_bundles(spec: FineTuneJobSpec) -> dict[str, ConfigMapKeyRef]:
-    """References to CA bundles, by name of the storage connection."""
+    """Return the references to CA bundles, by name of the storage connection."""
     connections = {"storage": spec.storage, "model": spec.model.storage, "dataset": spec.dataset.storage}
     return {name: storage.ca_bundle_ref for name, storage in connections.items() if storage and storage.ca_bundle_ref}
 
@@ -61,7 +61,7 @@ def _config_maps(spec: FineTuneJobSpec) -> set[str]:
 
 
 def _find_claims(spec: FineTuneJobSpec) -> dict[str, bool]:
-    """Names of the volume claims. The value is True if the job writes to the volume."""
+    """Return the names of the volume claims. The value is True if the job writes to the volume."""
     result: dict[str, bool] = {}
     for source, writable in _yield_sources(spec):
         if isinstance(source, PvcSource):
@@ -116,7 +116,7 @@ def _yield_config_map_references(value: Any) -> Iterator[ConfigMapKeyRef]:
 
 
 def _user_volumes(spec: FineTuneJobSpec) -> tuple[list[Object], list[Object]]:
-    """Volumes and mounts of `placement.volumes` and `placement.volumeMounts`."""
+    """Return the volumes and mounts of `placement.volumes` and `placement.volumeMounts`."""
     volumes: list[Object] = []
     for volume in spec.placement.volumes or []:
         if volume.persistent_volume_claim:

@@ -88,7 +88,10 @@ def _build_world(job: JobObject, spec: FineTuneJobSpec, attempt: int) -> World:
 
 
 def _build_resume(spec: FineTuneJobSpec, attempt: int, committed_step: int, max_step: int | None, rolled_back_attempt: int | None) -> ResumeConfig:
-    """Later attempts continue from the job's own checkpoints. If a rollback excludes all checkpoints, an attempt starts like the first one."""
+    """Return the checkpoint from which the attempt starts. Later attempts continue from the job's own checkpoints.
+
+    If a rollback excludes all of them, the attempt starts like the first attempt.
+    """
     requested_mode = spec.checkpoint.resume or "auto"
     expected_step = committed_step if max_step is None else min(committed_step, max_step)
     mode = "auto" if attempt > 1 and (expected_step or requested_mode == "never") else requested_mode
@@ -113,7 +116,7 @@ def _build_store_target(uri: str, connection: StorageConnection, connection_name
 
 
 def customer_key_variable(connection_name: str) -> str:
-    """Name of the variable that holds a connection's customer encryption key. Connections can share credentials, but not this key."""
+    """Return the name of the variable that holds a connection's customer encryption key. Connections can share credentials, but not this key."""
     prefix = {"storage": "", "model": MODEL_CREDENTIALS_PREFIX, "dataset": DATASET_CREDENTIALS_PREFIX}[connection_name]
     return f"{prefix}{Env.STORAGE_CUSTOMER_KEY.value}"
 

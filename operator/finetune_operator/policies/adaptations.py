@@ -123,7 +123,7 @@ def adapt_to_divergence(
     spec: FineTuneJobSpec, adaptations: Iterable[Adaptation], checkpoints: Iterable[Checkpoint], now: datetime,
     attempt: int = 1,
 ) -> Adaptation | AdaptationsExhausted:  # fmt: skip
-    """Return the next change after the loss of `attempt` was not finite. `spec` has all earlier adaptations."""
+    """Return the next change for a run that diverged: the loss of `attempt` was not finite. `spec` has all earlier adaptations."""
     if spec.policy.on_divergence is OnDivergence.FAIL:
         return AdaptationsExhausted("policy.onDivergence is Fail", "lower training.learningRate or training.maxGradNorm")
     earlier_divergences = [adaptation for adaptation in adaptations if adaptation.reason == Reason.DIVERGED]

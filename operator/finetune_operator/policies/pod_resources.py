@@ -1,11 +1,13 @@
-"""CPU, memory, disk and shared memory of a pod, if the job does not set them.
+"""Computes the CPU, memory, disk and shared memory of a pod if the job does not set them.
 
-Each value has this order: the node pool, `resources.perGpu` (only for pods with GPUs), `resources`, and last the built-in values of this module.
+Each value comes from the first of these sources that has it: the node pool, `resources.perGpu` of the configuration (only for pods with
+GPUs), `resources` of the configuration, and the built-in values of this module.
 
 The built-in values for GPUs are chosen so that a pod fits on the smallest machines that clouds offer with its number of GPUs: 4 CPUs and 15 GiB
-of memory with one T4, 4 CPUs and 16 GiB with one A10G or L4. The machine's own components need a part of this. With a larger GPU, a pod needs
-more memory, because each rank loads weights and collects the state for checkpoints in the host's memory. All machines of the large clouds have
-at least two thirds of the GPUs' memory as host memory, so half of it fits.
+of memory with one T4, 4 CPUs and 16 GiB with one A10G or L4. The pod gets less than that, because the components of the node also need CPU
+and memory. With a larger GPU, a pod needs more memory, because each rank loads weights and collects the state for checkpoints in the host's
+memory. The default host memory is therefore half of the GPU memory. This fits, because the host memory of all GPU machines of the large
+clouds is at least two thirds of their GPU memory.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ GIB = 2**30
 def default_resources(
     spec: FineTuneJobSpec, config: OperatorConfig, pool: NodePool | None, recorded_defaults: Mapping[str, Any]
 ) -> dict[str, str]:
-    """Return the default for each field of POD_DEFAULTS. `recorded_defaults` are those of the job's first attempt, by spec path."""
+    """Return the default for each field of POD_DEFAULTS. `recorded_defaults`: the defaults of the job's first attempt, by spec path."""
     gpus = _whole_gpus(spec, pool)
     built_in = POD_DEFAULTS if gpus == 0 or _has_former_defaults(recorded_defaults) else _gpu_defaults(gpus, pool)
     configured = [_fields(pool.resources) if pool else {}, _per_gpu_resources(config, gpus), _fields(config.resources)]
@@ -39,13 +41,16 @@ def default_resources(
 
 
 def _whole_gpus(spec: FineTuneJobSpec, pool: NodePool | None) -> int:
-    """The pod's GPUs. A MIG slice is a part of a GPU, and its pod gets the same values as a pod without GPUs."""
+    """Return the number of whole GPUs of the pod. 0 for MIG slices (parts of a GPU): their pods get the same values as pods without GPUs."""
     resource = spec.resources.gpu_resource or (pool.gpu_resource if pool else "")
     return 0 if "/mig-" in resource else gpus_per_node(spec)
 
 
 def _has_former_defaults(recorded_defaults: Mapping[str, Any]) -> bool:
-    """Whether the job's first attempt had the values before release 0.2.0. Its next attempts keep them, so that they fit where the first fitted."""
+    """Whether the job's first attempt had the values before release 0.2.0.
+
+    If so, the next attempts keep these values, so that they fit on the same nodes.
+    """
     return recorded_defaults.get("resources.cpu") == POD_DEFAULTS["cpu"] and recorded_defaults.get("resources.memory") == POD_DEFAULTS["memory"]
 
 
@@ -60,7 +65,7 @@ def _gpu_defaults(gpus: int, pool: NodePool | None) -> dict[str, str]:
 
 
 def _per_gpu_resources(config: OperatorConfig, gpus: int) -> dict[str, str]:
-    """The configured values per GPU, multiplied by the number of GPUs, as whole millicores or bytes."""
+    """Return the configured values per GPU, multiplied by the number of GPUs, as whole millicores or bytes."""
     if gpus == 0:
         return {}
     values = _fields(config.resources.per_gpu)
@@ -71,5 +76,5 @@ def _per_gpu_resources(config: OperatorConfig, gpus: int) -> dict[str, str]:
 
 
 def _fields(settings: Any) -> dict[str, Any]:
-    """The quantities that are set in `resources`, `perGpu` or a pool."""
+    """Return the quantities that are set in `resources`, `perGpu` or a pool."""
     return {name: getattr(settings, name) for name in POD_DEFAULTS if getattr(settings, name, None) is not None}

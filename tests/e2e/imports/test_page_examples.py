@@ -1,4 +1,4 @@
-"""Every example of the tools' pages is imported, applied unchanged, and runs to its end on the cluster with all that it asks for."""
+"""Every example of the tools' pages is imported, applied unchanged, and runs to its end on the cluster with all features that it requests."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ def kubectl_pages() -> list[Path]:
 
 @pytest.mark.parametrize("page", kubectl_pages(), ids=lambda page: page.stem)
 def test_kubectl_commands_of_a_page_succeed(api: Endpoint, page: Path, tmp_path: Path) -> None:
-    """In the order of the page, in a namespace of its own. No operator is running, so nothing starts."""
+    """The commands run in the order of the page, in a separate namespace. No operator is running, so no job starts."""
     program = [str(build.ensure_built(build.KUBE_PROGRAM)), "kubectl", "--kubeconfig", str(api.kubeconfig)]
     namespace = f"docs-{page.stem}"
     subprocess.run([*program, "create", "namespace", namespace], check=True, capture_output=True)

@@ -1,4 +1,6 @@
-"""The chart on a real API server, with Helm 3 and Helm 4: dry runs of what it renders, releases that exclude each other, and its life beside a job."""
+"""The chart on a real API server, with Helm 3 and Helm 4: dry runs of the rendered objects, releases that exclude each other, and changes
+of the release while a job runs.
+"""
 
 from __future__ import annotations
 
@@ -65,7 +67,7 @@ VALUES: dict[str, Object] = {
 
 @pytest.fixture(scope="module")
 def control_plane_with_monitoring(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KubeApi]:
-    """An API server of its own, because releases install cluster-wide objects. It has the CRDs of the Prometheus operator."""
+    """A separate API server, because releases install cluster-wide objects. It has the CRDs of the Prometheus operator."""
     with ControlPlane(tmp_path_factory.mktemp("chart") / "state") as endpoint:
         api = KubeApi(endpoint)
         for crd in monitoring_crds(tmp_path_factory.mktemp("go")):

@@ -1,4 +1,4 @@
-"""The model of these tests is pre-trained on ChatML, but its end token is `<|endoftext|>`, as that of many base models."""
+"""The model of these tests is pre-trained on ChatML, but its end token is `<|endoftext|>`, as in many base models."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ def test_the_trained_end_token_stops_plain_generation(method: str, model: Path, 
     options = {"generation_config": GenerationConfig.from_pretrained(folder)} if method == "lora" else {}
     expected = TEN_ROWS[0]["messages"][1]["content"]
     assert answer_of(trained, folder, **options)[0] == f"{expected}<|im_end|>"
-    # With the settings of the base model, the trained model writes on.
+    # With the settings of the base model, generation continues after the answer.
     text, length = answer_of(trained, folder, generation_config=GenerationConfig.from_pretrained(model))
     assert text.startswith(f"{expected}<|im_end|>") and length == 24
 

@@ -121,7 +121,7 @@ def test_combined_adapters_are_added_up_with_their_weights(model: Path, other_ad
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        ({"use_dora": True}, "an adapter with DoRA: only changes by plain LoRA can be added up"),
+        ({"use_dora": True}, "an adapter with DoRA: only plain LoRA adapters can be combined"),
         ({"bias": "all"}, "an adapter with trained biases"),
         ({"r": 5}, "says rank 5 for"),
     ],

@@ -1,4 +1,4 @@
-"""`finetune replay` with the real trainer: equal weights on a CPU, and what it says if seed or data have changed."""
+"""`finetune replay` with the real trainer: equal weights on a CPU, and its messages if seed or data have changed."""
 
 from __future__ import annotations
 

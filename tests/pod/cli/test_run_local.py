@@ -27,7 +27,7 @@ spec:
   checkpoint: {steps: 3}
 """
 WITHOUT_VERIFICATION = ("--set", "output.verify=false")
-"""Options for tests that do not need the verification of the stored model, which runs in a process of its own."""
+"""Options for tests that do not need the verification of the stored model, which runs in a separate process."""
 
 
 @pytest.fixture(scope="module")

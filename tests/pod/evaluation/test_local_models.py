@@ -73,12 +73,12 @@ def test_bertscore_is_the_mean_of_greedy_matches(encoder: Path, layer: int | Non
 
 
 def test_the_tokenizer_of_the_model_has_no_length_limit(encoder: Path) -> None:
-    """The case in which bert-score alone fails with an integer overflow, and in which a longer text than the positions arrives."""
+    """In this case, bert-score alone would fail with an integer overflow. One text is longer than the number of the model's positions."""
     assert AutoTokenizer.from_pretrained(encoder).model_max_length > 10**18
 
 
 def test_the_recommended_layer_of_a_known_model(encoder: Path, tmp_path: Path) -> None:
-    """bert-score recommends layer 9 of bert-base-uncased. This model has three layers, so the last one is used; 2 is another result."""
+    """bert-score recommends layer 9 of bert-base-uncased. This model has three layers, so its last layer is used. Layer 2 has another result."""
     known = tmp_path / "bert-base-uncased"
     shutil.copytree(encoder, known)
     last, second = (bertscore(PREDICTIONS[:1], encoder, field="x", layer=layer)["f1"].value for layer in (3, 2))
@@ -99,7 +99,7 @@ def test_embeddings_that_are_not_finite_leave_no_value(encoder: Path, tmp_path: 
 
 @pytest.mark.parametrize("pooling", [None, "cls"])
 def test_sentence_embeddings_are_pooled_token_embeddings(encoder: Path, tmp_path: Path, pooling: str | None) -> None:
-    """A plain encoder gets mean pooling; a sentence-transformers folder has its own."""
+    """A plain encoder gets mean pooling; a sentence-transformers folder defines its own pooling."""
     folder = encoder
     if pooling is not None:
         folder = tmp_path / "sentences"

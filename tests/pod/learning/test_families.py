@@ -32,7 +32,7 @@ MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_n_g
 
 @dataclass(frozen=True)
 class Family:
-    """A type of model: the sizes of a tiny configuration, and what the trainer says about it."""
+    """A type of model: the sizes of a tiny configuration, and the trainer's notes about this type."""
 
     sizes: dict[str, Any] = field(default_factory=dict)
     has_sdpa: bool = True
@@ -170,7 +170,7 @@ def test_one_parameter_of_the_experts_can_be_named(tmp_path: Path) -> None:
         ("qwen3_next", {"targetModules": list(DENSE_LAYERS), "dropout": 0.1}, "DropoutOnExperts", "write `dropout: 0`"),
     ],
 )
-def test_what_cannot_have_an_adapter_is_refused(name: str, lora: dict[str, Any], code: str, text: str, tmp_path: Path) -> None:
+def test_modules_that_cannot_have_an_adapter_are_refused(name: str, lora: dict[str, Any], code: str, text: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         train(tmp_path, name, {"type": "lora", "lora": lora})
     assert caught.value.code == code and text in str(caught.value)

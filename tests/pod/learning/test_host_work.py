@@ -1,4 +1,4 @@
-"""A micro-batch walks over no modules and reads no tensor, and the results are those of the libraries' own methods."""
+"""A micro-batch causes no walk over modules and no read of a tensor. The results equal those of the libraries' own methods."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def merge_specs(*specs: dict[str, Any]) -> dict[str, Any]:
 
 
 def train_counted(folder: Path, model: Path, spec: dict[str, Any], rows: list[Any], patch: pytest.MonkeyPatch) -> list[HostWork]:
-    """Train, and return the work of each optimizer step, without the callbacks of its end."""
+    """Train, and return the work of each optimizer step, without the work of the callbacks at the end of the step."""
     from transformers import TrainerCallback
 
     steps: list[HostWork] = []

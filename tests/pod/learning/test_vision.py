@@ -217,7 +217,7 @@ def test_a_model_without_its_processor_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.faults
 def test_colours_are_learned_from_the_images_alone(tmp_path: Path) -> None:
-    """All questions are equal, so only the images tell the answers apart."""
+    """All questions are equal, so only the images distinguish the answers."""
     method, training = {"type": "full", "vision": {"visionLayers": True}}, {"maxSteps": 40, "batchSizePerDevice": 5}
     outcome, *_ = train(tmp_path, "qwen2_vl", {"method": method, "training": training, "output": {"verify": False}})
     assert outcome.losses[-1] < 0.4 and len(COLOURS) == 5, "without the images, the loss is at least log(5) for one of two or three tokens"

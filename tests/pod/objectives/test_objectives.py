@@ -48,7 +48,7 @@ def log_probability(model: Any, tokenizer: Any, prompt: str, answer: str) -> flo
 
 
 def load_models(outcome: RunOutcome, model: Path) -> tuple[Any, Any, Any]:
-    """Load and return (tuned model, base model, tokenizer) as a user_message does."""
+    """Load and return (tuned model, base model, tokenizer) as a user does."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     assert outcome.folder is not None

@@ -114,7 +114,7 @@ def test_a_missing_device_or_format_is_refused(
 def test_a_requested_gpu_that_torch_does_not_find(
     driver_error: Exception | None, code: str, exit_code: int, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The pod fails finally only without any driver. All other errors may be those of one node."""
+    """The failure is final only if the pod has no driver. All other errors may be specific to one node."""
 
     def init() -> None:
         if driver_error is not None:

@@ -1,4 +1,4 @@
-"""Operator and trainer of neighbouring releases read each other's data, as in the version skew matrix of the contract."""
+"""Operator and trainer of neighbouring releases read each other's data, as the table in docs/decisions/0070-contract-across-versions.md requires."""
 
 from __future__ import annotations
 
@@ -241,7 +241,7 @@ def test_unknown_condition_in_a_status_drops_only_that_condition() -> None:
     assert (status.phase, status.attempt, [condition.type for condition in status.conditions]) == (None, 2, ["Finished"])
 
 
-def test_the_heartbeat_is_written_and_read_under_its_old_name_too() -> None:
+def test_the_heartbeat_is_also_written_and_read_under_its_old_name() -> None:
     report = ProgressReport.model_validate(REPORT | {"health": {"secondsSinceHeartbeat": 4.0}}).to_wire()
     assert report["health"]["secondsSinceSign"] == 4.0
     old = ProgressReport.model_validate(REPORT | {"health": {"secondsSinceSign": 3.0}})

@@ -833,7 +833,7 @@ def test_new_problems_are_only_those_that_the_change_causes() -> None:
         ({"evaluation": {"comparison": {"promptsRef": {"name": "p", "key": "k"}}}}, False, True),
     ],
 )  # fmt: skip
-def test_when_the_base_model_is_compared(change: dict[str, Any], metrics: bool, answers: bool) -> None:
+def test_specs_for_which_the_base_model_is_compared(change: dict[str, Any], metrics: bool, answers: bool) -> None:
     assert (compares_metrics(spec(change)), compares_answers(spec(change))) == (metrics, answers)
 
 

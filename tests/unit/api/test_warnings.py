@@ -87,7 +87,7 @@ def test_notes_of_a_resolution_contain_the_warnings() -> None:
     assert notes[1] == "training.epochs 2 has no effect, because training.maxSteps is 40"
 
 
-def test_what_a_server_cannot_load_is_a_warning_unless_the_job_names_the_server() -> None:
+def test_a_feature_that_a_server_cannot_load_is_a_warning_unless_the_job_names_the_server() -> None:
     dora = spec(method={"type": "dora"})
     assert [(warning.path, warning.code, warning.message) for warning in warnings(dora)] == [
         ("method.type", "NotServable", "vllm and kserve cannot load DoRA adapters")

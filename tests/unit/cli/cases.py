@@ -1,4 +1,4 @@
-"""The import cases: every sample of the compatibility contract and every configuration block of the five tools' pages.
+"""The import cases: every required sample and every configuration block of the five tools' pages.
 
 `python -m tests.unit.cli.cases` rewrites the expected results. Review the difference before you commit it.
 """
@@ -82,16 +82,16 @@ CASES_WITH_COMMANDS: dict[str, tuple[tuple[str, ...], str, str]] = {
 
 PAGES: dict[str, tuple[int, int]] = {"env": (2, 8), "toml": (17, 0), "yaml": (4, 3), "hydra": (0, 1), "guide": (2, 0)}
 """For each tool's page: the number of configuration files, and the number of command lines. Other code blocks are data or code."""
-CONTRACT_SAMPLES: dict[str, tuple[str, str]] = {
+REQUIRED_SAMPLES: dict[str, tuple[str, str]] = {
     "env": ("A B C", "R1 R2 R3 R4"), "toml": ("A B C", "R1 R2 R3 R4"), "yaml": ("A B C D", "R1 R2 R3 R4"),
     "hydra": ("A B C D", "R1 R2 R3 R4"), "guide": ("A B", "R1 R2"),
 }  # fmt: skip
-"""For each tool, the names of the contract's samples: the accepted samples, and the refused samples."""
+"""For each tool, the names of the required samples: the accepted samples, and the refused samples."""
 AS_COMMANDS = {
     "env-C": "env-command-line-over-file", "yaml-C": "yaml-overrides", "yaml-D": "yaml-deepspeed-beside", "yaml-R4": "yaml-overrides-refused",
     "hydra-C": "hydra-overrides", "hydra-D": "hydra-flags", "hydra-R3": "hydra-unknown-key", "hydra-R4": "hydra-sweep",
 }  # fmt: skip
-"""Names of the cases of those samples of the contract that are command lines."""
+"""Names of the cases of those required samples that are command lines."""
 
 
 def import_cases() -> dict[str, tuple[tuple[Path, ...], str | None, str]]:

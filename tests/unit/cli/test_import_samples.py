@@ -1,4 +1,4 @@
-"""Import every sample in the contract and every code block on the tools' pages. The results equal the reviewed results in `expected/`."""
+"""Import every required sample and every code block on the tools' pages. The results equal the reviewed results in `expected/`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from finetune_cli.importers.registry import IMPORTERS
 from finetune_cli.importers.run_import import load_documents
 
 from tests.pod.cli.sources import SOURCES
-from tests.unit.cli.cases import AS_COMMANDS, CASES_WITH_COMMANDS, CONTRACT_SAMPLES, PAGES, import_cases, import_outcome
+from tests.unit.cli.cases import AS_COMMANDS, CASES_WITH_COMMANDS, PAGES, REQUIRED_SAMPLES, import_cases, import_outcome
 from tests.unit.cli.conftest import WriteFile
 from tests.unit.cli.import_command import CASES_FOLDER, import_files
 
@@ -36,17 +36,17 @@ def test_every_block_of_a_page_is_imported(source: str) -> None:
     assert (len(blocks) - len(commands), len(commands) + len(command_cases)) == PAGES[source]
 
 
-@pytest.mark.parametrize("source", CONTRACT_SAMPLES)
-def test_every_sample_of_the_contract_is_imported(source: str) -> None:
-    for words, refused in zip(CONTRACT_SAMPLES[source], (False, True), strict=True):
+@pytest.mark.parametrize("source", REQUIRED_SAMPLES)
+def test_every_required_sample_is_imported(source: str) -> None:
+    for words, refused in zip(REQUIRED_SAMPLES[source], (False, True), strict=True):
         for word in words.split():
             name = AS_COMMANDS.get(f"{source}-{word}", f"samples-{source}-{word}")
             assert ("refused" in import_outcome(name)) is refused, name
     files = {path.stem for path in (CASES_FOLDER / "samples").iterdir() if path.stem.startswith(f"{source}-")} - {
         "yaml-ds_config"
     }
-    contract_names = {f"{source}-{word}" for words in CONTRACT_SAMPLES[source] for word in words.split()}
-    assert files == contract_names - set(AS_COMMANDS)
+    required_names = {f"{source}-{word}" for words in REQUIRED_SAMPLES[source] for word in words.split()}
+    assert files == required_names - set(AS_COMMANDS)
 
 
 @pytest.mark.parametrize("name", [name for name in import_cases() if "-A" in name or "-B" in name or "-C" in name])

@@ -35,7 +35,7 @@ def test_alpha_equals_the_published_example() -> None:
 
 
 def alpha_by_ranks(units: list[list[int]]) -> float:
-    """Ordinal alpha in another way: the distance is that of mid-ranks, and the disagreements are means over all pairs of values."""
+    """Compute ordinal alpha in another way: distances are differences of mid-ranks, and disagreements are means over all pairs of values."""
     paired = [unit for unit in units if len(unit) > 1]
     values = [value for unit in paired for value in unit]
     counts = Counter(values)

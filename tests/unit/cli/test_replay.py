@@ -1,4 +1,4 @@
-"""`finetune replay`: the repeated spec, the refusals, and the reasons for which weights may differ."""
+"""`finetune replay`: the repeated spec, the refusals, and the reasons why weights may differ."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ def test_another_implementation_accepts_the_signature(root: Path, key: Path, run
     assert parsed.payload == (root / "lineage/statement.json").read_bytes()
 
 
-def test_statement_that_is_not_true_is_not_signed(root: Path, key: Path, run_command: RunCommand) -> None:
+def test_statement_that_does_not_match_the_files_is_not_signed(root: Path, key: Path, run_command: RunCommand) -> None:
     (model_folder(root) / "adapter_config.json").write_bytes(b"[]")
     code, _, stderr = run_command("sign", f"file://{root}", "--key", key)
     assert (code, "error: FileChanged: adapter_config.json" in stderr) == (1, True)
@@ -150,7 +150,7 @@ def test_model_that_is_not_the_one_of_the_status_is_not_signed(root: Path, key: 
     assert not (root / "lineage/statement.dsse.json").exists()
 
 
-def test_wrong_usage_names_the_right_one(key: Path, run_command: RunCommand) -> None:
+def test_error_for_wrong_usage_shows_the_right_usage(key: Path, run_command: RunCommand) -> None:
     assert "write `finetune sign NAME --key FILE`" in run_command("sign")[2]
     assert "--new-key only creates a key" in run_command("sign", "bot", "--new-key", "x.pem")[2]
 

@@ -69,7 +69,7 @@ def findings(run: SignedRun, key: Path | None = None) -> list[str]:
 
 
 def unsigned_findings(run: SignedRun) -> list[str]:
-    """The codes after the signature was removed: what a person who cannot sign would do."""
+    """Return the codes after the signature was removed, as an attacker who cannot sign would do."""
     run.envelope.unlink()
     return [str(finding.code) for finding in Verifier(JobStorage(f"file://{run.root}", StorageRoot())).verify().findings]
 
@@ -139,7 +139,7 @@ def edit_manifest_and_marker(run: SignedRun) -> None:
 
 
 def list_path(path: str) -> Callable[[SignedRun], None]:
-    """List one more file in the manifest, and make everything else fit."""
+    """List one more file in the manifest, and adapt everything else."""
 
     def edit(manifest: Any) -> None:
         manifest["files"].append({**manifest["files"][0], "path": path})

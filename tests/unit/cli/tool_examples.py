@@ -41,7 +41,7 @@ class ExampleOutcome:
     """What `finetune validate` reports for the manifest."""
     mistakes: list[Mistake] = field(default_factory=list)
     lost_keys: list[str] = field(default_factory=list)
-    """Keys of the example of which neither a field, nor a warning, nor a note says anything."""
+    """Keys of the example that no field, warning or note mentions."""
 
     @property
     def is_valid(self) -> bool:

@@ -51,7 +51,7 @@ def test_exit_code_decides_reason_and_retry_policy(code: int, reason: Reason, re
         (71, Reason.EVALUATION_FAILED, RetryPolicy.COUNTED), (80, Reason.GATE_FAILED, RetryPolicy.NEVER),
     ],
 )  # fmt: skip
-def test_a_stage_that_fails_after_training_changes_no_value_of_the_training(code: int, reason: Reason, retry: RetryPolicy) -> None:
+def test_a_stage_that_fails_after_training_adapts_no_value(code: int, reason: Reason, retry: RetryPolicy) -> None:
     cause = pod_cause(end_pod(pod(), code, message("X", stage=Stage.EVALUATING)))
     assert cause is not None and (cause.reason, cause.retry_policy, cause.failure.exit_code) == (reason, retry, code)
 
@@ -175,7 +175,7 @@ def test_pod_evicted_because_of_its_own_disk_usage_counts_as_a_retry(code: int) 
 
 
 def ended_at(seconds: float | None, index: int = 0, **fields: Any) -> PodView:
-    """A pod that failed with code 70. `fields` are fields of its termination message; without fields there is none."""
+    """A pod that failed with code 70. `fields`: fields of the termination message. Without fields, there is no termination message."""
     text = TerminationMessage(code="E", message="m", **fields).to_json() if fields else ""
     finished_at = None if seconds is None else at(seconds)
     return replace(pod(index=index), phase="Failed", terminated=TerminatedState(70, "", text, finished_at), node=f"n{index}")

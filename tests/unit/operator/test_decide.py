@@ -132,7 +132,7 @@ def test_time_limit_in_the_past_causes_no_busy_loop(case: str) -> None:
 
 
 def test_checkpoints_of_earlier_attempts_are_no_progress_of_the_current_one() -> None:
-    """A pod lists all existing checkpoints, also those of attempts that the status no longer contains."""
+    """A pod lists all existing checkpoints, including checkpoints of attempts that the status no longer contains."""
     old = {"step": 500, "uri": "s3://b/checkpoints/step-00000500/a1-0123abcd"}
     idle = [{"number": n, "startTime": T, "endTime": T, "reason": "NodeLost", "counted": False} for n in range(2, 12)]
     known = status(attempt=12, attempts=[*idle, {"number": 12, "startTime": T}], checkpoints=[old], retriesUsed=3)
@@ -337,7 +337,7 @@ def test_running_attempt_keeps_only_the_newest_job_of_earlier_attempts(names_of_
     """Users can still read the logs of the last attempt. Jobs that are running or already being deleted are not deleted again."""
     jobs = [job(500, failed_at=at(60)) if name == "last" else JOBS[name] for name in names_of_jobs]
     known = status(attempt=1000, attempts=[{**STARTED_ATTEMPT, "number": 1000}])
-    running = facts(status=known, jobs=[job(int("1000")), *jobs], now=at(61))  # an int object of its own
+    running = facts(status=known, jobs=[job(int("1000")), *jobs], now=at(61))  # a separate int object
     assert names(decide(running).delete_jobs) == superseded
     if all(one.is_finished and not one.is_deleting for one in jobs):
         plan = decide(facts(status=status(attempt=1000), jobs=jobs, now=at(61)))

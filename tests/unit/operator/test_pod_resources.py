@@ -74,5 +74,5 @@ def test_job_that_started_with_the_former_values_keeps_them(recorded: dict[str, 
     assert resources(8, recorded) == expected
 
 
-def test_configuration_replaces_also_former_values() -> None:
+def test_configuration_also_replaces_former_values() -> None:
     assert resources(8, FORMER, resources={"memory": "64Gi"}) == ("1", "64Gi", "20Gi", "1Gi")

@@ -133,7 +133,7 @@ def string_fields(model: type[Group], prefix: str = "") -> Iterator[tuple[str, F
 
 
 def has_type_of_sources(info: FieldInfo) -> bool:
-    """Whether a field has the length limits of the type Source. A few other texts have the same limits."""
+    """Whether a field has the length limits of the type Source. Some texts that are not sources have the same limits."""
     constraints = [*info.metadata, *(item for argument in get_args(info.annotation) for item in getattr(argument, "__metadata__", ()))]
     (limits,) = get_args(Source)[1:]
     lengths = {name: getattr(item, name, None) for item in constraints for name in ("min_length", "max_length") if getattr(item, name, None)}

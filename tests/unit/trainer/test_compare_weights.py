@@ -19,7 +19,7 @@ def write_weights(folder: Path, **tensors: Any) -> Path:
     return folder
 
 
-def test_equal_weights_may_lie_in_other_files(tmp_path: Path) -> None:
+def test_equal_weights_may_be_in_different_files(tmp_path: Path) -> None:
     a, b = torch.ones(2), torch.zeros(3, dtype=torch.bfloat16)
     left = write_weights(tmp_path / "left", a=a, b=b)
     right = write_weights(tmp_path / "right", a=a)
@@ -36,13 +36,13 @@ def test_the_largest_difference_is_found(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("left", "right"), [(0.0, -0.0), (1.0, math.nan), (math.nan, math.inf)])
-def test_other_bits_are_a_difference(left: float, right: float, tmp_path: Path) -> None:
+def test_different_bits_are_a_difference(left: float, right: float, tmp_path: Path) -> None:
     folders = [write_weights(tmp_path / str(i), a=torch.tensor([value])) for i, value in enumerate((left, right))]
     result = compare(*folders)
     assert (result.equal, result.different_tensors, result.largest_in, math.isfinite(result.largest_difference)) == (False, 1, "a", True)
 
 
-def test_other_names_types_and_shapes_are_mismatches(tmp_path: Path) -> None:
+def test_different_names_types_and_shapes_are_mismatches(tmp_path: Path) -> None:
     left = write_weights(tmp_path / "left", a=torch.zeros(2), b=torch.zeros(2), only_left=torch.zeros(1))
     right = write_weights(tmp_path / "right", a=torch.zeros(3), b=torch.zeros(2).half(), only_right=torch.zeros(1))
     assert compare(left, right).mismatched == ["only_left", "only_right", "a", "b"]

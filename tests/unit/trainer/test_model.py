@@ -1,4 +1,4 @@
-"""Base models: what is refused before the weights are loaded, and what a loaded model can do."""
+"""Base models: refusals before the weights are loaded, and the behaviour of a loaded model."""
 
 from __future__ import annotations
 

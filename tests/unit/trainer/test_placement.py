@@ -29,7 +29,7 @@ def test_the_needed_memory_follows_from_the_number_of_weights(folder: Path, tmp_
 @pytest.mark.parametrize(
     ("free", "expected"), [([2400], False), ([2399], False), ([2399, 1], True), ([2000, 2000], True), ([2400, 2400], False), ([1000, 1000], False)]
 )
-def test_a_model_is_spread_if_only_all_gpus_together_suffice(folder: Path, free: list[int], expected: bool) -> None:
+def test_a_model_is_spread_if_it_fits_only_on_all_gpus_together(folder: Path, free: list[int], expected: bool) -> None:
     assert must_be_spread(folder, 2, free) is expected
 
 

@@ -67,7 +67,7 @@ def test_a_missing_run_file_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["FINETUNE_FINAL_UPLOAD_TIMEOUT_SECONDS", "FINETUNE_FINAL_PATIENCE_SECONDS"])
-def test_the_final_upload_timeout_is_read_under_its_old_name_too(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_final_upload_timeout_is_also_read_under_its_old_name(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Version 0.1.0 documented the old name, and jobs may set it in `placement.env`."""
     monkeypatch.setenv(name, "7")
     assert Settings.from_env().final_upload_timeout == 7.0

@@ -1,4 +1,4 @@
-"""Images of rows: the forms in which a row can give them, where their files may be, and errors that name row, cause and correction."""
+"""Images of rows: how a row can give images, where their files may be, and errors that name row, cause and correction."""
 
 from __future__ import annotations
 
@@ -217,7 +217,7 @@ def test_an_image_whose_pixels_are_cut_off_is_found_when_it_is_decoded(tmp_path:
     assert caught.value.code == "ImageUnreadable"
 
 
-def test_images_are_decoded_as_rgb_and_turned_as_exif_says(tmp_path: Path) -> None:
+def test_images_are_decoded_as_rgb_and_rotated_according_to_exif(tmp_path: Path) -> None:
     from PIL import Image
 
     image = Image.new("L", (4, 2), 7)

@@ -201,7 +201,7 @@ def test_the_options_decide_what_is_trained_on(
     assert render(example, given).is_templated == ("[" in expected)
 
 
-def test_untrained_answers_in_pieces_are_left_out_of_the_whole_text(tmp_path: Path) -> None:
+def test_untrained_answers_in_several_parts_are_left_out_of_the_whole_text(tmp_path: Path) -> None:
     options = render_options(tokenizer(tmp_path, MARKED_IN_PIECES), response_only=False)
     assert marked(Conversation((HI, Turn("assistant", "red", 0))), options) == "«[user\nhi]\n[assistant says: »red]\n"
 

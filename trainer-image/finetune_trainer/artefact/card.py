@@ -27,7 +27,7 @@ from finetune_trainer.inputs import Inputs
 CARD_FILE = "README.md"
 FENCE = "---\n"
 LICENSE_KEYS = ("license", "license_name", "license_link", "language")
-"""Metadata of the base model's card that also holds for the trained model."""
+"""Metadata of the base model's card that is also correct for the trained model."""
 SHOWN_FIELDS = (
     "method.type", "method.promptLength", "method.lora.rank", "method.lora.alpha", "method.lora.dropout", "method.lora.targetModules",
     "method.lora.modulesToSave", "method.lora.useDora", "method.lora.rankStabilized", "method.lora.init", "model.quantization.bits", "model.newTokens",
@@ -37,7 +37,10 @@ SHOWN_FIELDS = (
 )  # fmt: skip
 VISION_TASK = "image-text-to-text"
 VISION_MODEL_CLASS = "transformers.AutoModelForImageTextToText"
-"""The class for models and adapters. With an adapter, transformers also loads its base model; PEFT has no such class for vision-language models."""
+"""The class that loads models and adapters.
+
+For an adapter, transformers also loads the base model; PEFT has no such class for vision-language models.
+"""
 MARKDOWN = re.compile(r"([\\`*_{}\[\]<>|#!~$&])")
 MAX_VALUE_LENGTH = 300
 MERGED_SENTENCE = "The adapter is merged into the weights of the base model, so this folder is a complete model."
@@ -45,7 +48,7 @@ MERGED_SENTENCE = "The adapter is merged into the weights of the base model, so 
 
 @dataclass(frozen=True)
 class TrainingFacts:
-    """What the card says about the training besides the spec."""
+    """The facts about the training that are on the card, but not in the spec."""
 
     rows: int
     """Training rows."""
@@ -64,7 +67,7 @@ def model_card(run: RunConfig, inputs: Inputs, kind: OutputKind, facts: Training
 
 
 def merged_card(text: str) -> str:
-    """Return the card of the merged model, made from the adapter's card. A text without metadata stays as it is."""
+    """Return the card of the merged model, made from the adapter's card. A text without metadata is returned unchanged."""
     metadata, body = split_card(text)
     if not metadata:
         return text
@@ -78,7 +81,7 @@ def merged_card(text: str) -> str:
 
 
 def split_card(text: str) -> tuple[dict[str, Any], str]:
-    """Return the metadata and the text of a card. The metadata is empty if the card has none that can be read."""
+    """Return the metadata and the text of a card. The metadata is empty if the card has no readable metadata."""
     _, fence, rest = text.partition(FENCE) if text.startswith(FENCE) else ("", "", text)
     header, closing, body = rest.partition(f"\n{FENCE}")
     if not fence or not closing:
@@ -91,7 +94,7 @@ def split_card(text: str) -> tuple[dict[str, Any], str]:
 
 
 def _metadata(run: RunConfig, inputs: Inputs, kind: OutputKind) -> dict[str, Any]:
-    """Metadata for the hub. It accepts only names of its own repositories as base model and data set."""
+    """Return the metadata for the hub. As base model and data set, the hub accepts only names of its own repositories."""
     is_adapter, is_reward = kind is OutputKind.ADAPTER, trainer_type_of(run.spec) is TrainerType.REWARD
     task = "text-classification" if is_reward else VISION_TASK if is_vision_language(run.spec) else "text-generation"
     base, data = _hub_repository(run.spec.model.source), _hub_repository(run.spec.dataset.train)
@@ -105,7 +108,7 @@ def _metadata(run: RunConfig, inputs: Inputs, kind: OutputKind) -> dict[str, Any
 
 
 def _license(base: Path) -> dict[str, Any]:
-    """Licence and language of the base model, from its card or its configuration."""
+    """Return the licence and language of the base model, from its card or its configuration."""
     card, config = base / CARD_FILE, base / "config.json"
     metadata = split_card(card.read_text(encoding="utf-8", errors="replace"))[0] if card.exists() else {}
     if "license" not in metadata and config.exists():
@@ -142,7 +145,7 @@ def _text(run: RunConfig, inputs: Inputs, kind: OutputKind, facts: TrainingFacts
 
 def _loading_section(kind: OutputKind, model_class: str) -> str:
     module, _, name = model_class.rpartition(".")
-    note = "`generation_config.json` contains the end tokens that training has taught."
+    note = "`generation_config.json` contains the end tokens that the model learned in training."
     if kind is OutputKind.ADAPTER:
         note += " Give these settings to `generate`: libraries take them from the base model otherwise."
     elif "Sequence" in name:
@@ -156,7 +159,7 @@ def _table(title: str, values: Mapping[str, Any]) -> str:
 
 
 def escape(text: str) -> str:
-    """Return the text in one line, so that Markdown shows its characters as they are. Long texts are cut."""
+    """Return the text in one line, escaped so that Markdown shows its characters unchanged. Long texts are cut."""
     line = " ".join(text.split())
     return MARKDOWN.sub(r"\\\1", line if len(line) <= MAX_VALUE_LENGTH else f"{line[:MAX_VALUE_LENGTH]}...")
 

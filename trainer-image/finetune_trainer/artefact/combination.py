@@ -1,7 +1,7 @@
-"""Adapters that are merged together (`output.combineAdapters`): the check of their files, and the weighted sum of their changes.
+"""Merges several adapters (`output.combineAdapters`): checks their files, and adds up their weighted changes.
 
-The sum is exact: each layer's weight becomes `W + sum(weight * scaling * B A)` over all adapters that adapt the layer. PEFT's own
-combinations of adapters make one new adapter, whose rank grows (`cat`) or which only approximates the sum (`linear`, `svd`).
+The sum is exact: each layer's weight becomes `W + sum(weight * scaling * B A)` over all adapters that adapt the layer. PEFT's own functions
+combine adapters into one new adapter. Its rank is larger (`cat`), or it only approximates the sum (`linear`, `svd`).
 """
 
 from __future__ import annotations
@@ -22,12 +22,15 @@ TRAINED_ADAPTER = "default"
 
 
 def adapter_name(number: int) -> str:
-    """Name of an adapter of `output.combineAdapters`, for PEFT, messages and the lineage statement."""
+    """Return the name of an adapter of `output.combineAdapters`, for PEFT, messages and the lineage statement."""
     return f"combined adapter {number}"
 
 
 def require_combinable(folder: Path, base: Path, field: str, source: str) -> None:
-    """Check the files of an adapter that is combined with the trained one. Needs no torch. Errors: ConfigError `AdapterNotCombinable`."""
+    """Check the files of an adapter that will be combined with the trained adapter. Does not import torch.
+
+    Errors: ConfigError `AdapterNotCombinable`.
+    """
     shown = redact_source(source)
     fault = find_adapter_fault(folder, base)
     if fault is not None:
@@ -43,13 +46,16 @@ def require_combinable(folder: Path, base: Path, field: str, source: str) -> Non
     used = [name for name, is_used in features.items() if is_used]
     if used:
         raise ConfigError(
-            "AdapterNotCombinable", f"{field} is {shown}, an adapter with {' and '.join(used)}: only changes by plain LoRA can be added up",
+            "AdapterNotCombinable", f"{field} is {shown}, an adapter with {' and '.join(used)}: only plain LoRA adapters can be combined",
             hint="remove this adapter from output.combineAdapters",
         )  # fmt: skip
 
 
 def load_combined_adapters(peft_model: Any, run: RunConfig, folders: Sequence[Path]) -> list[str]:
-    """Load the further adapters into a PEFT model, and multiply the scaling of all adapters by their weights. Returns the names of all adapters."""
+    """Load the adapters of `output.combineAdapters` into a PEFT model, and multiply the scaling of each adapter by its weight.
+
+    Returns the names of all adapters.
+    """
     weights = {TRAINED_ADAPTER: 1.0 if run.spec.output.adapter_weight is None else run.spec.output.adapter_weight}
     for number, (item, folder) in enumerate(zip(run.spec.output.combine_adapters or [], folders, strict=True)):
         peft_model.load_adapter(folder, adapter_name=adapter_name(number))

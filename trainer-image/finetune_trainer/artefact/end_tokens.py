@@ -1,7 +1,7 @@
-"""Finds the tokens with which training has taught the model to end its answers.
+"""Finds the tokens with which the model learned to end its answers.
 
-A chat template often ends answers with another token than the base model's end token, for example `<|im_end|>`. A server that only
-knows the base model's end token would let the model write on after its answer.
+A chat template often ends answers with another token than the base model's end token, for example `<|im_end|>`. If a server only knew the
+base model's end token, generation would continue after the answer.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ def answers_of_labels(labels: Sequence[int]) -> Iterator[list[int]]:
 
 
 def trained_answers(rows: Any) -> Iterator[Sequence[int]]:
-    """Yield the answers in a data set of any objective. A data set without answers, as grpo's prompts, yields nothing.
+    """Yield the answers in a data set of any objective. A data set without answers, such as grpo's prompts, yields nothing.
 
-    At most `MAX_ROWS` rows are read, at equal distances.
+    At most `MAX_ROWS` rows are read, evenly spaced over the data set.
     """
     columns = rows.column_names
     for number in range(0, len(rows), -(-len(rows) // MAX_ROWS)):

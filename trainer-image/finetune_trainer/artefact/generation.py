@@ -17,7 +17,7 @@ def write_generation_files(folder: Path, base: Path, model_config: Any, tokenize
     """Write `generation_config.json`, and save the tokenizer again if its end token is not one of the trained ones.
 
     `base`: folder of the base model. `model_config`: its configuration, used if the base model has no generation settings.
-    `end_ids`: ids of the trained end tokens, the most frequent first. Without them, the base model's end tokens stay.
+    `end_ids`: ids of the trained end tokens, the most frequent first. If there are none, the base model's end tokens stay.
     """
     from transformers import GenerationConfig
 
@@ -34,14 +34,17 @@ def write_generation_files(folder: Path, base: Path, model_config: Any, tokenize
     settings.to_json_file(folder / GENERATION_FILE)
     align_model_config(folder)
     if end_ids and tokenizer.eos_token_id not in end_ids and "eos_token" not in str(tokenizer.chat_template or ""):
-        # A chat template that writes `eos_token` would render other texts if this token changed.
+        # If the chat template writes `eos_token`, another end token would change the rendered text.
         changed = copy.deepcopy(tokenizer)
         changed.eos_token = changed.convert_ids_to_tokens(end_ids[0])
         changed.save_pretrained(folder)
 
 
 def copy_processor_files(base: Path, folder: Path) -> None:
-    """Copy the settings of the base model's processor for images. They are copied unread, because this image has no processors for videos."""
+    """Copy the settings of the base model's processor for images.
+
+    The files are copied without loading them, because this image has no processors for videos.
+    """
     for name in PROCESSOR_FILES:
         if (base / name).exists():
             shutil.copyfile(base / name, folder / name)
@@ -50,7 +53,7 @@ def copy_processor_files(base: Path, folder: Path) -> None:
 def align_model_config(folder: Path) -> None:
     """Write the end tokens of `generation_config.json` to `config.json` too, because some servers and converters read only this file.
 
-    A single number stays a single number: the first end token. A folder without these files, or without the field, stays as it is.
+    A single number stays a single number: the first end token. A folder without these files, or without the field, is not changed.
     """
     config_file, settings_file = folder / "config.json", folder / GENERATION_FILE
     if not config_file.exists() or not settings_file.exists():

@@ -39,19 +39,19 @@ class DomainQuestion:
 
     @property
     def text(self) -> str:
-        """The question, and its choices on lines of their own."""
+        """Return the question, followed by one line for each choice."""
         lines = [f"{letter}. {choice}" for letter, choice in zip(self.letters, self.choices, strict=True)]
         return "\n".join([self.question, *lines])
 
 
 def domain_files(folder: Path) -> dict[str, Path]:
-    """The files of a folder by domain: `domain_medical.json` for `medical`. A folder without such files may contain `medical.json`."""
+    """Return the files of a folder by domain: `domain_medical.json` for `medical`. A folder without such files may contain `medical.json`."""
     files = sorted(folder.glob(f"{PREFIX}*.json")) or sorted(folder.glob("*.json"))
     return {path.stem.removeprefix(PREFIX): path for path in files}
 
 
 def select_domains(folder: Path, field: str, domains: list[str] | None) -> list[str]:
-    """The domains to run. Every file of these domains is read. Errors: ConfigError DomainFileMissing, DomainFileInvalid."""
+    """Return the domains to run, after their files were read and checked. Errors: ConfigError DomainFileMissing, DomainFileInvalid."""
     files = domain_files(folder)
     if not files:
         raise ConfigError("DomainFileMissing", f"{field} contains no domain file", hint="add a file such as domain_medical.json")
@@ -112,5 +112,5 @@ def _invalid(path: Path, problem: str) -> ConfigError:
 
 
 def keyword_recall(answer: str, keywords: tuple[str, ...]) -> float:
-    """The share of the keywords that an answer contains, without regard to case."""
+    """Return the share of the keywords that occur in an answer. Case is ignored."""
     return sum(word.casefold() in answer.casefold() for word in keywords) / len(keywords)

@@ -1,7 +1,7 @@
 """The HumanEval benchmark: the model completes Python functions, and unit tests run the result (Chen et al. 2021, arXiv 2107.03374).
 
-The code of the model runs in a process of its own with an empty environment, a temporary working directory, and limits of time and memory.
-It can still reach the network and the files that the pod's user can read, so a job must allow code execution.
+The generated code runs in a separate process with an empty environment, a temporary working directory, and limits on time and memory.
+The code can still use the network and read the files that the pod's user can read, so a job must set `allowCodeExecution`.
 """
 
 from __future__ import annotations

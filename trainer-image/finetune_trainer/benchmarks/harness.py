@@ -1,7 +1,7 @@
 """Runs tasks of the lm-evaluation-harness with a model that is already loaded.
 
-The harness loads data sets from the hub and runs code that task definitions name. Here it works in the benchmark's folder without
-network access to the hub, and `task_folder` has checked the definitions. Templates of tasks run in jinja's sandbox.
+The harness loads data sets from the hub and runs code that task definitions name. Here the harness runs in the benchmark's folder and
+cannot access the hub, and `task_folder` has checked the definitions. Templates of tasks run in jinja's sandbox.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from finetune_trainer.benchmarks.records import Measurement, TaskRecord, finite_
 from finetune_trainer.benchmarks.task_folder import TaskFolder
 
 BOOTSTRAP_ITERATIONS = 1000
-"""Resamplings for the standard error of metrics without a formula for it, such as BLEU."""
+"""Number of bootstrap resamples for the standard error of metrics that have no formula for it, such as BLEU."""
 NO_FILTER = "none"
 
 
 def use_local_caches(work: Path) -> None:
-    """Keep the harness's libraries off the network, and their caches in the work folder. Call this before they are imported."""
+    """Configure the harness's libraries: no network access, and caches in the work folder. Call this before importing the libraries."""
     caches = work / "benchmark-caches"
     os.environ |= {
         "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_EVALUATE_OFFLINE": "1", "HF_UPDATE_DOWNLOAD_COUNTS": "0",
@@ -64,7 +64,7 @@ def run_task(loaded: LoadedModel, task: BenchmarkTask) -> TaskRecord:
 
 
 def _measure_with_smaller_batches(loaded: LoadedModel, task: BenchmarkTask) -> TaskRecord:
-    """Run a task, with half the batch size whenever a batch does not fit into memory."""
+    """Run a task. If a batch does not fit into memory, run the task again with half the batch size."""
     import torch
 
     while True:
@@ -94,7 +94,7 @@ def _measure(loaded: LoadedModel, task: BenchmarkTask) -> TaskRecord:
             "ChatTemplateMissing", f"{task.field}.applyChatTemplate is true, but the tokenizer has no chat template",
             hint="remove applyChatTemplate, or give a template in dataset.chatTemplate",
         )  # fmt: skip
-    loaded.model.tie_weights = lambda *_, **__: None  # the harness would tie them again, and so undo what an adapter has replaced
+    loaded.model.tie_weights = lambda *_, **__: None  # The harness would tie the weights again, which undoes replacements by an adapter.
     model = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, backend="causal", batch_size=loaded.batch_size)
     tasks = _task_manager(task).load([task.name])
     for one in tasks["tasks"].values():
@@ -112,7 +112,10 @@ def _measure(loaded: LoadedModel, task: BenchmarkTask) -> TaskRecord:
 
 
 def _task_manager(task: BenchmarkTask) -> Any:
-    """The harness's index of the folder and, for a bundled task, of the harness's own definition. All 14000 definitions would take 10 s."""
+    """Return the harness's index of task definitions: those in the folder and, for a bundled task, the harness's own.
+
+    Indexing all 14000 takes 10 s.
+    """
     import lm_eval.tasks
 
     assert task.folder is not None
@@ -123,7 +126,7 @@ def _task_manager(task: BenchmarkTask) -> Any:
 
 
 def _measurements(found: Any) -> list[Measurement]:
-    """The metrics of the harness's results: those of groups first, then those of tasks."""
+    """Return the metrics in the harness's results: first the metrics of groups, then the metrics of tasks."""
     groups = found.get("groups") or {}
     all_results = groups | {name: values for name, values in found["results"].items() if name not in groups}
     samples = found.get("n-samples") or {}
@@ -147,7 +150,7 @@ def _measurements(found: Any) -> list[Measurement]:
 
 @contextlib.contextmanager
 def _sandboxed_templates(*, allows_code: bool) -> Iterator[None]:
-    """Render the templates of tasks in jinja's sandbox. The harness's own environment lets a template reach Python's classes, so a
+    """Render the templates of tasks in jinja's sandbox. In the harness's own environment, a template can access Python's classes, so a task
     definition could run code.
     """
     if allows_code:

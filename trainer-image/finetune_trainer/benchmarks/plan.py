@@ -39,7 +39,7 @@ class BenchmarkTask:
 
 
 def plan_tasks(run: RunConfig, folders: Sequence[Path | None]) -> list[BenchmarkTask]:
-    """Return all tasks in the order in which they run: those of the trained model, then those of the base model.
+    """Return all tasks in the order in which they run: first the trained model's tasks, then the base model's tasks.
 
     `folders`: the local folder of each benchmark of the spec. Errors: ConfigError of the modules that read the folders.
     """

@@ -1,4 +1,4 @@
-"""Writes the sheets in which people rate the answers of the model, beside those of the base model in a random, hidden order."""
+"""Writes the sheets in which people rate answers. If both models answered, the sheet does not show which model gave an answer."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class SheetRow:
 
 
 def sheet_rows(prompts: Sequence[str], trained: Sequence[str], base: Sequence[str] | None, *, seed: int) -> tuple[list[SheetRow], dict[int, str]]:
-    """Return the rows, and the model behind each row. With answers of the base model, each question has two rows in random order."""
+    """Return the rows, and the model that answered in each row. With answers of the base model, each question has two rows in random order."""
     chooser = random.Random(seed)  # noqa: S311  no secret
     rows: list[SheetRow] = []
     models: dict[int, str] = {}
@@ -57,7 +57,7 @@ def sheet_rows(prompts: Sequence[str], trained: Sequence[str], base: Sequence[st
 
 
 def write_sheets(folder: Path, rows: Sequence[SheetRow], models: dict[int, str]) -> None:
-    """Write the sheet as JSON and CSV, the instructions, and the key."""
+    """Write the sheet as JSON and CSV, the instructions, and the key: which model gave which answer."""
     sheet = {"instructions": INSTRUCTIONS, "scale": {"lowest": LOWEST, "highest": HIGHEST}, "scores": list(SCORES), "rows": [row.cells() for row in rows]}
     (folder / JSON_FILE).write_text(json.dumps(sheet, indent=1, ensure_ascii=False).encode(errors="replace").decode())
     # The byte order mark of `utf-8-sig` makes spreadsheets read the file as UTF-8.

@@ -1,4 +1,4 @@
-"""The result of one task, the files of finished tasks, and the files and status of all results."""
+"""Stores the result of each finished task, and computes the result files and the status from all results."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ class TaskRecord(LenientModel):
 
 
 class FinishedTasks:
-    """The records of finished tasks, in files. The supervisor stores the files, and a repeated stage begins with them."""
+    """The records of finished tasks, one file each. The supervisor uploads the files. If the stage is repeated, these tasks are skipped."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     def read(self, task: BenchmarkTask) -> TaskRecord | None:
-        """The record of a task, or None if the task is not finished."""
+        """Return the record of a task, or None if the task is not finished."""
         path = self._path(task)
         try:
             return TaskRecord.model_validate_json(path.read_text())
@@ -65,14 +65,14 @@ class FinishedTasks:
         partial.rename(path)
 
     def _path(self, task: BenchmarkTask) -> Path:
-        """The name depends on everything that changes the result, except for the model, which the supervisor compares."""
+        """Return the path of a task's record. The name is a hash of all inputs of the task except the model; the supervisor compares the models."""
         settings = task.benchmark.model_dump(mode="json", exclude={"tasks", "compare_with_base"})
         identity = json.dumps([settings, task.name, task.uses_base, _fingerprint(task.folder)], sort_keys=True)
         return self._folder / f"{hashlib.sha256(identity.encode()).hexdigest()[:24]}.json"
 
 
 def _fingerprint(folder: Path | None) -> list[tuple[str, int]]:
-    """Names and sizes of the files of a folder."""
+    """Return the names and sizes of the files of a folder."""
     return sorted((path.relative_to(folder).as_posix(), path.stat().st_size) for path in folder.rglob("*") if path.is_file()) if folder else []
 
 
@@ -80,7 +80,7 @@ def _fingerprint(folder: Path | None) -> list[tuple[str, int]]:
 
 
 def results(tasks: Sequence[BenchmarkTask], records: Sequence[TaskRecord]) -> list[dict[str, Any]]:
-    """One entry for each metric of each task, in the order of the tasks, with the value of the base model beside it."""
+    """Return one entry for each metric of each task, in the order of the tasks. Each entry also contains the base model's value."""
     by_task = dict(zip(((task.field, task.name, task.uses_base) for task in tasks), records, strict=True))
     entries = []
     for task in tasks:
@@ -103,7 +103,7 @@ def _entry(task: BenchmarkTask, trained: Measurement, base: Measurement | None) 
 
 
 def status_of(entries: Iterable[dict[str, Any]]) -> list[BenchmarkResult]:
-    """The results for the status, without the tasks of groups."""
+    """Return the results for the status. For a group of tasks, only the group's metrics are included."""
     return [
         BenchmarkResult(**{name: entry[name] for name in ("name", "task", "metric", "value", "stderr", "base", "difference", "reason")})
         for entry in entries
@@ -129,5 +129,5 @@ def write_results(folder: Path, tasks: Sequence[BenchmarkTask], entries: Sequenc
 
 
 def finite_number(value: Any) -> float | None:
-    """The value as a number. None for anything else, such as the harness's "N/A"."""
+    """Return the value if it is a finite number. Return None for all other values, such as the harness's "N/A"."""
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) else None

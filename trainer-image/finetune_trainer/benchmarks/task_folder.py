@@ -1,8 +1,9 @@
-"""Reads the task definitions of a folder without running them, and checks that all their data lie in the folder.
+"""Reads the task definitions of a folder without running them, and checks that the folder contains their data.
 
 The harness reads every `*.yaml` file of a folder, imports the Python functions that a task names, and loads data sets from the hub.
-This module finds such code and such data sets before training, so that nothing of this happens by accident after it. Paths in a
-definition are relative to the folder of the benchmark, because the benchmark runs with this folder as its working directory.
+This module finds such code and such data sets before training. The harness, which runs after training, then never runs or loads them by
+accident. Paths in a definition are relative to the folder of the benchmark, because the benchmark runs with this folder as its working
+directory.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from finetune_api.errors import ConfigError
 DATA_BUILDERS = ("json", "csv", "parquet", "arrow", "text")
 """Values of `dataset_path` that read the files in `data_files`. Other builders may run code, such as unpickling."""
 IGNORED_FOLDERS = {"__pycache__", ".ipynb_checkpoints"}
-"""Folders that the harness ignores, too."""
+"""Names of ignored folders. The harness ignores them, too."""
 SHOWN_NAMES = 8
 
 
@@ -65,7 +66,10 @@ class TaskFolder:
         return list(dict.fromkeys(definition.names[0] for definition in self.definitions if definition.is_task))
 
     def select(self, tasks: Sequence[str] | None) -> list[str]:
-        """The tasks to run: those of `tasks`, or all that the folder allows. Errors: ConfigError TaskNotInFolder, TaskFolderEmpty."""
+        """Return the tasks to run: those in `tasks` or, if `tasks` is None, all tasks that the folder defines or has data for.
+
+        Errors: ConfigError TaskNotInFolder, TaskFolderEmpty.
+        """
         if tasks is None:
             bundled = [name for name in BUNDLED_TASKS if name not in self.task_names and self._has_data_of(name)]
             if not self.task_names and not bundled:
@@ -118,7 +122,7 @@ _Loader.add_constructor("!function", lambda loader, node: _CodeReference(loader.
 
 
 class _Reader:
-    """Reads the YAML files of a folder. `settings_by_file` contains every file that was read, also included ones."""
+    """Reads the YAML files of a folder. `settings_by_file` contains the settings of every file, including files that other files include."""
 
     def __init__(self, folder: Path, field: str) -> None:
         self.folder, self.field = folder, field
@@ -130,14 +134,14 @@ class _Reader:
                 continue
             settings = self._merge(path, ())
             name = settings.get("group") or settings.get("task")
-            if not isinstance(name, str):  # a file that others include
+            if not isinstance(name, str):  # This file is only included by other files.
                 continue
             tags = settings.get("tag") or []
             names = (name, *([tags] if isinstance(tags, str) else map(str, tags)))
             yield TaskDefinition(self._relative(path), names, "group" not in settings, settings)
 
     def _merge(self, path: Path, including: tuple[Path, ...]) -> dict[str, Any]:
-        """The settings of a file and of the files that it includes. Its own settings take precedence."""
+        """Return the settings of a file, merged with the settings of the files that it includes. The file's own settings take precedence."""
         if path in including:
             raise self._invalid(path, "includes itself")
         settings = self._load(path)
@@ -176,7 +180,7 @@ class _Reader:
 
 
 def _refuse_code(folder: Path, field: str, reader: _Reader) -> None:
-    """Errors: ConfigError CodeExecutionNotAllowed if the harness would run Python code of the folder."""
+    """Check that the harness would not run Python code from the folder. Errors: ConfigError CodeExecutionNotAllowed."""
     found = next((f"the file {path.relative_to(folder).as_posix()} is Python code" for path in sorted(folder.rglob("*.py"))), None)
     for file, settings in reader.settings_by_file.items():
         found = found or next((f"the file {file} {problem}" for problem in _code_in(settings)), None)
@@ -210,7 +214,7 @@ def _code_in(value: Any) -> Iterator[str]:
 
 
 def _settings_with_data(settings: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """Yield the settings, and those of tasks within a group, that name a data set."""
+    """Yield the settings that name a data set: those of the file and those of the tasks that a group defines."""
     if "dataset_path" in settings:
         yield settings
     members = settings.get("task")
@@ -220,7 +224,7 @@ def _settings_with_data(settings: Mapping[str, Any]) -> Iterator[Mapping[str, An
 
 
 def _check_data(folder: Path, field: str, file: str, settings: Mapping[str, Any]) -> None:
-    """Errors: ConfigError BenchmarkDataMissing if a task would load data from outside the folder."""
+    """Check that no task loads data from outside the folder. Errors: ConfigError BenchmarkDataMissing."""
     dataset, options = str(settings["dataset_path"]), settings.get("dataset_kwargs") or {}
     for text in _texts(options):
         if not _is_in_folder(text):
@@ -258,6 +262,9 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _is_in_folder(text: str) -> bool:
-    """Whether a path is below the folder. Links are not followed, because the files of a hub repository are links into a cache."""
+    """Whether a path is below the folder.
+
+    Symbolic links are not resolved, because the files of a downloaded hub repository are links into a cache.
+    """
     path = PurePosixPath(text)
     return "://" not in text and not path.is_absolute() and ".." not in path.parts

@@ -1,6 +1,6 @@
 """Parses the URI of a job, of one checkpoint or of the final model, and downloads the committed files.
 
-For one checkpoint or the model no listing is needed, because the URI determines the key of its marker.
+To find one checkpoint or the model, no listing is needed: the key of its marker follows from the URI.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ class RunFacts(LenientModel):
     )
     other_inputs: dict[str, str] = Field(
         default_factory=dict,
-        alias="beside",  # the stored name since version 0.1.0
+        alias="beside",  # Version 0.1.0 stored the field under this name.
         description="A hash of each other input: tokenizer, reference model, adapter, validation data, test data, ConfigMaps.",
     )
     config_sha256: str = ""
@@ -75,7 +75,7 @@ class Manifest(LenientModel):
     files: list[FileEntry] = Field(default_factory=list)
 
     def to_bytes(self) -> bytes:
-        """Canonical JSON. The marker holds the sha256 of this JSON."""
+        """Return the manifest as canonical JSON. The marker contains the sha256 of this JSON."""
         return json.dumps(self.to_wire(), sort_keys=True, separators=(",", ":")).encode()
 
     @property
@@ -96,7 +96,7 @@ class CommitMarker(WireModel):
 
     @staticmethod
     def parse(data: bytes) -> CommitMarker | None:
-        """The marker, or None if the bytes are not a valid marker."""
+        """Return the marker, or None if the bytes are not a valid marker."""
         try:
             return CommitMarker.model_validate_json(data)
         except ValueError:
@@ -134,5 +134,5 @@ def step_of(folder: str) -> int | None:
 
 
 def prefix_of(step: int | None) -> str:
-    """Key of the folder of a checkpoint, or of the final model (step None)."""
+    """Return the key of the folder of a checkpoint, or of the final model (step None)."""
     return str(Storage.MODEL) if step is None else join(Storage.CHECKPOINTS, checkpoint_folder(step))

@@ -30,9 +30,9 @@ from finetune_trainer.inputs import Inputs
 
 INCARNATION_KEY = "incarnation"
 START_SECONDS = 1800.0
-"""How long to wait for other pods that still download their inputs."""
+"""Maximum wait for other pods that are still downloading their inputs."""
 HEARTBEAT_SECONDS = 1.0
-"""Shortest time between two heartbeats within a step or an evaluation."""
+"""Minimum time between two heartbeats within a step or an evaluation."""
 DISK_RESERVE_BYTES = 32 * 1024 * 1024
 OPTIMIZER_BYTES = 8
 """Bytes of optimizer state per trained parameter (Adam's two moments), to estimate the size of the first checkpoint."""
@@ -47,19 +47,19 @@ def create_callbacks(run: RunConfig, channel: Channel, inputs: Inputs) -> list[T
 
 
 def resume_path(inputs: Inputs) -> Path | None:
-    """The folder for `trainer.train(resume_from_checkpoint=...)`; None to start at step 0."""
+    """Return the folder for `trainer.train(resume_from_checkpoint=...)`, or None to start at step 0."""
     return inputs.restore.path if inputs.restore else None
 
 
 def deliver_output(run: RunConfig, channel: Channel, model_dir: Path, kind: OutputKind, extra: dict[str, Any]) -> None:
-    """Hand the complete final artefact over to the supervisor, which uploads and commits it."""
+    """Tell the supervisor that the final artefact is complete. The supervisor uploads and commits it."""
     if channel.rank == 0:
         channel.report_stage(Stage.UPLOADING)
         channel.report_output(model_dir, kind, extra)
 
 
 def _agree_on_incarnation(channel: Channel, gang_store: GangStore) -> str:
-    """The name of this incarnation. All ranks use the name of rank 0's pod."""
+    """Return the name of this incarnation. All ranks use the name of rank 0's pod."""
     own = os.environ.get(Env.INCARNATION_FOLDER, "a1-00000000")
     if channel.rank == 0:
         gang_store.set(INCARNATION_KEY, own)
@@ -134,7 +134,7 @@ class ProgressReporter(TrainerCallback):
         )  # fmt: skip
 
     def _recent_throughput(self, tokens: int) -> float | None:
-        """Tokens per second over the last log lines."""
+        """Return the tokens per second over the last log lines."""
         self._tokens = [*self._tokens[-9:], (time.monotonic(), tokens)]
         (start, before), (now, after) = self._tokens[0], self._tokens[-1]
         return round((after - before) / (now - start), 1) if now > start and after > before else None
@@ -181,7 +181,7 @@ class CheckpointStager(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
     ) -> None:
         if state.global_step >= state.max_steps:
-            control.should_log = True  # log the last window even if it is short
+            control.should_log = True  # Log the last window even if it has fewer steps than the others.
         if self._agreement.must_stop(state.global_step):
             self._stopping = True
             control.should_save = True
@@ -243,7 +243,7 @@ class CheckpointStager(TrainerCallback):
 
 
 def _estimated_size(model: Any) -> int:
-    """Estimated bytes of the first checkpoint: trained weights and the optimizer's moments."""
+    """Return the estimated bytes of the first checkpoint: trained weights and the optimizer's moments."""
     trained_parameters = [parameter for parameter in model.parameters() if parameter.requires_grad] if model is not None else []
     return sum(weight.numel() * (weight.element_size() + OPTIMIZER_BYTES) for weight in trained_parameters)
 
@@ -255,7 +255,7 @@ def _waits_for_epoch_end(args: TrainingArguments, state: TrainerState) -> bool:
 
 
 def eval_loss(state: TrainerState, step: int | None = None) -> float | None:
-    """The newest validation loss. With `step`, the loss that was measured at this step, or None."""
+    """Return the newest validation loss. If `step` is given, return the loss measured at this step, or None."""
     for entry in reversed(state.log_history):
         if "eval_loss" in entry and step in (None, entry.get("step")):
             return float(entry["eval_loss"])
@@ -263,7 +263,7 @@ def eval_loss(state: TrainerState, step: int | None = None) -> float | None:
 
 
 def best_eval(state: TrainerState) -> tuple[float | None, int | None]:
-    """The lowest validation loss of the run and its step. The log history in the checkpoint includes earlier attempts."""
+    """Return the lowest validation loss of the run and its step. The log history in the checkpoint includes earlier attempts."""
     losses = [(float(entry["eval_loss"]), int(entry["step"])) for entry in state.log_history if "eval_loss" in entry]
     return min(((loss, step) for loss, step in losses if math.isfinite(loss)), default=(None, None))
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 KEPT_SETTINGS = ("betas", "eps", "weight_decay")
-"""Entries of a parameter group that are settings. Other entries, such as a schedule-free optimizer's sums, are state."""
+"""Keys of a parameter group that are settings. Other keys, such as a schedule-free optimizer's sums, are state."""
 
 
 def load_states_keeping_settings(optimizer: Any, scheduler: Any, load_states: Callable[[], None]) -> None:

@@ -54,7 +54,7 @@ class RestoreResult:
 
     @property
     def step(self) -> int:
-        """Step to continue from; 0 without a checkpoint."""
+        """Step from which the run continues, or 0 without a checkpoint."""
         return self.manifest.step if self.manifest else 0
 
 
@@ -76,7 +76,8 @@ def restore(
     if resume_config.max_step is None:
         candidates = own_checkpoints
     else:
-        # Checkpoints of the attempts after the rollback remain candidates. Trainers before 0.2.0 know only that this attempt is one of them.
+        # Checkpoints of the attempts after the rollback remain candidates. Trainers before 0.2.0 only know that the current attempt is one
+        # of these attempts.
         first_attempt = resume_config.rolled_back_attempt or attempt
         candidates = [
             one for one in own_checkpoints
@@ -126,7 +127,7 @@ def _try_to_restore(
 
 
 def open_other_job(tree: CheckpointTree, root: str) -> CheckpointTree:
-    """Open the folder of another job. A folder in S3 is read with the connection of this job's storage."""
+    """Open the folder of another job. If it is in S3, this job's storage connection is used to read it."""
     own_store = getattr(tree.store, "target", None)
     if own_store and root.startswith("s3://"):
         return CheckpointTree(open_store(own_store.model_copy(update={"uri": root})))
@@ -222,7 +223,7 @@ MUST_MATCH = {
 
 
 INPUTS_THAT_MUST_MATCH = ("tokenizer", "reference model", "adapter")
-"""Inputs whose contents must be the same as when the checkpoint was made."""
+"""Inputs whose contents must not have changed since the checkpoint was made."""
 
 
 def check_compatible(saved_facts: RunFacts, run_facts: RunFacts, uri: str) -> None:
@@ -261,12 +262,12 @@ def check_compatible(saved_facts: RunFacts, run_facts: RunFacts, uri: str) -> No
 
 
 def changed_inputs(saved_facts: RunFacts, run_facts: RunFacts) -> list[str]:
-    """Inputs whose contents have changed since the checkpoint. An added or removed input is not compared."""
+    """Return the inputs whose contents have changed since the checkpoint was made. Added and removed inputs are not compared."""
     return [name for name, value in run_facts.other_inputs.items() if saved_facts.other_inputs.get(name, value) != value]
 
 
 def inexact_reason(saved_facts: RunFacts, run_facts: RunFacts) -> str | None:
-    """Why a resumed run will differ from an uninterrupted run; None if both will be equal bit by bit."""
+    """Return why the resumed run will differ from an uninterrupted run, or None if both will be equal bit by bit."""
     if saved_facts.world_size != run_facts.world_size:
         ranks = f"{saved_facts.world_size} ranks made the checkpoint, and {run_facts.world_size} ranks resume"
         return f"{ranks}: the data and batches are the same, the random numbers differ"

@@ -1,7 +1,7 @@
 """Chooses the committed checkpoints to remove, without side effects.
 
-While a run goes on, the two newest healthy checkpoints are never removed, even if `keep` is 1. The best checkpoint and the
-pinned checkpoints are kept in addition.
+While a run continues, the two newest healthy checkpoints are never removed, even if `keep` is 1. The best checkpoint and the pinned
+checkpoints are also kept.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 MIN_HEALTHY = 2
-"""Number of newest healthy checkpoints that are never removed while the run goes on."""
+"""Number of newest healthy checkpoints that are never removed while the run continues."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class RetentionCandidate:
 
 
 def best_step(checkpoints: Iterable[RetentionCandidate]) -> int | None:
-    """Step with the lowest validation loss (the earliest, if several are equal); None if no checkpoint has a loss."""
+    """Return the step with the lowest validation loss (if several are equal, the earliest), or None if no checkpoint has a loss."""
     evaluated = [(kept.eval_loss, kept.step) for kept in checkpoints if kept.eval_loss is not None]
     return min(evaluated)[1] if evaluated else None
 
@@ -31,7 +31,10 @@ def best_step(checkpoints: Iterable[RetentionCandidate]) -> int | None:
 def steps_to_remove(
     checkpoints: Sequence[RetentionCandidate], keep_count: int, *, pinned_steps: Iterable[int] = (), is_run_finished: bool = False
 ) -> list[int]:
-    """Steps to remove, oldest first. `keep_count` 0 keeps all. If `is_run_finished`, the two newest healthy checkpoints may be removed too."""
+    """Return the steps to remove, oldest first. `keep_count` 0 keeps all.
+
+    If `is_run_finished`, the two newest healthy checkpoints may also be removed.
+    """
     if keep_count == 0:
         return []
     steps = sorted((one.step for one in checkpoints), reverse=True)

@@ -1,4 +1,4 @@
-"""All ranks of a gang stop at the same step, although only one pod receives the signal.
+"""Makes all ranks of a gang stop at the same step, even if only one pod receives the signal.
 
 A thread in each rank watches the local stop file and a key in the gang's TCPStore. When a stop is requested, each rank
 publishes its current step; all ranks stop one step after the highest published step. After publishing, a rank waits at the end
@@ -17,8 +17,8 @@ from typing import Protocol
 from finetune_trainer.channel import Channel
 
 POLL_SECONDS = 0.1
-ANSWER_SECONDS = 60.0
-"""How long a rank that has published its step waits for the steps of the other ranks."""
+PEER_STEPS_SECONDS = 60.0
+"""Maximum wait for the steps of the other ranks, after a rank has published its own step."""
 STOP_REQUEST_KEY = "request"
 
 
@@ -40,7 +40,7 @@ class GangStore(Protocol):
         """Whether a key exists, without waiting."""
 
     def get_all(self, keys: Iterable[str], seconds: float) -> list[str]:
-        """Values of all keys. Waits for missing keys and raises after `seconds`."""
+        """Return the values of all keys. Waits for missing keys, and raises an error after `seconds`."""
 
 
 class SingleRankStore:
@@ -65,7 +65,7 @@ class TcpGangStore:
     def __init__(self, name: str) -> None:
         from torch.distributed import PrefixStore, TCPStore
 
-        timeout = datetime.timedelta(seconds=ANSWER_SECONDS)
+        timeout = datetime.timedelta(seconds=PEER_STEPS_SECONDS)
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         self._store = PrefixStore(f"finetune/{name}", TCPStore(address, port, None, False, timeout))
 
@@ -95,7 +95,7 @@ class StopAgreement:
         self._thread = threading.Thread(target=self._watch, name="stop-watch", daemon=True)
 
     def start(self, step: int) -> None:
-        """Start to watch for stop requests; `step` steps are done already."""
+        """Start watching for stop requests. `step`: number of steps done so far."""
         self._step = step
         self._thread.start()
 
@@ -111,7 +111,7 @@ class StopAgreement:
         """
         if not self._published and self._stop_step is None:
             self._step = step
-            if not self._published:  # check again: either this thread sees the flag, or the watcher sees the new step
+            if not self._published:  # Check again: either this thread sees the flag, or the watching thread sees the new step.
                 return False
         with self._agreed:
             self._agreed.wait_for(lambda: self._stop_step is not None or self._failed is not None)
@@ -121,7 +121,7 @@ class StopAgreement:
 
     @property
     def stop_step(self) -> int | None:
-        """The agreed step; None until it is known."""
+        """The agreed step, or None until it is known."""
         return self._stop_step
 
     def _watch(self) -> None:
@@ -133,17 +133,17 @@ class StopAgreement:
                     continue
                 self._agree_on_step()
                 return
-        except Exception as error:  # rank 0's pod is lost, and the store with it: wake the training thread
+        except Exception as error:  # Rank 0's pod is lost, and so is the store in it. Wake the training thread.
             with self._agreed:
                 self._failed = error if self._published else None
                 self._agreed.notify_all()
 
     def _agree_on_step(self) -> None:
-        # Set the flag before reading the step. If a step ends in between, it is published, or this rank waits in `must_stop`.
+        # Set the flag before reading the step. If a step ends between the two, its number is published, or this rank waits in `must_stop`.
         self._published = True
         self._shared.set(f"at-{self._channel.rank}", str(self._step))
         keys = [f"at-{rank}" for rank in range(self._channel.world_size)]
-        steps = [int(value) for value in self._shared.get_all(keys, ANSWER_SECONDS)]
+        steps = [int(value) for value in self._shared.get_all(keys, PEER_STEPS_SECONDS)]
         with self._agreed:
             self._stop_step = max(steps) + 1
             self._agreed.notify_all()

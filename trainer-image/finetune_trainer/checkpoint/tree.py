@@ -2,8 +2,8 @@
 
 Each incarnation writes to its own folder, so that the files of two incarnations never mix. A commit writes the data and then
 the manifest, checks that every object exists with the right size, and creates the marker last, on condition that no marker
-exists. If an existing marker names our manifest, our request succeeded and only the response was lost. If an existing marker
-names another manifest, this incarnation is fenced out and must end.
+exists. If a marker exists and names this incarnation's manifest, an earlier request succeeded, but its response was lost. If an existing
+marker names another manifest, this incarnation is fenced out and must end.
 """
 
 from __future__ import annotations
@@ -72,17 +72,17 @@ class CheckpointTree:
         self.store = store
 
     def uri(self, key: str) -> str:
-        """The full address of a key."""
+        """Return the full address of a key."""
         return f"{self.store.uri}/{key}"
 
     # ---- reading ----
 
     def list_committed(self) -> list[CommittedCheckpoint]:
-        """Every committed checkpoint, newest first."""
+        """Return every committed checkpoint, newest first."""
         return self.list_committed_and_damaged()[0]
 
     def list_committed_and_damaged(self) -> tuple[list[CommittedCheckpoint], list[int]]:
-        """Every committed checkpoint, and the steps whose marker cannot be read. Newest first."""
+        """Return every committed checkpoint, and the steps whose marker cannot be read. Newest first."""
         is_healthy_by_step: dict[int, bool] = {}
         for stat in self.store.list(f"{Storage.CHECKPOINTS}/"):
             _, folder, *rest = stat.key.split("/")
@@ -104,12 +104,12 @@ class CheckpointTree:
         return committed, damaged_steps
 
     def get_committed(self, step: int | None, healthy: bool = False) -> CommittedCheckpoint | None:
-        """The committed checkpoint of a step (None: the final model); None if nothing is committed there."""
+        """Return the committed checkpoint of a step, or the final model if `step` is None. Return None if nothing is committed there."""
         marker = self._read_marker(prefix_of(step))
         return CommittedCheckpoint(step, marker, healthy) if marker else None
 
     def get_merged(self) -> CommittedCheckpoint | None:
-        """The committed merged model; None if there is none."""
+        """Return the committed merged model, or None if there is none."""
         marker = self._read_marker(Storage.MERGED)
         return CommittedCheckpoint(None, marker, is_merged=True) if marker else None
 
@@ -118,7 +118,7 @@ class CheckpointTree:
         return CommitMarker.parse(data) if data is not None else None
 
     def read_manifest(self, checkpoint: CommittedCheckpoint) -> Manifest | None:
-        """The manifest that the marker names; None if it is missing or has another sha256."""
+        """Return the manifest that the marker names, or None if it is missing or has another sha256."""
         data = self.store.get(join(checkpoint.folder, Storage.MANIFEST))
         if data is None or sha256_bytes(data) != checkpoint.marker.manifest_sha256:
             return None
@@ -137,7 +137,7 @@ class CheckpointTree:
         return entries
 
     def report_part(self, prefix: str, incarnation: str, node: int, entries: list[FileEntry] | None) -> None:
-        """Report to rank 0's pod which files this pod has uploaded; `entries` None: this pod skips the checkpoint."""
+        """Report to rank 0's pod which files this pod has uploaded. If `entries` is None, this pod skips the checkpoint."""
         part = UploadedPart(node=node, files=entries or [], dropped=entries is None)
         self.store.put(
             join(prefix, incarnation, PARTS_FOLDER, f"node-{node}.json"), part.model_dump_json(by_alias=True).encode()
@@ -169,7 +169,7 @@ class CheckpointTree:
 
     @staticmethod
     def merge_parts(prefix: str, own_entries: list[FileEntry], other_entries: list[FileEntry]) -> list[FileEntry]:
-        """The files of all pods. Errors: StorageError `PartsDiffer` if two pods wrote different contents of one file."""
+        """Return the files of all pods. Errors: StorageError `PartsDiffer` if two pods wrote different contents of one file."""
         entries_by_path: dict[str, FileEntry] = {}
         for entry in (*own_entries, *other_entries):
             first_entry = entries_by_path.setdefault(entry.path, entry)
@@ -201,7 +201,7 @@ class CheckpointTree:
             self.store.delete([stat.key for stat in self.store.list(join(folder, PARTS_FOLDER) + "/")])
         except FencedOutError:
             raise
-        except FineTuneError as error:  # the checkpoint is committed, even if a later request fails
+        except FineTuneError as error:  # The checkpoint is committed now, even if a later request fails.
             log.warning("%s is committed, but could not be checked again: %s", prefix, error)
         return marker
 
@@ -210,12 +210,12 @@ class CheckpointTree:
         self.store.put(join(Storage.RUN, attempt_folder(attempt), RUN_FILE_NAME), run)
 
     def require_newest_attempt(self, attempt: int) -> None:
-        """Errors: FencedOutError if a later attempt has begun."""
+        """Check that no later attempt has begun. Errors: FencedOutError."""
         if self.is_superseded(attempt):
             raise FencedOutError("FencedOut", f"a later attempt has begun; this attempt, {attempt}, must end")
 
     def is_superseded(self, attempt: int) -> bool:
-        """Whether a later attempt has begun, that is, has stored its run configuration."""
+        """Whether a later attempt has begun. An attempt begins when it stores its run configuration."""
         begun_attempts = (attempt_of_folder(stat.key.split("/")[1]) for stat in self.store.list(f"{Storage.RUN}/"))
         return any(number is not None and number > attempt for number in begun_attempts)
 
@@ -252,18 +252,18 @@ class CheckpointTree:
         self.store.put(join(prefix, Storage.COMMITTED), marker.to_bytes())
 
     def _check_objects(self, folder: str, manifest: Manifest) -> None:
-        """Errors: StorageError `UploadIncomplete`."""
+        """Check that every object exists with the right size. Errors: StorageError `UploadIncomplete`."""
         stats_by_key: dict[str, ObjectStat] = {stat.key: stat for stat in self.store.list(folder + "/")}
         for entry in manifest.files:
             stat = stats_by_key.get(join(folder, entry.path))
-            if stat is None or stat.size != entry.size:  # some stores list new objects with a delay
+            if stat is None or stat.size != entry.size:  # Some stores list new objects only after a delay.
                 stat = self.store.stat(join(folder, entry.path))
             if stat is None or stat.size != entry.size:
                 problem = "is missing" if stat is None else f"has {stat.size} bytes instead of {entry.size}"
                 raise StorageError(UPLOAD_INCOMPLETE, f"{self.uri(join(folder, entry.path))} {problem} after its upload")
 
     def _is_swept(self, folder: str, manifest: Manifest) -> bool:
-        """Whether the sweep of another incarnation has removed any object of this checkpoint."""
+        """Whether another incarnation has removed an object of this checkpoint in its sweep."""
         if self.store.stat(join(folder, Storage.MANIFEST)) is None:
             return True
         try:
@@ -275,11 +275,11 @@ class CheckpointTree:
         return False
 
     def mark_healthy(self, step: int) -> None:
-        """Mark a checkpoint as healthy: the losses after it were finite."""
+        """Mark a checkpoint as healthy, because the losses after it were finite."""
         self.store.put(join(prefix_of(step), Storage.HEALTHY), b"{}")
 
     def remove(self, step: int) -> None:
-        """Remove a checkpoint: the marker first, so that no reader takes the incomplete folder for a checkpoint."""
+        """Remove a checkpoint. The marker is removed first, so that no reader uses the incomplete folder as a checkpoint."""
         prefix = prefix_of(step)
         self.store.delete([join(prefix, Storage.COMMITTED)])
         self.store.delete([join(prefix, Storage.HEALTHY)])
@@ -291,7 +291,7 @@ class CheckpointTree:
     def sweep(self) -> SweepResult:
         """Remove the leftovers of killed incarnations: data that no marker names, and unfinished uploads.
 
-        Call this only while no other incarnation can commit. Errors are returned, because leftovers only cost space.
+        Call this only while no other incarnation can commit. Errors are returned instead of raised, because leftovers only cost space.
         """
         count, problem = 0, None
         for sweep in (self._sweep_uploads, self._sweep_data):
@@ -326,7 +326,7 @@ class CheckpointTree:
             self._remove_marker(prefix, marker)
 
     def _keys_by_prefix(self) -> dict[str, list[str]]:
-        """All keys below the folder of each checkpoint, of the final model and of the merged model, grouped by the folder's key."""
+        """Return all keys below the folders of checkpoints, of the final model and of the merged model, grouped by the folder's key."""
         keys: dict[str, list[str]] = {}
         for prefix in (Storage.CHECKPOINTS, Storage.MODEL, Storage.MERGED):
             for stat in self.store.list(f"{prefix}/"):
@@ -338,14 +338,17 @@ class CheckpointTree:
         return keys
 
     def _unreferenced_keys(self, prefix: str, keys: list[str]) -> list[str]:
-        """Keys that do not belong to the committed checkpoint. The marker is read even if it is not listed: some listings lag behind."""
+        """Return the keys that do not belong to the committed checkpoint.
+
+        The marker is read even if it is not listed, because some listings are out of date.
+        """
         marker_key = join(prefix, Storage.COMMITTED)
         keys = [key for key in keys if key != join(prefix, Storage.PROMOTED)]
         data = self.store.get(marker_key)
         if data is None:
-            return keys if marker_key not in keys else []  # a marker that is listed but not readable yet may be valid
+            return keys if marker_key not in keys else []  # A marker that is listed, but not readable yet, may be valid.
         marker = CommitMarker.parse(data)
         if marker is None or join(prefix, marker.path, Storage.MANIFEST) not in keys:
-            return []  # marker or manifest is damaged: the checkpoint's data is unknown, so nothing is removed
+            return []  # If marker or manifest is damaged, the files of the checkpoint are unknown, so nothing is removed.
         own_keys = (marker_key, join(prefix, Storage.HEALTHY))
         return [key for key in keys if key not in own_keys and not key.startswith(join(prefix, marker.path) + "/")]

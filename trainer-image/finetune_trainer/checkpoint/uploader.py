@@ -1,4 +1,4 @@
-"""Uploads staged checkpoints and commits them while training goes on.
+"""Uploads and commits staged checkpoints while training continues.
 
 One upload runs at a time, and at most one checkpoint is queued. A newer checkpoint replaces the queued checkpoint, and a note
 in the status reports this. The checkpoint of a graceful stop is never dropped. A commit marks the previous checkpoints as
@@ -32,7 +32,7 @@ PART_TIMEOUT_SECONDS = 1800.0
 RETRY_PAUSE_SECONDS = 1.0
 """Pause between two tries to upload the final model or the checkpoint of a graceful stop."""
 UNSAVED_INTERVALS = 3
-"""A run may go on for this many checkpoint intervals without a commit, even if the timeout is shorter."""
+"""A run may continue for this many checkpoint intervals without a commit, even if the timeout is shorter."""
 
 
 class CheckpointReporter(Protocol):
@@ -44,7 +44,7 @@ class CheckpointReporter(Protocol):
 
     @property
     def checkpoint_problem(self) -> str | None:
-        """Why the last checkpoint could not be stored (reason and message); None once a checkpoint is committed."""
+        """Why the last checkpoint could not be stored (reason and message). None after a commit."""
 
     def increment_counter(self, name: str, by: float = 1) -> None: ...
     def add_note(self, text: str) -> None: ...
@@ -57,7 +57,7 @@ class CheckpointReporter(Protocol):
 
 @dataclass(frozen=True)
 class StagedCheckpoint:
-    """A checkpoint that is complete on this pod's disk; step None: the final model."""
+    """A checkpoint that is complete on this pod's disk, or the final model (step None)."""
 
     step: int | None
     folder: Path
@@ -117,7 +117,7 @@ class Uploader:
 
     @property
     def failure(self) -> FineTuneError | None:
-        """Why the uploader has given up: this incarnation is fenced out, or the final model could not be stored. None before that."""
+        """Why the uploader has given up: this incarnation is fenced out, or the final model could not be stored. None while the uploader works."""
         return self._failure
 
     @property
@@ -191,7 +191,7 @@ class Uploader:
             dropped_checkpoint.step, newer_step,
         )  # fmt: skip
         self._reporter.add_note("checkpoints are made faster than storage accepts them: some were skipped")
-        if self._node > 0:  # in its own thread, because `enqueue` must not delay the thread that receives the ranks' messages
+        if self._node > 0:  # A separate thread is used, because `enqueue` must not delay the thread that receives the ranks' messages.
             threading.Thread(
                 target=self._report_skipped_part, args=(dropped_checkpoint,), name="skipped-part", daemon=True
             ).start()
@@ -206,7 +206,7 @@ class Uploader:
         self._part_wait_end = time.monotonic() + seconds
 
     def wait_until_idle(self, timeout: float) -> bool:
-        """Wait until every offered checkpoint is committed or has failed; returns False after `timeout` seconds."""
+        """Wait until every queued checkpoint is committed or has failed. Returns False after `timeout` seconds."""
         with self._changed:
             return self._changed.wait_for(self._is_idle, timeout)
 
@@ -241,7 +241,7 @@ class Uploader:
                     self._changed.notify_all()
 
     def _store(self, staged: StagedCheckpoint) -> None:
-        """Upload and commit one checkpoint, or record why that failed."""
+        """Upload and commit one checkpoint. If that fails, record the reason."""
         started_at = time.monotonic()
         try:
             while self._failure is None and not self._try_to_store(staged, started_at):
@@ -262,7 +262,7 @@ class Uploader:
         """Upload and commit once. Returns False if this failed and must be retried, because no later checkpoint follows."""
         if staged.step is not None and staged.step <= self._own_step:
             self._record_saved()
-            return True  # the data of a committed checkpoint is never written again
+            return True  # The data of a committed checkpoint is never written a second time.
         try:
             self._upload_and_commit(staged, started_at)
         except StorageError as error:
@@ -304,7 +304,7 @@ class Uploader:
         manifest = self._build_manifest(staged, entries)
         if (
             not staged.is_graceful_stop and not self._must_not_wait()
-        ):  # after a stop request there is little time: commit at once
+        ):  # After a stop request, little time is left, so commit at once.
             self._before_commit()
         marker = self.tree.commit(prefix, manifest, replaceable_marker=self._skipped.get(staged.step))
         self._skipped.pop(staged.step, None)
@@ -312,7 +312,7 @@ class Uploader:
         log.info("committed %s/%s in %.2f s (%d bytes)", prefix, staged.incarnation, seconds, manifest.total_bytes)
         uri = self.tree.uri(join(prefix, staged.incarnation))
         if staged.step is None:
-            self._mark_healthy(before_step=None)  # the run has ended with finite losses
+            self._mark_healthy(before_step=None)  # The run has ended, and its losses were finite.
             self.output = Output(
                 uri=uri, sha256=marker.manifest_sha256, kind=manifest.kind, evaluation=manifest.extra.get("evaluation")
             )
@@ -320,7 +320,7 @@ class Uploader:
             self._record_commit(staged, manifest, uri, marker.manifest_sha256, seconds)
 
     def _must_not_wait(self) -> bool:
-        """Whether to stop waiting for other pods' files: a graceful stop's checkpoint is queued, or the time of `limit_part_wait` is over."""
+        """Whether to stop waiting for other pods' files: the checkpoint of a graceful stop is queued, or the limit of `limit_part_wait` has passed."""
         if self._part_wait_end is not None and time.monotonic() > self._part_wait_end:
             return True
         return self._queued is not None and self._queued.is_graceful_stop
@@ -351,7 +351,7 @@ class Uploader:
         self.apply_retention()
 
     def _mark_healthy(self, *, before_step: int | None) -> None:
-        """Mark the checkpoints before this step (None: all) as healthy: the losses after them were finite."""
+        """Mark the checkpoints before this step (None: all) as healthy, because the losses after them were finite."""
         for step, kept in sorted(self._committed.items()):
             if not kept.healthy and (before_step is None or step < before_step):
                 with self._record_failure_as_note("marking a checkpoint healthy"):

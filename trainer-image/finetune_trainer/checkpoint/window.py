@@ -76,7 +76,7 @@ class LoggingWindow:
         own_file = folder / WINDOW_FILE.format(rank=self._rank)
         if len(all_sums) == self._world_size and own_file in files:
             self._restore_sums(all_sums[files.index(own_file)])
-        else:  # the number of ranks has changed: redistribute the sums, so that means and totals stay the same
+        else:  # If the number of ranks has changed, redistribute the sums, so that means and totals stay the same.
             self._restore_sums(_share_of(all_sums, is_first_rank=self._rank == 0))
 
     def _restore_sums(self, window_sums: WindowSums) -> None:
@@ -97,7 +97,7 @@ class LoggingWindow:
     def require_finite(self, model: Any, step: int) -> int:
         """Check on all ranks that loss and weights are finite; returns the tokens of the current window over all ranks.
 
-        A collective: every rank must call it. Errors: DivergedError LossNotFinite, WeightsNotFinite.
+        A collective operation: every rank must call it. Errors: DivergedError LossNotFinite, WeightsNotFinite.
         """
         loss, weights = loss_sum(self._trainer), _local_weight_norm(model)
         tokens = _number(self._own_sums().get("tokens", 0))
@@ -117,7 +117,7 @@ class LoggingWindow:
 
 
 def _share_of(all_sums: list[WindowSums], *, is_first_rank: bool) -> WindowSums:
-    """One rank's share when the number of ranks has changed: each rank gets the mean loss, the first rank gets all other sums."""
+    """Return one rank's share of the sums after the number of ranks has changed. Each rank gets the mean loss; the first rank gets all other sums."""
     names = {name for one in all_sums for name in one.ours} if is_first_rank else set()
     return WindowSums(
         since=all_sums[0].since, loss=sum(one.loss for one in all_sums) / len(all_sums),
@@ -131,7 +131,7 @@ def _number(value: Any) -> float | int:
 
 
 def _local_weight_norm(model: Any) -> float:
-    """Norm of this rank's part of the trained weights; not finite if any weight is not finite."""
+    """Return the norm of this rank's part of the trained weights. It is not finite if any weight is not finite."""
     if model is None:
         return 0.0
     trained = [getattr(one, "_local_tensor", one).detach() for one in model.parameters() if one.requires_grad]

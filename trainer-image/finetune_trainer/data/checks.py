@@ -1,4 +1,4 @@
-"""The checks of `dataset.checks`: duplicates, answers that must be JSON, personal data, and how often each answer occurs."""
+"""Runs the checks of `dataset.checks`: finds duplicates, answers that are not JSON and personal data, and counts the answers."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def find_json_error(example: Example) -> RowError | None:
 
 
 def scan_personal(rows: Rows) -> dict[str, int]:
-    """Number of rows that match a pattern of personal data, by kind."""
+    """Return the number of rows that match a pattern of personal data, by kind."""
     matching_rows: Counter[str] = Counter(dict.fromkeys(PERSONAL_DATA_PATTERNS, 0))
     for _, example in rows:
         text = "\n".join(all_texts(example))
@@ -96,7 +96,7 @@ def count_top_answers(rows: Rows) -> tuple[dict[str, int], float]:
 
 
 def answer_texts(example: Example) -> list[str]:
-    """Texts that the model is trained to generate."""
+    """Return the texts that the model is trained to generate."""
     match example:
         case Conversation(turns):
             return [turn.content for turn in turns if turn.role == "assistant" and turn.weight]
@@ -111,7 +111,7 @@ def answer_texts(example: Example) -> list[str]:
 
 
 def all_texts(example: Example) -> list[str]:
-    """Every text of an example."""
+    """Return every text of an example."""
     match example:
         case Conversation(turns):
             return [turn.content for turn in turns]

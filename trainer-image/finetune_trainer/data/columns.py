@@ -30,7 +30,7 @@ PROMPT_COLUMN = ColumnRole("question", ("prompt", "question", "instruction", "qu
 
 
 def find_column(role: ColumnRole, names: Collection[str], columns: Columns) -> str | None:
-    """The column among `names` that has the role, or None."""
+    """Return the column among `names` that has the role, or None."""
     configured_name = getattr(columns, role.field, None)
     if configured_name is not None:
         return configured_name if configured_name in names else None
@@ -42,13 +42,13 @@ def find_column(role: ColumnRole, names: Collection[str], columns: Columns) -> s
 
 
 def column_value(role: ColumnRole, row: Mapping[str, Any], columns: Columns) -> Any:
-    """The value of the role's column, or None if the column is absent or null."""
+    """Return the value of the role's column, or None if the column is absent or null."""
     name = find_column(role, row.keys(), columns)
     return row[name] if name is not None else None
 
 
 def required_value(role: ColumnRole, row: Mapping[str, Any], columns: Columns) -> Any:
-    """The value of the role's column. Errors: RowError ColumnMissing, DatasetRowInvalid (null)."""
+    """Return the value of the role's column. Errors: RowError ColumnMissing, DatasetRowInvalid (null)."""
     name = find_column(role, row.keys(), columns)
     if name is None:
         raise missing_column(role, row.keys(), columns)
@@ -74,13 +74,13 @@ def missing_column(role: ColumnRole, names: Collection[str], columns: Columns) -
 
 
 def required_text(role: ColumnRole, row: Mapping[str, Any], columns: Columns) -> str:
-    """The value of the role's column as text; numbers and booleans are converted. Errors: RowError ColumnMissing, DatasetRowInvalid."""
+    """Return the value of the role's column as text. Numbers and booleans are converted. Errors: RowError ColumnMissing, DatasetRowInvalid."""
     value = required_value(role, row, columns)
     return as_text(value, find_column(role, row.keys(), columns) or role.names[0])
 
 
 def optional_text(role: ColumnRole, row: Mapping[str, Any], columns: Columns) -> str | None:
-    """The value of the role's column as text, or None if the column is absent or blank.
+    """Return the value of the role's column as text, or None if the column is absent or blank.
 
     Errors: RowError ColumnMissing (only if `dataset.columns` names the column), DatasetRowInvalid.
     """
@@ -94,7 +94,7 @@ def optional_text(role: ColumnRole, row: Mapping[str, Any], columns: Columns) ->
 
 
 def as_text(value: Any, name: str) -> str:
-    """A string, number or boolean as text. Errors: RowError DatasetRowInvalid for lists and objects."""
+    """Convert a string, number or boolean to text. Errors: RowError DatasetRowInvalid for lists and objects."""
     if isinstance(value, str):
         return value
     if isinstance(value, bool | int | float):

@@ -1,4 +1,4 @@
-"""Stage 2, detect: recognise the data format from the columns of the first rows."""
+"""Stage 2, detect: find the data format by the columns of the first rows."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SAMPLE_ROWS = 50
 
 
 def detect_format(sample: Sequence[RawRow], columns: Columns) -> Format:
-    """The format that matches most of the sampled rows. Errors: DatasetEmpty, FormatUnknown."""
+    """Return the format that matches most of the sampled rows. Errors: DatasetEmpty, FormatUnknown."""
     if not sample:
         raise DataError("DatasetEmpty", "the data set has no rows", hint="give a file with at least one row")
     matches = [
@@ -34,7 +34,7 @@ def detect_format(sample: Sequence[RawRow], columns: Columns) -> Format:
 
 
 def require_columns(sample: Sequence[RawRow], form: Format, columns: Columns) -> None:
-    """Refuse data if a required column is missing in all sampled rows. The error is about the file, not about one row.
+    """Refuse data if a required column is missing in all sampled rows. The error names the file instead of a row.
 
     Errors: ColumnMissing.
     """

@@ -1,4 +1,4 @@
-"""The images of rows: reads them from parts of messages or from a column, finds their files, and checks their sizes.
+"""Handles the images of rows: reads them from parts of messages or from a column, finds their files, and checks their sizes.
 
 An image may be given as a path, an address below `dataset.images.root`, a base64 data URI, bytes (Parquet), or an object with `path` or
 `bytes`. Nothing is downloaded here: addresses are read from the folder that the supervisor has downloaded. Only the header of an image is read;
@@ -39,15 +39,15 @@ if TYPE_CHECKING:
 
 IMAGES_COLUMN = ColumnRole("images", ("images", "image"))
 TEXT_PLACEHOLDER = "<image>"
-"""Text that stands for an image of the column, in rows whose messages are plain text."""
+"""Placeholder for an image of the column, in rows whose messages are plain text."""
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
-"""Image formats that are read. Pillow knows more, but each further decoder is a further way to attack the trainer."""
+"""Image formats that are accepted. Pillow supports more formats, but each additional decoder could be attacked with a manipulated image."""
 HINT_FOR_TEXT_JOBS = "write `model.modality: visionLanguage` to train on images, or remove the image"
 
 
 @dataclass(frozen=True)
 class ImageReader:
-    """Finds and checks the images of the rows. `root`: local copy of `dataset.images.root`; None if the spec has no root."""
+    """Finds and checks the images of rows. `root`: local copy of `dataset.images.root`; None if the spec has no root."""
 
     options: Images
     root: Path | None = None
@@ -71,7 +71,7 @@ class ImageReader:
         return replace(example, turns=tuple(replace(turn, parts=tuple(map(found.find, turn.parts))) if turn.parts else turn for turn in turns))
 
     def locate(self, value: Any, row: RawRow) -> ImageFile:
-        """Find the image that a row gives as `value`. Errors: RowError ImageMissing, ImageUnreadable, ImageOutsideRoot."""
+        """Find the image that `value` of a row describes. Errors: RowError ImageMissing, ImageUnreadable, ImageOutsideRoot."""
         if isinstance(value, Mapping):
             value = next((value[key] for key in ("bytes", "path", "url") if value.get(key) is not None), None)
         if isinstance(value, bytes | bytearray):
@@ -83,7 +83,7 @@ class ImageReader:
         return ImageFile(path=self._resolve_path(value, row))
 
     def _resolve_path(self, text: str, row: RawRow) -> Path:
-        """The file that a path or address names. It must lie below the root. Errors: RowError ImageOutsideRoot, ImageMissing."""
+        """Return the file that a path or address names. The file must be below the root. Errors: RowError ImageOutsideRoot, ImageMissing."""
         address = (self.options.root or "").rstrip("/")
         root = (self.root or row.file.parent).resolve()
         relative = text.removeprefix(f"{address}/") if address else text
@@ -99,7 +99,7 @@ class ImageReader:
         return path
 
     def check(self, image: ImageFile) -> None:
-        """Check the sizes by the header of the file. Errors: RowError ImageTooLarge, ImageUnreadable."""
+        """Check the size of the file, and the number of pixels in its header. Errors: RowError ImageTooLarge, ImageUnreadable."""
         size, limit = len(image.content) if image.content is not None else _file_size(image), value_or_default(self.options, "max_bytes")
         if size > limit:
             raise RowError("ImageTooLarge", f"the file has {size} bytes, more than {limit}", "write a smaller image, or raise dataset.images.maxBytes")
@@ -141,13 +141,13 @@ def require_no_images(example: Example) -> RowError | None:
 
 
 def _turns_of(example: Example) -> list[Turn]:
-    """The turns of an example for preference objectives and GRPO."""
+    """Return the turns of an example for preference objectives and GRPO."""
     values = [getattr(example, name, ()) for name in ("prompt", "chosen", "rejected", "completion")]
     return [turn for value in values if isinstance(value, tuple) for turn in value]
 
 
 def load_image(image: ImageFile) -> Image:
-    """Decode an image as RGB, turned as its EXIF data says. Errors: RowError ImageUnreadable."""
+    """Decode an image as RGB, rotated according to its EXIF data. Errors: RowError ImageUnreadable."""
     from PIL import ImageOps
 
     with _open_image(image) as opened:
@@ -156,7 +156,7 @@ def load_image(image: ImageFile) -> Image:
 
 @contextmanager
 def _open_image(image: ImageFile) -> Iterator[Image]:
-    """Open an image without decoding its pixels. Errors: RowError ImageUnreadable, also for errors of the block."""
+    """Open an image without decoding its pixels. Errors: RowError ImageUnreadable, including failures to read the image in the `with` block."""
     from PIL import Image as images
 
     stream: Any = io.BytesIO(image.content) if image.content is not None else image.path
@@ -165,13 +165,13 @@ def _open_image(image: ImageFile) -> Iterator[Image]:
             yield opened
     except images.DecompressionBombError:
         raise RowError("ImageTooLarge", "the image has more than 178 million pixels", "write a smaller image") from None
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError) as error:  # Pillow's decoders raise all of these for damaged files
+    except (OSError, SyntaxError, ValueError, EOFError, IndexError) as error:  # Pillow's decoders raise any of these errors for damaged files.
         reason = "it is none of " + ", ".join(FORMATS) if isinstance(error, images.UnidentifiedImageError) else str(error).split("\n")[0][:200]
         raise RowError("ImageUnreadable", f"the image cannot be read: {reason}", "write the image again, or remove the row") from None
 
 
 def content_of(image: ImageFile) -> bytes:
-    """The content of an image's file."""
+    """Return the content of an image's file."""
     if image.content is not None:
         return image.content
     assert image.path is not None, "an image without content has a path"
@@ -201,9 +201,10 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def _insert_column(turns: tuple[Turn, ...], given: Sequence[Any]) -> tuple[Turn, ...]:
-    """Put the images of the column into the messages, and check the placeholders. Errors: RowError.
+    """Put the images of the column into the messages, and check the number of placeholders. Errors: RowError.
 
-    The images replace the image parts without a value, else the texts `<image>`. Without either, they are put before the first user message.
+    The images replace image parts without a value. If there are none, they replace the texts `<image>`. If there are also no such texts,
+    the images are put before the first user message.
     """
     if given and not any(turn.parts for turn in turns):
         turns = tuple(_split_at_placeholders(turn) for turn in turns)
@@ -226,7 +227,7 @@ def _insert_column(turns: tuple[Turn, ...], given: Sequence[Any]) -> tuple[Turn,
 
 
 def _split_at_placeholders(turn: Turn) -> Turn:
-    """Replace each text `<image>` by the place of an image."""
+    """Replace each text `<image>` by a placeholder part for an image."""
     texts = turn.content.split(TEXT_PLACEHOLDER)
     if len(texts) == 1 or turn.role == "assistant":
         return turn

@@ -53,9 +53,9 @@ class DataSummary:
 
     @property
     def format_with_turns(self) -> DatasetFormat:
-        """The first format that has turns, else the first format. This format decides which part of a row is trained on.
+        """Return the first format with turns, or the first format if none has turns. The result decides which part of a row is trained on.
 
-        In text without turns, all tokens are trained on. A source of such text must not decide for the other sources of a mixture.
+        In text without turns, all tokens are trained on. A source of such text must not have this effect on the other sources of a mixture.
         """
         return next((form for form in self.formats if form not in FORMATS_WITHOUT_TURNS), self.format)
 
@@ -70,7 +70,7 @@ class LoadedData:
     summary: DataSummary
 
     def splits(self) -> list[tuple[str, Rows]]:
-        """The splits that have rows, with their names."""
+        """Return the splits that have rows, by name."""
         named_splits = (("train", self.train), ("validation", self.validation), ("test", self.test))
         return [(name, rows) for name, rows in named_splits if rows]
 
@@ -85,7 +85,7 @@ def check_files(run: RunConfig, inputs: Inputs) -> DataSummary:
 
 
 def load(run: RunConfig, inputs: Inputs) -> LoadedData:
-    """All examples of a run. Errors: see `check_files`."""
+    """Return all examples of a run. Errors: see `check_files`."""
     spec = run.spec.dataset
     reader = _SourceReader(run, inputs.images)
     sources = reader.apply_checks(_read_sources(reader, run, inputs))
@@ -118,7 +118,7 @@ def trains_on_answers_only(run: RunConfig, form: DatasetFormat) -> bool:
 
 
 def _read_sources(reader: _SourceReader, run: RunConfig, inputs: Inputs) -> list[Rows]:
-    """Training rows of each source. A job that does not train may have none."""
+    """Return the training rows of each source. A job that does not train may have no rows."""
     spec = run.spec.dataset
     if not inputs.mixture and not inputs.train and run.spec.phases.train is False:
         return [[]]
@@ -131,7 +131,7 @@ def _read_sources(reader: _SourceReader, run: RunConfig, inputs: Inputs) -> list
 
 
 def _split_sources(sources: Sequence[Rows], split: Split) -> tuple[list[Rows], Rows, Rows]:
-    """Training rows per source, validation rows and test rows.
+    """Return the training rows of each source, the validation rows and the test rows.
 
     The rows are split before the sources are mixed, because a mixture repeats the rows of a small source. If the mixture were split,
     copies of one row could be in both training and validation data.
@@ -162,7 +162,7 @@ def _mix_sources(summary: DataSummary, run: RunConfig, sources: Sequence[Rows]) 
 
 
 def convert_to_prompt(example: Example, row: RawRow) -> Example | RowError:
-    """Convert an example to a prompt. The answer and the other columns of the row are kept for the rewards."""
+    """Convert an example to a prompt. The answer and the other columns of the row are kept, because rewards may read them."""
     match example:
         case Conversation(turns):
             last_answer_index = max((index for index, turn in enumerate(turns) if turn.role == "assistant"), default=len(turns))
@@ -190,7 +190,7 @@ class _SourceReader:
         self.summary = DataSummary(self.spec.format or DatasetFormat.MESSAGES)
 
     def read(self, paths: list[Path], spec_format: DatasetFormat | None, columns: Columns | None) -> Rows:
-        """The examples of one source. Errors: ConfigError, DataError."""
+        """Return the examples of one source. Errors: ConfigError, DataError."""
         bad_rows: list[tuple[RawRow, RowError]] = []
         files = data_files(paths)
         stream = read_rows(

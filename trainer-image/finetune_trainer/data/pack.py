@@ -41,5 +41,5 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 def padding_share(lengths: Sequence[int], bins: int, capacity: int) -> float:
-    """Share of positions without a token among all positions of `bins` sequences of length `capacity`."""
+    """Return the share of positions without a token in `bins` sequences of length `capacity`."""
     return 1 - sum(lengths) / (bins * capacity) if bins else 0.0

@@ -22,7 +22,7 @@ from finetune_trainer.data.template import Rendered, RenderOptions, render
 from finetune_trainer.data.tokenise import BATCH_ROWS, EncodedRow, TokeniseOptions, encode
 
 ROWS_PER_WORKER = 10_000
-"""Each worker gets at least this many rows. With fewer rows, starting a worker takes longer than the work."""
+"""Minimum number of rows for each worker. With fewer rows, starting a worker would take longer than the work."""
 CGROUP_CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")
 Result = TypeVar("Result", covariant=True)
 
@@ -71,9 +71,9 @@ _encoder: BatchEncoder[Any] | None = None
 
 
 def _start_worker(encoder: BatchEncoder[Any]) -> None:
-    global _encoder  # a worker process keeps one encoder for its lifetime
+    global _encoder  # A worker process uses the same encoder for its lifetime.
     _encoder = encoder
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is one worker per core already
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # One worker runs per core, so more threads would not help.
 
 
 def _encode_batch(rows: Sequence[tuple[str, Example]]) -> Sequence[Any]:
@@ -85,9 +85,10 @@ def encode_rows(
     rows: Sequence[tuple[Any, Example]], encoder: BatchEncoder[Result], *, processes: int,
     on_bad_row: Callable[[str, str, str, str], None], rows_per_worker: int | None = None,
 ) -> Iterator[Result]:  # fmt: skip
-    """Yield the encoder's result for every row, in order. Rejected rows are passed to `on_bad_row`, and skipped if it does not raise.
+    """Yield the encoder's result for every row, in order. A rejected row is passed to `on_bad_row`, which either raises an error or
+    returns. If it returns, the row is skipped.
 
-    `rows_per_worker`: fewest rows for which a worker process is started; None for the number that suits text.
+    `rows_per_worker`: minimum number of rows for each worker process; None: the default for text.
     """
     batches = _split_into_batches(rows)
     workers = min(processes, len(rows) // (rows_per_worker or ROWS_PER_WORKER))
@@ -112,7 +113,7 @@ def _split_into_batches(rows: Sequence[tuple[Any, Example]]) -> Iterator[list[tu
 
 
 def usable_cpus() -> int:
-    """Number of CPUs that this process may use, by its CPU affinity and the cgroup's CPU quota."""
+    """Return the number of CPUs that this process may use, according to its CPU affinity and the cgroup's CPU quota."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         quota, period = CGROUP_CPU_LIMIT.read_text().split()

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 CACHE_VERSION = 5
-"""Part of the cache key. Increase the version when the code changes the tokens or the layout of the cached files."""
+"""Part of the cache key. Increase the version if a code change affects the tokens or the layout of the cached files."""
 SUMMARY_FILE = "summary.json"
 MAX_SEQUENCE_LENGTH = "dataset.maxSequenceLength"
 DEFAULT_MAX_SEQUENCE_LENGTH = 2048
@@ -113,7 +113,8 @@ def prepare(
 
 
 def max_sequence_length(run: RunConfig, tokenizer: Any, max_positions: int | None) -> int:
-    """Maximum number of tokens in a row: the value of the spec. A default value is lowered if the model has fewer positions.
+    """Return the maximum number of tokens in a row: the value of the spec. If it is a default value and the model has fewer positions, it
+    is lowered.
 
     Virtual tokens of prefix and prompt tuning also occupy positions of the model. Errors: ConfigError SequenceTooLong.
     """
@@ -141,7 +142,7 @@ def max_sequence_length(run: RunConfig, tokenizer: Any, max_positions: int | Non
 
 
 def virtual_tokens(run: RunConfig) -> int:
-    """Positions that prefix and prompt tuning occupy before every row."""
+    """Return the number of positions that prefix and prompt tuning occupy before every row."""
     return int(value_or_default(run.spec.method, "prompt_length")) if method_type_of(run.spec) in PROMPT_METHODS else 0
 
 
@@ -176,7 +177,7 @@ def _chat_template_text(option: Any, config_maps: Path) -> str:
 
 
 def render_options(run: RunConfig, tokenizer: Any, is_templated: bool, form: DatasetFormat) -> RenderOptions:
-    """Options for rendering the rows of this run. `is_templated`: whether the tokenizer's chat template is used."""
+    """Return the options for rendering the rows of this run. `is_templated`: whether the tokenizer's chat template is used."""
     option = run.spec.dataset.response_only
     markers = (option.question_marker or "", option.answer_marker or "") if option else ("", "")
     special_tokens = sorted((t.content for t in tokenizer.added_tokens_decoder.values() if t.special), key=len, reverse=True)
@@ -254,7 +255,7 @@ class BadRowPolicy:
 
 
 def cache_key(run: RunConfig, inputs: Inputs, tokenizer: Any, max_length: int, vision: VisionProcessor | None = None) -> str:
-    """Hash of all inputs that affect the tokens: the contents of all files, the options, the tokenizer, the cache version."""
+    """Return a hash of all inputs that affect the tokens: the contents of all files, the options, the tokenizer, the cache version."""
     digest = hashlib.sha256(inputs.dataset_digest.encode())
     mixture = (path for source in inputs.mixture for path in source)
     for path in [*inputs.train, *mixture, *inputs.validation, *inputs.test]:
@@ -287,7 +288,10 @@ def cache_key(run: RunConfig, inputs: Inputs, tokenizer: Any, max_length: int, v
 
 
 def _defaulted_options(run: RunConfig) -> list[str]:
-    """Options that the user did not set. They are part of the hash, because a default value may be adapted, but a user's value is refused."""
+    """Return the options that the user did not set.
+
+    They are part of the hash: an unsuitable default is adapted, but an unsuitable value of the user is refused.
+    """
     return sorted(path for path in run.defaults if path.startswith(("dataset.", "trainer.maxCompletionLength")))
 
 
@@ -333,7 +337,7 @@ def load_cached(folder: Path) -> tuple[Splits, Any]:
         Dataset.load_from_disk(str(folder / name)) if (folder / name).exists() else None
         for name in ("train", "validation", "test")
     )
-    assert train is not None, "the training rows are written before the summary"
+    assert train is not None, "The training rows are written before the summary, so they exist."
     return Splits(train, validation, test), json.loads((folder / SUMMARY_FILE).read_text())
 
 

@@ -24,9 +24,9 @@ FILE_FORMATS = {
 """File format by file extension."""
 CSV_FIELD_LIMIT = 16 * 1024 * 1024
 MAX_ROW_BYTES = 64 << 20
-"""Largest line of a JSONL or text file."""
+"""Maximum length of a line in a JSONL or text file, in bytes."""
 MAX_EXPANSION, SMALL_FILE_BYTES = 200, 256 << 20
-"""A .gz file may expand to `MAX_EXPANSION` times its size, and in any case to `SMALL_FILE_BYTES`. Text usually expands 3 to 20 times."""
+"""A .gz file may expand to `MAX_EXPANSION` times its size, or to `SMALL_FILE_BYTES` if that is more. Text usually expands 3 to 20 times."""
 SURROGATE_ESCAPE = "\\ud"
 """The beginning of a JSON escape for a UTF-16 surrogate (half of a character), in lower case."""
 
@@ -67,13 +67,16 @@ def read_rows(
 
 
 def row_error_as_data_error(row: RawRow, error: RowError) -> DataError:
-    """The error that ends a job because of one row."""
+    """Return the error that ends a job because of one bad row."""
     skip = f"; or `dataset.badRows: {BadRows.SKIP}` to leave such rows out"
     return DataError(error.code, f"{row.location}: {error.message}", hint=error.hint + skip)
 
 
 def file_format_of(file: Path, spec_format: FileFormat) -> FileFormat:
-    """Return the file's format: from the spec, else from the file name, else from the first bytes. Errors: FileFormatUnknown."""
+    """Return the file's format. It is determined by the spec or, if the spec does not set it, by the file name or else by the first bytes.
+
+    Errors: FileFormatUnknown.
+    """
     if spec_format is not FileFormat.AUTO:
         return spec_format
     format_by_name = FILE_FORMATS.get(_suffix(file))
@@ -221,7 +224,7 @@ def _read_json(file: Path) -> Iterator[RawRow | tuple[RawRow, RowError]]:
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
-        if error.msg == "Extra data":  # most likely a JSONL file with the wrong extension
+        if error.msg == "Extra data":  # The file is probably a JSONL file with the wrong extension.
             yield from _read_jsonl(file)
             return
         raise DataError(
@@ -305,7 +308,7 @@ def _read_parquet(file: Path) -> Iterator[RawRow]:
 
 
 def _json_type(value: Any) -> str:
-    """The JSON type of a value, for messages."""
+    """Return the JSON type of a value, for messages."""
     match value:
         case None:
             return "null"

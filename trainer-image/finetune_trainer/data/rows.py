@@ -36,7 +36,10 @@ class RowError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class GivenImage:
-    """An image as a row gives it: a path, an address, a data URI, bytes, or an object with these. None: the place of an image of another column."""
+    """An image as it is written in a row: a path, an address, a data URI, bytes, or an object with one of these.
+
+    None: a placeholder for an image of another column.
+    """
 
     value: Any = None
 
@@ -70,7 +73,7 @@ class Turn:
 
     @property
     def images(self) -> list[ImageFile]:
-        """The images of the message that were found."""
+        """The images of the message whose files were found."""
         return [part for part in self.parts if isinstance(part, ImageFile)]
 
 

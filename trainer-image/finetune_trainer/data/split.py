@@ -14,7 +14,7 @@ Item = TypeVar("Item")
 
 
 def split_sizes(rows: int, split: Split) -> tuple[int, int, int]:
-    """Number of rows for training, validation and test.
+    """Return the number of rows for training, validation and test.
 
     The sizes are rounded down. If the ratios add up to 1, or training has no ratio, one part also gets the remaining rows: training
     if it has no ratio, else the last part with a ratio. Otherwise some rows are not used. Errors: SplitEmpty.

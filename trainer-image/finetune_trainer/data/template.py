@@ -1,9 +1,9 @@
-"""Stage 5, render: an example becomes one text and the character spans that are trained on.
+"""Stage 5, render: convert an example to a text, and to the character spans of the text that are trained on.
 
-If the user gives marker strings, they decide where an answer begins and ends. Otherwise, the generation markers of the chat template
-(`{% generation %}`) define the answers. Without such markers the conversation is rendered turn by turn: the answer is the text that
-the template adds after the generation prompt. Some templates render a turn differently if more turns follow. In this case the
-answer's content is located in the text. If the content cannot be located, the template is refused.
+If the user sets marker strings, they show where an answer begins and ends. Otherwise, the chat template's generation markers (`{%
+generation %}`) show it. If there are no such markers, the conversation is rendered turn by turn: the answer is the text that the template
+adds after the generation prompt. Some templates render a turn differently if more turns follow. In this case the answer's content is
+located in the text. If the content cannot be located, the template is refused.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from finetune_trainer.data.time_limit import TimeLimitExceeded, time_limit
 
 CharSpan = tuple[int, int]
 _SENTINEL_TEXT = "\ue000\ue001\ue002"
-"""Private-use characters that no tokenizer, template or data set contains."""
+"""Characters from a private-use area of Unicode. No tokenizer, template or data set should contain them."""
 TEMPLATE_SECONDS = 60.0
 """Time limit for one run of a chat template. A long conversation takes milliseconds."""
 _GENERATION_TAG_PATTERN = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
@@ -213,7 +213,7 @@ def _content_span(
 
 
 def _with_end_token(text: str, span: CharSpan, special_tokens: tuple[str, ...]) -> CharSpan:
-    """Extend the span by the special token that ends the turn. Without training on this token, the model would never stop."""
+    """Extend the span by the special token that ends the turn. If the model were not trained on this token, its answers would never end."""
     start, end = span
     if any(text[start:end].rstrip().endswith(token) for token in special_tokens):
         return span
@@ -222,7 +222,7 @@ def _with_end_token(text: str, span: CharSpan, special_tokens: tuple[str, ...]) 
 
 
 def _spans_from_markers(rendered: Rendered, turn_markers: tuple[str, str]) -> Rendered:
-    """Set the spans: from each answer marker to the next question marker. Errors: RowError MarkerAbsent."""
+    """Set the trained spans. Each span goes from an answer marker to the next question marker. Errors: RowError MarkerAbsent."""
     question, answer = turn_markers
     spans, position = [], 0
     while answer and (marker_start := rendered.text.find(answer, position)) >= 0:

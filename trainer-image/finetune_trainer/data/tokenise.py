@@ -1,6 +1,6 @@
-"""Stages 6 and 7, tokenise and pack: texts become token ids and labels, with counts.
+"""Stages 6 and 7, tokenise and pack: convert texts to token ids and labels, and count them.
 
-A text that a chat template rendered already contains its special tokens, so the tokenizer adds none. The label of a token that
+A text from a chat template already contains its special tokens, so the tokenizer adds none. The label of a token that
 overlaps a trained span is the token's id; all other labels are -100. The label depends on the token's position, not on its id. So
 the end token is trained on even if the pad token has the same id.
 """
@@ -62,12 +62,12 @@ class TokenisedSplit:
 
 @dataclass
 class TokenReport:
-    """Counts of one split."""
+    """The counts of one split."""
 
     rows: int = 0
     truncated: int = 0
     dropped: int = 0
-    """Rows above the length limit that `overflow: drop` left out."""
+    """Rows that were too long and were left out because of `overflow: drop`."""
     answerless: int = 0
     """Rows left out because their whole answer was cut off."""
     tokens: int = 0
@@ -153,7 +153,7 @@ def tokenise(
 
 
 def _count_predicted(labels: list[int]) -> int:
-    """Number of trained labels, except at the first position: the first token has no preceding token to predict it from."""
+    """Return the number of trained labels. The first position is not counted, because no preceding token predicts its token."""
     return sum(label != IGNORED_LABEL for label in labels[1:])
 
 
@@ -207,7 +207,7 @@ def encode(texts: Iterable[tuple[str, Rendered]], tokenizer: Any, options: Token
 
 
 def labels_of(ids: Sequence[int], offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[int]:
-    """The label of each token: its id if it overlaps a span, else -100. `offsets` and `spans` are in ascending order."""
+    """Return the label of each token: its id if it overlaps a span, else -100. `offsets` and `spans` are in ascending order."""
     labels = [IGNORED_LABEL] * len(ids)
     starts, ends = [start for start, _ in offsets], [end for _, end in offsets]
     for begin, end in spans:
@@ -218,14 +218,14 @@ def labels_of(ids: Sequence[int], offsets: Sequence[tuple[int, int]], spans: Seq
 
 @dataclass(frozen=True)
 class BoundaryTokens:
-    """Beginning and end token of a row. Each of them occurs at most once, even if template and tokenizer both add it."""
+    """The beginning token and the end token of a row. Each occurs at most once, even if both template and tokenizer add it."""
 
     bos_id: int | None
     eos_id: int | None
     """None if rows get no end token."""
     special_ids: frozenset[int]
     blank_ids: frozenset[int]
-    """Tokens that consist of white space."""
+    """Ids of tokens that consist of white space."""
     add_bos_to_plain: bool
     """Whether a text without chat template gets a beginning token."""
     add_bos_to_templated: bool | None
@@ -265,7 +265,7 @@ class BoundaryTokens:
             ids, labels = [self.bos_id] * count + ids[leading_count:], [IGNORED_LABEL] * count + labels[leading_count:]
         if self.eos_id is not None and not self._has_end(ids, is_templated):
             last = self._last_nonblank(ids)
-            is_trained = last < 0 or labels[last] != IGNORED_LABEL  # the end token of an untrained answer gets no label
+            is_trained = last < 0 or labels[last] != IGNORED_LABEL  # The end token of an untrained answer gets no label.
             ids, labels = [*ids, self.eos_id], [*labels, self.eos_id if is_trained else IGNORED_LABEL]
         return ids, labels
 
@@ -277,12 +277,12 @@ class BoundaryTokens:
         return last >= 0 and ids[last] in self.special_ids
 
     def _last_nonblank(self, ids: list[int]) -> int:
-        """Index of the last token that is not blank, or -1 if all are blank."""
+        """Return the index of the last token that is not blank, or -1 if all tokens are blank."""
         return next((index for index in range(len(ids) - 1, -1, -1) if ids[index] not in self.blank_ids), -1)
 
 
 def _single_token(tokenizer: Any, text: str) -> list[int]:
-    """Return the text's token if the text is exactly one token, else an empty list."""
+    """Return the token of a text that is exactly one token. Return an empty list for other texts."""
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     return list(ids) if len(ids) == 1 else []
 

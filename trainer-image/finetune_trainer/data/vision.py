@@ -1,8 +1,8 @@
-"""Turns rows with images into token sequences, and batches of them into the inputs of a vision-language model.
+"""Converts rows with images to token sequences, and batches of these sequences to the inputs of a vision-language model.
 
-The chat template writes one placeholder for each image, and the model's processor replaces it by one token for each part of the image. The
-spans that are trained on are moved accordingly. Tokens of images are never trained on. The token sequences are cached; the pixels are computed
-again for each batch, because they need far more disk space than the image files.
+The chat template writes one placeholder for each image. The model's processor replaces the placeholder by one token for each part of the
+image, and this module moves the trained spans accordingly. Tokens of images are never trained on. The token sequences are cached; the
+pixels are computed again for each batch, because they need far more disk space than the image files.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 IMAGE_SOURCES = "image_sources"
-"""Column of the token files with the images of a row. TRL would take a column `images` as rows that are not tokenised yet."""
+"""Column of the token files with the images of a row. The name is not `images`, because TRL would then treat the rows as not tokenised yet."""
 IMAGE_LABEL = -101
-"""Marks the tokens of images until the row is complete."""
+"""Temporary label of image tokens until the row is complete."""
 TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
-"""Outputs of a processor that describe the text."""
+"""Outputs of a processor for the text."""
 ROWS_PER_WORKER = 200
-"""Decoding images takes much longer than tokenising, so a worker process pays with fewer rows than for text."""
+"""Decoding images takes much longer than tokenising. So a worker process saves time with fewer rows than for text."""
 
 
 @dataclass(frozen=True)
@@ -40,14 +40,14 @@ class VisionProcessor:
 
     @property
     def identity(self) -> str:
-        """A text that is equal for processors that compute the same."""
+        """Return a text that identifies what the processor computes. Equal texts mean equal results."""
         processor = self.processor
         settings = {name: value for name, value in vars(processor).items() if isinstance(value, str | int | float | bool)}
         image_settings = processor.image_processor.to_dict()
         return json.dumps([type(processor).__name__, settings, image_settings], sort_keys=True, default=str)
 
     def encode(self, rendered: Rendered, images: Sequence[Image]) -> tuple[list[int], list[int]]:
-        """Token ids and labels of a text with placeholders. The label of an image's tokens is `IMAGE_LABEL`.
+        """Return the token ids and labels of a text with placeholders. The label of an image's tokens is `IMAGE_LABEL`.
 
         Errors: RowError ImagePlaceholders, ImageRefused.
         """
@@ -74,7 +74,10 @@ class VisionProcessor:
         return ids, [IMAGE_LABEL if mark == IMAGE_LABEL else label for label, mark in zip(labels, is_image, strict=True)]
 
     def inputs_of(self, images: Sequence[Sequence[Image]], ids: Sequence[Sequence[int]]) -> dict[str, Any]:
-        """The additional inputs of the model for a batch: pixels, and the kind of each token. `ids`: token ids, all rows equally long."""
+        """Return the additional inputs of the model for a batch: pixels, and the kind of each token.
+
+        `ids`: token ids; all rows have the same length.
+        """
         import torch
 
         inputs: dict[str, Any] = {}
@@ -90,7 +93,7 @@ class VisionProcessor:
 
 
 def move_spans(spans: Sequence[CharSpan], replaced: Sequence[Mapping[str, Any]]) -> list[CharSpan]:
-    """Move spans of a text to the text whose placeholders were replaced. `replaced`: old and new span of each placeholder."""
+    """Adjust the spans of a text after its placeholders were replaced. `replaced`: old and new span of each placeholder."""
 
     def moved(position: int) -> int:
         before = [item for item in replaced if item["span"][1] <= position]
@@ -133,7 +136,7 @@ class VisionCollator:
     pad_token_id: int
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """The inputs of the model for a batch, with labels. Padding has no label."""
+        """Return the inputs of the model for a batch, with labels. Padding has no label."""
         import torch
 
         longest = max(len(row["input_ids"]) for row in rows)
@@ -148,16 +151,19 @@ class VisionCollator:
 
 
 def images_of_row(row: Mapping[str, Any]) -> list[ImageFile]:
-    """The images of a row of the token files."""
+    """Return the images of a row in the token files."""
     return [ImageFile(Path(item["path"]) if item["path"] else None, item["bytes"]) for item in row[IMAGE_SOURCES]]
 
 
 def column_of_images(images: Sequence[Sequence[ImageFile]]) -> list[list[dict[str, Any]]]:
-    """The column of the token files for the images of each row."""
+    """Return the values of the column for the images of each row."""
     return [[{"path": str(image.path) if image.path else None, "bytes": image.content} for image in of_row] for of_row in images]
 
 
 def image_files_of(folders: Sequence[Path]) -> list[str]:
-    """Name and size of each file in the folders of images. They are part of the cache key: the number of an image's tokens depends on its size."""
+    """Return the name and size of each file in the folders of images.
+
+    They are part of the cache key, because the number of an image's tokens depends on the image's size.
+    """
     files = sorted({file for folder in folders for file in folder.rglob("*") if file.is_file()})
     return [f"{file.name} {file.stat().st_size}" for file in files]

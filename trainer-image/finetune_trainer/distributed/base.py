@@ -1,4 +1,4 @@
-"""The interface of a distributed strategy: it is chosen before the model is loaded, and verified after the model is wrapped.
+"""The interface of a distributed strategy. A strategy is chosen before the model is loaded, and verified after the model is wrapped.
 
 Libraries often fall back without an error (FSDP to DDP, two ranks to two independent runs). `verify` therefore reads the active
 strategy from the wrapped model, and ends the run if it is not the chosen strategy.
@@ -59,7 +59,7 @@ class DistributedStrategy:
         return {}
 
     def on_accelerator_created(self, trainer: Any) -> None:
-        """Called by the Trainer after it has created its accelerator."""
+        """Change the accelerator. The Trainer calls this method after it has created the accelerator."""
 
     def verify_active(self, trainer: Any) -> str:
         """Return the name of the active strategy. Called when training begins. Errors: InternalError StrategyNotActive."""
@@ -78,7 +78,7 @@ class Ddp(DistributedStrategy):
     name = "ddp"
 
     def training_arguments(self) -> dict[str, Any]:
-        """Fields of TrainingArguments. Every trained parameter is used in each step, so DDP need not search for unused parameters."""
+        """Return the fields of TrainingArguments. Every trained parameter is used in each step, so DDP need not search for unused parameters."""
         return {"ddp_find_unused_parameters": False, "ddp_backend": "gloo" if self.hardware.is_cpu else "nccl"}
 
 

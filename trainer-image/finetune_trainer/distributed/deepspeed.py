@@ -73,7 +73,7 @@ COMPILED_OPTIONS: tuple[tuple[str, ...], ...] = (
     ("zero_optimization", "zero_quantized_gradients"), ("zero_optimization", "zenflow"),
     ("zero_optimization", "offload_optimizer", "super_offload"), ("checkpoint", "writer"),
 )  # fmt: skip
-"""Paths of options that DeepSpeed compiles on first use. The image has no C++ or CUDA compiler."""
+"""Paths of options for which DeepSpeed compiles code on first use. They are refused, because the image has no C++ or CUDA compiler."""
 MICRO_BATCH_KEY, MICRO_BATCH_PATH = "train_micro_batch_size_per_gpu", "training.batchSizePerDevice"
 ACCUMULATION_KEY, ACCUMULATION_PATH = "gradient_accumulation_steps", "training.gradientAccumulationSteps"
 MAX_BATCH_VALUE = 65536
@@ -211,7 +211,7 @@ def _without_nulls(value: Any) -> Any:
 
 
 def _check_read_keys(group: str, section: Any, value_types: dict[str, ValueType], *, allows_auto: bool = True) -> None:
-    """Check those keys of a section that this module reads. DeepSpeed checks the other keys."""
+    """Check the keys of a section that this module reads. DeepSpeed checks the other keys."""
     check_keys(
         FILE_FIELD,
         group,
@@ -424,7 +424,7 @@ def _merge_zero(config: dict[str, Any], merge: FileMerge, run: RunConfig, result
             "the value that a loadable checkpoint needs", True,
         )  # fmt: skip
         zero["stage3_gather_16bit_weights_on_model_save"] = True
-    # With these keys DeepSpeed accepts torch's optimizer, even if it is offloaded. Otherwise DeepSpeed would compile its own optimizer.
+    # With these keys, DeepSpeed accepts torch's optimizer even with offloading. Otherwise DeepSpeed would compile its own optimizer.
     for key, value in (("zero_allow_untested_optimizer", True), ("zero_force_ds_cpu_optimizer", False)):
         merge.require_equal(key, config.get(key), "the value that torch's optimizer needs", value)
         config[key] = value
@@ -455,7 +455,7 @@ def validate_with_deepspeed(config: dict[str, Any]) -> None:
     from deepspeed.runtime.config import DeepSpeedConfig
 
     trial = copy.deepcopy(config)
-    # DeepSpeed derives train_batch_size from the other two batch keys. It would assume one rank, as no process group exists yet.
+    # Leave out train_batch_size: DeepSpeed would check it against one rank, because no process group exists yet.
     del trial["train_batch_size"]
     try:
         DeepSpeedConfig(trial)
@@ -511,7 +511,7 @@ class Deepspeed(DistributedStrategy):
         return {**self.options.training_arguments, "deepspeed": copy.deepcopy(self.options.config)}
 
     def verify_active(self, trainer: Any) -> str:
-        """Check also the engine's stage, its ranks and the number of sharded parameters. Errors: InternalError StrategyNotActive."""
+        """Also check the engine's stage, its ranks and the number of sharded parameters. Errors: InternalError StrategyNotActive."""
         name = super().verify_active(trainer)
         engine = trainer.deepspeed
         stage, ranks = engine.zero_optimization_stage(), engine.world_size

@@ -3,7 +3,8 @@
 This module works around three limits of the libraries:
 On CPU (tests, small runs) accelerate does not enable FSDP; two ranks would silently run DDP. `enable_fsdp_on_cpu` enables FSDP.
 transformers cannot combine unsharded weights with a sharded optimizer state. `ShardedCheckpoints` saves both in one checkpoint.
-accelerate does not shard integers and only warns. `finetune_trainer.model` stores 4-bit weights as floats for `shards_weights`.
+accelerate does not shard integer weights, and only warns. If a strategy has `shards_weights`, `finetune_trainer.model` therefore stores
+4-bit weights as floats.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ class FsdpOptions:
 
 
 def build_options(run: RunConfig, inputs: Inputs, hardware: Hardware, world_size: int) -> FsdpOptions:
-    """The settings of a run, from the spec and the user's accelerate file.
+    """Return the settings of a run, from the spec and the user's accelerate file.
 
     Errors: ConfigError ConfigsDisagree, ConfigFileInvalid, StateDictUnavailable, or the code of an API rule that a value of the
     file breaks.
@@ -125,7 +126,7 @@ def _merge_file(result: FsdpOptions, file: dict[str, Any], run: RunConfig, hardw
     merge.require_equal("num_machines", file.get("num_machines"), "resources.nodes", run.world.nodes)
     active_precision = "bf16" if hardware.bf16 else "fp16" if hardware.fp16 else "no"
     file_precision = file.get("mixed_precision")
-    file_precision = "no" if file_precision is False else file_precision  # YAML parses an unquoted no as false
+    file_precision = "no" if file_precision is False else file_precision  # YAML parses an unquoted `no` as false.
     merge.require_equal("mixed_precision", file_precision, "the precision from training.mixedPrecision", active_precision)
     _merge_fsdp(result, fsdp_config, merge, run)
     launcher_keys = sorted(set(file) & set(LAUNCHER_KEYS))
@@ -298,7 +299,7 @@ class Fsdp(DistributedStrategy):
             )  # fmt: skip
 
     def verify_active(self, trainer: Any) -> str:
-        """Check also that every parameter is sharded over all ranks. Errors: InternalError StrategyNotActive."""
+        """Also check that every parameter is sharded over all ranks. Errors: InternalError StrategyNotActive."""
         from torch.distributed.tensor import DTensor
 
         parameters = dict(trainer.model.named_parameters())

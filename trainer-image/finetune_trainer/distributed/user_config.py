@@ -37,7 +37,7 @@ class ValueType:
 
 
 def one_of(*values: Any) -> ValueType:
-    """Accept only these words and numbers. `true` is not accepted as 1."""
+    """Return a type that accepts only these words and numbers. It does not accept `true` as 1."""
     return ValueType(
         f"one of {', '.join(_as_text(allowed) for allowed in values)}",
         lambda value: any(value == allowed and type(value) is type(allowed) for allowed in values),
@@ -108,7 +108,7 @@ def read_config_file(ref: ConfigMapKeyRef, config_maps: Path, field_path: str) -
 
 
 def _all_keys(value: Any) -> list[Any]:
-    """Keys at every level of nested dictionaries and lists."""
+    """Yield the keys at every level of nested dictionaries and lists."""
     if isinstance(value, list):
         return [key for item in value for key in _all_keys(item)]
     return [*value, *(key for item in value.values() for key in _all_keys(item))] if isinstance(value, dict) else []
@@ -143,7 +143,7 @@ class FileMerge:
         Record a conflict if the user set both and the values differ. `file_text`: `file_value` as the file spells it.
         """
         value_before_adaptation = self.before_adaptation(path, spec_value)
-        if not self._file_wins(key, file_value, path, value_before_adaptation, file_text):
+        if not self._file_takes_precedence(key, file_value, path, value_before_adaptation, file_text):
             return spec_value
         self.file_values[path] = (
             file_value
@@ -152,7 +152,7 @@ class FileMerge:
         )
         return self.file_values[path]
 
-    def _file_wins(self, key: str, file_value: Any, path: str, spec_value: Any, file_text: str | None = None) -> bool:
+    def _file_takes_precedence(self, key: str, file_value: Any, path: str, spec_value: Any, file_text: str | None = None) -> bool:
         """Whether the file's value replaces the spec's value `spec_value`. Record a note if it does, or a conflict if the user set both."""
         if file_value is None or file_value == AUTO_VALUE or _values_equal(file_value, spec_value):
             return False
@@ -165,7 +165,7 @@ class FileMerge:
         return True
 
     def before_adaptation(self, path: str, spec_value: Any) -> Any:
-        """The spec's value at `path` before the operator adapted it; `spec_value` if the operator did not adapt it."""
+        """Return the spec's value at `path` before the operator adapted it, or `spec_value` if it was not adapted."""
         return (self.run.before_adaptation or {}).get(path, spec_value)
 
     def undo_adaptation(self, path: str, spec_value: Any, value: Any) -> Any:
@@ -216,7 +216,7 @@ class FileMerge:
             )
 
     def merged_spec(self) -> FineTuneJobSpec:
-        """The spec as if the user had written the file's values into it. Errors: pydantic's ValidationError."""
+        """Return the spec with the file's values, as if the user had written them in the spec. Errors: pydantic's ValidationError."""
         return self._spec_as_written().with_values(self.file_values)
 
     def allows(self, values: Mapping[str, Any]) -> bool:
@@ -225,7 +225,7 @@ class FileMerge:
         return not new_problems(spec, spec.with_values(values))
 
     def _spec_as_written(self) -> FineTuneJobSpec:
-        """The spec without its defaults, except defaults that the operator has adapted."""
+        """Return the spec without its defaults, except defaults that the operator has adapted."""
         adapted = self.run.before_adaptation or {}
         return without_defaults(self.run.spec, [path for path in self.run.defaults if path not in adapted])
 

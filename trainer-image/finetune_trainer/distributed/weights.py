@@ -26,7 +26,7 @@ def load_into_fsdp(model: Any, folder: Path, is_reader: bool) -> None:
 def load_into_deepspeed(model: Any, folder: Path, is_reader: bool) -> None:
     """Load the weights into a DeepSpeed model: gather each parameter, set it on the reading rank, and shard it again.
 
-    The optimizer states do not change, so the model can be saved but not trained afterwards. Errors: as `load_into_fsdp`.
+    The optimizer states do not change, so the model can be saved but not trained afterwards. Errors: those of `load_into_fsdp`.
     """
     import deepspeed
 

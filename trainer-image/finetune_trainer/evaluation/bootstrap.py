@@ -6,13 +6,13 @@ give equal results.
 
 Three kinds of data have different methods:
 
-* Scores that are all 0 or 1 (accuracy): Tango's score interval. A bootstrap has too few different values there: without a single
-  difference between the models, every resample would show a difference of exactly 0.
+* Scores that are all 0 or 1 (accuracy): Tango's score interval. Such scores have too few different values for a bootstrap: if the models
+  never differ, every resample has a difference of exactly 0.
 * All other scores of rows, and metrics of sums over rows: the studentised bootstrap (Efron and Tibshirani 1993, section 12.5) and
   Student's t interval. The result contains both. If most rows have equal scores, the bootstrap alone is too narrow; if the
   differences are skewed, the t interval alone is too narrow.
-* Models that differ in no row or in very few rows: the exact interval for the fraction of rows in which they differ. A bootstrap knows
-  only the differences that occurred.
+* Models that differ in no row or in very few rows: the exact interval for the fraction of rows in which they differ. A bootstrap only uses
+  differences that occurred in the sample.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ RESAMPLES = 2000
 """Number of bootstrap resamples. The 5 % quantile of 2000 resamples is exact to 0.5 percentage points (one standard deviation)."""
 SEED = 42
 MAX_COUNTS = 4_000_000
-"""Largest number of row counts in memory, 32 MB. More rows are resampled in several parts."""
+"""Maximum number of counts (rows x resamples) in memory, 32 MB. If there are more, the resamples are drawn in several parts."""
 RELATIVE_STEP = 1e-5
 """Step of the numerical derivatives, relative to the sum. The error of central differences is about the square of this number."""
 ROUNDING_ERROR = 1e-11
@@ -90,12 +90,12 @@ def compare_sums(base: Numbers, trained: Numbers, metric: MetricOfSums, *, confi
 
 @dataclass(frozen=True)
 class _Changes:
-    """The rows in which the models differ in another way than usual."""
+    """The rows in which the difference between the models is not the usual one, which is mostly 0."""
 
     count: int
     usual_difference: float = 0.0
     largest: float | None = None
-    """Largest difference of one row. None: the larger value of the metric of the two models."""
+    """Largest possible difference of one row. None: use the larger of the two models' metric values."""
 
 
 def _compare(base: Numbers, trained: Numbers, metric: MetricOfSums, confidence: float, seed: int, changes: _Changes) -> Comparison:
@@ -148,9 +148,10 @@ def bleu_of_sums(sums: Numbers) -> Numbers:
 
 
 def _difference_of(metric: MetricOfSums, count: int) -> MetricOfSums:
-    """Return the difference of both models' metric, for the base model's `count` sums and the differences between the models' sums.
+    """Return a function that computes the difference between the models' metrics. Its input: the base model's `count` sums, then the
+    differences between the models' sums.
 
-    Differences of the rows keep their precision if both models are almost equal.
+    With differences as input, the result stays precise if both models are almost equal.
     """
     return lambda sums: metric(sums[..., :count] + sums[..., count:]) - metric(sums[..., :count])
 
@@ -245,15 +246,15 @@ def student_quantile(probability: float, degrees_of_freedom: int) -> float:
 def _ends_with_few_changes(rows: int, changed: int, usual: float, largest: float, confidence: float) -> tuple[float, float]:
     """Return the interval if all rows but a few have the usual difference.
 
-    At most a fraction `share` of all possible rows has another difference, and such a row loses or gains at most `largest`. Source: the
-    exact upper limit of Clopper and Pearson 1934 for `changed` of n rows.
+    With the given confidence, at most a fraction `share` of all possible rows has a different difference, which is between -`largest` and
+    `largest`. `share` is the exact upper limit of Clopper and Pearson 1934 for `changed` of n rows.
     """
     share = _highest_fraction(rows, changed, (1 - confidence) / 2)
     return (1 - share) * usual - share * largest, (1 - share) * usual + share * largest
 
 
 def _highest_fraction(rows: int, events: int, tail: float) -> float:
-    """Return the fraction for which at most `events` of n rows have the probability `tail`, by bisection."""
+    """Return the fraction at which `events` or fewer of n rows occur with probability `tail`. Computed by bisection."""
     if events >= rows:
         return 1.0
     coefficients = [math.lgamma(rows + 1) - math.lgamma(k + 1) - math.lgamma(rows - k + 1) for k in range(events + 1)]

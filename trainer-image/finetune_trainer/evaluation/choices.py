@@ -39,7 +39,7 @@ def letter_log_probabilities(
 
     prompt_tokens, options = encode(prompt), [encode(prompt + letter) for letter in letters]
     shared = min(_common_length(prompt_tokens, option) for option in options)
-    shared = min(shared, min(map(len, options)) - 1)  # a letter that the tokenizer drops would have no token to score
+    shared = min(shared, min(map(len, options)) - 1)  # If the tokenizer drops a letter, no token is left to score.
     if shared < 1:
         raise DataError("ChoicePromptEmpty", "a multiple-choice row has no token in front of its option letters")
     suffixes = [option[shared:] for option in options]
@@ -74,7 +74,7 @@ def _last_log_probabilities(model: Any, tokens: torch.Tensor, positions: int) ->
 
 
 def chosen_letter(log_probabilities: Mapping[str, float]) -> str:
-    """Return the letter with the highest log-probability. If several are equal, the first one of the row."""
+    """Return the letter with the highest log-probability. If several letters have the highest value, return the first one in the row."""
     return max(log_probabilities, key=log_probabilities.__getitem__)
 
 

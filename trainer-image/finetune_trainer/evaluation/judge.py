@@ -24,7 +24,7 @@ from finetune_trainer.evaluation.text_metrics import NO_REFERENCE, cosine
 from finetune_trainer.evaluation.values import MetricValue, NotComputedError, mean_of_rows
 
 FACTUAL_SHARE = 0.75
-"""Weight of the factual correctness in the answer correctness. The similarity has the rest."""
+"""Weight of the factual correctness in the answer correctness. The semantic similarity has the remaining weight."""
 MAX_FAILED_REQUESTS = 3
 """After this many requests in a row failed despite retries, the endpoint counts as unavailable, and no more requests are sent."""
 EMBEDDINGS_PER_REQUEST = 64
@@ -55,7 +55,7 @@ class Rating(_Verdict):
 
 
 class Questions(_Verdict):
-    """Questions that an answer would answer, and whether it avoids an answer."""
+    """Questions that fit an answer, and whether the answer is evasive."""
 
     noncommittal: bool
     questions: list[str] = Field(min_length=1, max_length=10)
@@ -108,7 +108,7 @@ class JudgeSettings:
 
 @dataclass(frozen=True)
 class JudgeUsage:
-    """Tokens that the endpoint reported, and its requests."""
+    """Numbers of tokens and requests. The endpoint reports the tokens."""
 
     input_tokens: int = 0
     output_tokens: int = 0
@@ -161,7 +161,7 @@ class Judge:
         return parse_verdict(text, verdict)
 
     def embed(self, texts: list[str]) -> list[list[float]]:
-        """Return one embedding per text. Errors: as `ask`; ConfigError JudgeEmbeddingMissing without an embedding model."""
+        """Return one embedding per text. Errors: those of `ask`; ConfigError JudgeEmbeddingMissing if there is no embedding model."""
         model = self.settings.embedding_model
         if model is None:
             raise ConfigError("JudgeEmbeddingMissing", "the judge has no embedding model", hint="set evaluation.judge.embedding")
@@ -201,7 +201,7 @@ class Judge:
         )
 
     def _request(self, send: Callable[[], Any]) -> Any:
-        """Send a request and add its tokens to the usage. The client repeats it if that can help."""
+        """Send a request and add its tokens to the usage. After an error that may be temporary, the client sends the request again."""
         import openai
 
         with self._lock:
@@ -222,7 +222,7 @@ class Judge:
         return response
 
     def _permanent_error(self, error: Any) -> Exception:
-        """Return the error of a request that cannot succeed if it is repeated. The endpoint's own text may contain a part of the key."""
+        """Return the error for a request that would fail again if it were repeated. Omit the endpoint's text, which may contain a part of the key."""
         host = urlsplit(self.settings.base_url).hostname or "the judge's endpoint"
         if error.status_code in (401, 403):
             return CredentialsError(
@@ -281,7 +281,7 @@ def parse_verdict(text: str | None, verdict: type[Verdict]) -> Verdict:
 
 
 def factual_correctness(judge: Judge, predictions: Sequence[Prediction]) -> MetricValue:
-    """F1 of the claims of answer and correct answer, from 0 to 1.
+    """Return the F1 of the claims in the answer and in the correct answer, from 0 to 1.
 
     2 TP / (2 TP + FP + FN), where TP are claims of the answer that the correct answer supports, FP its other claims, and FN claims of
     the correct answer that the answer does not support. Source: Ragas `FactualCorrectness(mode="f1")`.
@@ -301,10 +301,10 @@ def factual_correctness(judge: Judge, predictions: Sequence[Prediction]) -> Metr
 
 
 def answer_accuracy(judge: Judge, predictions: Sequence[Prediction]) -> MetricValue:
-    """Agreement with the correct answer, from 0 to 1.
+    """Return the agreement with the correct answer, from 0 to 1.
 
-    The judge rates 0, 2 or 4 twice: once the answer by the standard of the correct answer, once with exchanged roles. The score is the
-    mean of both ratings divided by 4. Source: Ragas `AnswerAccuracy` (NVIDIA).
+    The judge gives two ratings of 0, 2 or 4. The first one rates the answer against the correct answer, the second one exchanges the roles.
+    The score is the mean of both ratings divided by 4. Source: Ragas `AnswerAccuracy` (NVIDIA).
     """
 
     def score(prediction: Prediction) -> float:
@@ -319,7 +319,7 @@ def answer_accuracy(judge: Judge, predictions: Sequence[Prediction]) -> MetricVa
 
 
 def answer_relevancy(judge: Judge, predictions: Sequence[Prediction]) -> MetricValue:
-    """Whether the answer is about the question, from -1 to 1. No correct answer is needed.
+    """Return how well the answer fits the question, from -1 to 1. No correct answer is needed.
 
     The judge writes questions that the answer answers. The score is their mean cosine with the real question, by the judge's embedding
     model. A noncommittal or empty answer scores 0. Source: Ragas `ResponseRelevancy`.
@@ -362,7 +362,7 @@ NOT_APPLICABLE = "the row has no ground_truth"
 
 
 def _is_applicable(metric: MetricValue, rows: Sequence[float | None]) -> Iterable[bool]:
-    """Whether each row could have a score: rows without a correct answer cannot."""
+    """Return for each row whether it can have a score. Rows without a correct answer cannot have one."""
     return (metric.row_reasons.get(index) != NOT_APPLICABLE for index in range(len(rows)))
 
 
@@ -383,7 +383,7 @@ def _judge_rows(
         except UnjudgedError as error:
             return str(error)
         except FineTuneError:
-            stop.set()  # the next row would fail alike
+            stop.set()  # The next row would fail for the same reason.
             raise
 
     with ThreadPoolExecutor(max_workers=judge.settings.parallel_requests) as pool:

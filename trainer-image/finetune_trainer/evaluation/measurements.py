@@ -1,4 +1,4 @@
-"""What was measured of one model: its metrics, and what each row adds to them.
+"""The measurements of one model: its metrics, and the values of each row from which they are computed.
 
 The stage `evaluating` stores the measurements of the trained model, so that a later attempt compares them with the base model without
 measuring the trained model again.
@@ -21,11 +21,11 @@ from finetune_trainer.evaluation.predictions import replace_file
 from finetune_trainer.evaluation.values import MetricValue
 
 GATE_METRICS = {GateMetric.ROUGE.value: "rougeL"}
-"""The measured metric that a gate reads, if it has another name. The F1 of BERTScore is measured under the name `bertscore`."""
+"""Names of measured metrics that differ from their names in gates. The F1 of BERTScore is called `bertscore` in both places."""
 
 
 class StoredMetric(LenientModel):
-    """One metric, as in `MetricValue`."""
+    """One metric in the file. The fields are those of `MetricValue`."""
 
     value: float | None = None
     reason: str | None = None

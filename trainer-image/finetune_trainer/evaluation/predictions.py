@@ -35,7 +35,7 @@ def write_predictions(path: Path, predictions: Iterable[Prediction]) -> None:
 
 
 def _as_line(prediction: Prediction) -> str:
-    """Return one line of JSON. UTF-8 has no half surrogate pairs, so a row with one is written with escapes."""
+    """Return one line of JSON. UTF-8 cannot encode half of a surrogate pair, so a row that contains one is written with escapes."""
     line = json.dumps(asdict(prediction), ensure_ascii=False) + "\n"
     try:
         line.encode("utf-8")
@@ -70,7 +70,7 @@ def _parse(line: str, location: str) -> Prediction:
 
 
 def rows_with_reference(predictions: Sequence[Prediction]) -> list[int]:
-    """Indices of the rows that have a correct answer."""
+    """Return the indices of the rows that have a correct answer."""
     return [index for index, prediction in enumerate(predictions) if prediction.ground_truth is not None]
 
 

@@ -12,9 +12,9 @@ from finetune_trainer.evaluation.predictions import COLUMNS, Prediction, replace
 from finetune_trainer.evaluation.values import MetricValue
 
 SUMMARY_NAMES = {"bleu": "bleu_score", "rougeL": "rouge_score(mode=fmeasure)"}
-"""Names in `evaluation_summary.json` that differ from the metric's own name in snake case. They are those of Ragas."""
+"""Names in `evaluation_summary.json` that differ from the metric's name in snake case. Ragas uses the same names."""
 RESULT_NAMES = {"rouge1": "rouge1_f", "rouge2": "rouge2_f", "rougeL": "rougeL_f"}
-"""Names in `evaluation_results.json` that differ from the metric's own name in snake case."""
+"""Names in `evaluation_results.json` that differ from the metric's name in snake case."""
 REASONS = "reasons"
 """Key of the object with reasons in `evaluation_results.json`."""
 CELL_LIMIT = 32_767
@@ -22,7 +22,7 @@ CELL_LIMIT = 32_767
 ROW_LIMIT = 1_048_576
 """Maximum number of rows of an Excel sheet, including the header."""
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
-"""Characters at the start of a text that let a spreadsheet take it for a formula."""
+"""A spreadsheet treats a text that starts with one of these characters as a formula."""
 
 
 def write_summary(path: Path, metrics: Mapping[str, MetricValue]) -> None:
@@ -38,7 +38,7 @@ def write_results(path: Path, metrics: Mapping[str, MetricValue]) -> None:
 
 
 def _name(metric: str, names: Mapping[str, str]) -> str:
-    """Name of a metric in a file: `semanticSimilarity` becomes `semantic_similarity`."""
+    """Return the name of a metric in a file: `semanticSimilarity` becomes `semantic_similarity`."""
     return names.get(metric) or re.sub(r"(?<=[a-z0-9])([A-Z])", lambda match: "_" + match[1].lower(), metric)
 
 
@@ -54,8 +54,8 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 def write_workbook(path: Path, predictions: Sequence[Prediction], metrics: Mapping[str, MetricValue]) -> None:
     """Write an Excel workbook with one row per prediction: its texts, and a column for each metric with scores of single rows.
 
-    Texts are never formulas. A text that is too long for a cell is cut, and its end says so. Beyond Excel's number of rows, the
-    rows continue in another sheet.
+    Texts are never formulas. A text that is too long for a cell is cut, and a remark at its end says that it was cut. Rows that exceed
+    Excel's maximum continue in another sheet.
     """
     from openpyxl import Workbook
     from openpyxl.cell import WriteOnlyCell
@@ -69,8 +69,8 @@ def write_workbook(path: Path, predictions: Sequence[Prediction], metrics: Mappi
 
     def text_cell(text: str) -> Any:
         cell = WriteOnlyCell(sheet, value=cell_text(text))
-        cell.data_type = "s"  # openpyxl takes a text that starts with = for a formula
-        cell.quotePrefix = text.startswith(FORMULA_STARTS)  # keeps it a text if it is edited or exported as CSV
+        cell.data_type = "s"  # openpyxl treats a text that starts with = as a formula
+        cell.quotePrefix = text.startswith(FORMULA_STARTS)  # The cell stays text if it is edited or exported as CSV.
         return cell
 
     for index in range(max(1, len(predictions))):
@@ -90,7 +90,7 @@ def write_workbook(path: Path, predictions: Sequence[Prediction], metrics: Mappi
 
 
 def cell_text(text: str) -> str:
-    """Return the text as a cell can contain it: without control characters and half surrogate pairs, and not longer than a cell."""
+    """Remove what a cell cannot contain: control characters, half surrogate pairs, and characters beyond the maximum length of a cell."""
     from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE
 
     text = ILLEGAL_CHARACTERS_RE.sub("\ufffd", text)

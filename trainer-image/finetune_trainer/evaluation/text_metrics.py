@@ -32,7 +32,7 @@ WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|[^\W_\u3040-\u30ff
 def bleu(predictions: Sequence[Prediction]) -> MetricValue:
     """Corpus BLEU on the scale 0 to 100, by sacrebleu with its default tokenizer `13a` (Papineni et al. 2002, Post 2018).
 
-    The rows contain sentence BLEU with the effective order, also from 0 to 100. Their mean is not the corpus BLEU.
+    The rows contain sentence BLEU with the effective order, which is also between 0 and 100. Their mean is not the corpus BLEU.
     """
     scored = rows_with_reference(predictions)
     if not scored:
@@ -67,16 +67,16 @@ def _limit(score: float, maximum: float) -> float:
 
 
 class _RougeTokenizer:
-    """Lower-case words, of which English ones longer than three letters are stemmed.
+    """Splits a text into lower-case words, and stems English words longer than three letters.
 
-    On ASCII text this is rouge-score's tokenizer with `use_stemmer=True`. That one removes all other letters, so that equal answers
-    in Greek or Chinese would have the score 0.
+    For ASCII text, the tokens are those of rouge-score's tokenizer with `use_stemmer=True`. rouge-score's tokenizer is not used, because it
+    removes all other letters, so equal answers in Greek or Chinese would score 0.
     """
 
     def __init__(self) -> None:
         from nltk.stem.porter import PorterStemmer
 
-        self._stem = PorterStemmer().stem  # contains its rules; no nltk data is needed
+        self._stem = PorterStemmer().stem  # The stemmer contains its rules, so no nltk data is needed.
 
     def tokenize(self, text: str) -> list[str]:
         words = WORD.findall(text.lower())
@@ -88,7 +88,7 @@ def rouge(predictions: Sequence[Prediction]) -> dict[str, MetricValue]:
     scored = rows_with_reference(predictions)
     if not scored:
         return dict.fromkeys(ROUGE_TYPES, MetricValue.missing(NO_REFERENCE))
-    # nltk is needed for its stemmer only. It would spend two seconds on importing scipy and scikit-learn for other functions.
+    # Only nltk's stemmer is needed. For its other functions, nltk would import scipy and scikit-learn, which takes two seconds.
     with hide_temporarily("scipy", "sklearn", unless_imported="nltk"):
         from rouge_score.rouge_scorer import RougeScorer
 
@@ -162,7 +162,7 @@ class _BertScoreTokenizer:
 
     def __init__(self, tokenizer: Any, max_length: int) -> None:
         self._tokenizer, self.model_max_length = tokenizer, max_length
-        self.pad_token_id = tokenizer.pad_token_id or 0  # the padding is masked
+        self.pad_token_id = tokenizer.pad_token_id or 0  # Any id works: padding is masked.
 
     def encode(self, text: str, **_: Any) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=True, max_length=self.model_max_length, truncation=True)
@@ -178,13 +178,13 @@ def _bertscores(
 
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     layers = min(layer or _recommended_layer(model_name, folder) or config.num_hidden_layers, config.num_hidden_layers)
-    # bert-score loads models by their name. A folder's name may contain `t5`, which it takes for the architecture.
-    with _without_warnings():  # about the weights of the layers above
+    # bert-score would choose the architecture by the model's name. If the folder's name contains `t5`, bert-score would load a T5 model.
+    with _without_warnings():  # transformers warns that the weights of the layers above are unused.
         model = AutoModel.from_pretrained(folder, local_files_only=True, num_hidden_layers=layers, dtype=torch.float32)
     if config.is_encoder_decoder:
         model = model.get_encoder()
     model = model.to(device).eval()
-    # These two tokenizers distinguish words with and without a space in front; bert-score lets each text start with a space.
+    # These two tokenizers distinguish words with and without a leading space. Like bert-score, start each text with a space.
     options = {"add_prefix_space": True} if config.model_type in ("roberta", "gpt2") else {}
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, **options)
     weights: dict[int, float] = defaultdict(lambda: 1.0)
@@ -193,7 +193,7 @@ def _bertscores(
             weights[token] = 0.0
     positions = getattr(config, "max_position_embeddings", None) or 512
     if config.model_type in ("roberta", "xlm-roberta", "camembert"):
-        positions -= config.pad_token_id + 1  # their positions start behind the id of the padding
+        positions -= config.pad_token_id + 1  # The positions of these models start after the padding id.
     length = min(tokenizer.model_max_length, positions)
     scores: torch.Tensor = bert_cos_score_idf(
         model, list(references), list(answers), _BertScoreTokenizer(tokenizer, length), weights, batch_size=batch_size, device=device,
@@ -215,7 +215,7 @@ def _without_warnings() -> Iterator[None]:
 
 
 def _recommended_layer(model_name: str | None, folder: Path) -> int | None:
-    """Return the layer that bert-score's authors chose for a model by comparison with human ratings. None: they did not rate it."""
+    """Return the layer that bert-score's authors recommend, because it agrees best with human ratings. None: they did not test this model."""
     from bert_score.utils import model2layers
 
     names = (model_name or "", folder.name)
@@ -258,7 +258,7 @@ def sentence_embedder(folder: Path, *, device: str = "cpu", batch_size: int = 32
     from sentence_transformers import SentenceTransformer
 
     model = SentenceTransformer(str(folder), device=device, local_files_only=True, trust_remote_code=False)
-    if not 0 < (model.max_seq_length or 0) < 1 << 20:  # as in BERTScore: the tokenizer's files do not set the limit
+    if not 0 < (model.max_seq_length or 0) < 1 << 20:  # The tokenizer's files do not set the limit.
         positions = getattr(getattr(model[0], "auto_model", None), "config", None)
         model.max_seq_length = getattr(positions, "max_position_embeddings", None) or 512
 
@@ -283,11 +283,11 @@ def _reference(prediction: Prediction) -> str:
 
 
 def _reasons_without_reference(predictions: Sequence[Prediction]) -> dict[int, str]:
-    """Reasons of the rows that cannot be scored, by row index."""
+    """Return why rows cannot be scored, by row index."""
     return {index: "the row has no ground_truth" for index, row in enumerate(predictions) if row.ground_truth is None}
 
 
 def _unscored(predictions: Sequence[Prediction], reasons: Mapping[int, str] | None = None) -> str | None:
-    """Remark on the rows without a score. None if all rows have one."""
+    """Return a remark about the rows without a score. None if all rows have a score."""
     reasons = _reasons_without_reference(predictions) if reasons is None else reasons
     return f"{len(reasons)} of {len(predictions)} rows are not scored (first: {next(iter(reasons.values()))})" if reasons else None

@@ -1,7 +1,7 @@
 """Loss, perplexity, accuracy, precision, recall and F1 over the tokens that a model predicts.
 
 The metrics are computed from sums. The sums of several batches and ranks can be added up, and their size depends only on the
-vocabulary. Logits exist only for a few positions at a time: logits of a whole evaluation set would not fit into memory.
+vocabulary. Logits are computed for a few positions at a time, because the logits of a whole evaluation set would not fit into memory.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Numbers = NDArray[Any]
 IGNORED_LABEL = -100
 """Label of a position that does not count: a prompt token or padding."""
 LOGITS_PER_CHUNK = 1 << 25
-"""Largest number of logits that exist at the same time: 128 MiB in float32."""
+"""Maximum number of logits that are in memory at the same time: 128 MiB in float32."""
 NO_TOKENS = "no token of the evaluation set counts: all labels are masked"
 
 
@@ -195,7 +195,10 @@ class TokenCounts:
         return self._share(lambda: self._weighted_sum(2 * self.correct_counts, self.label_counts + self.predicted_counts))
 
     def _weighted_sum(self, numerators: Tensor, denominators: Tensor) -> float:
-        """Return the sum over all token ids of numerator / denominator, weighted with the number of labels that have the id. 0/0 counts as 0."""
+        """Return the sum of numerator / denominator over all token ids. Each id is weighted with the number of labels that have it.
+
+        0/0 counts as 0.
+        """
         ratios = numerators.double() / denominators.clamp(min=1).double()
         return float((ratios * self.label_counts).sum())
 

@@ -117,7 +117,10 @@ def _read_config(folder: Path, source: str) -> dict[str, Any]:
 
 
 def _require_continuable(config: Mapping[str, Any], run: RunConfig, source: str) -> None:
-    """Check that PEFT can continue the adapter, also with a reference copy if needed. Errors: ConfigError AdapterNotContinuable."""
+    """Check that PEFT can continue training the adapter. If the objective needs a reference, PEFT must also be able to load a second copy.
+
+    Errors: ConfigError AdapterNotContinuable.
+    """
     kind, bias, init = config.get("peft_type", ""), config.get("bias") or "none", config.get("init_lora_weights")
     if kind in PROMPT_LEARNING or kind not in continuable_adapter_types():
         raise ConfigError(

@@ -16,7 +16,10 @@ ALL_EXPERTS = "all-experts"
 EXPERT_DIMENSIONS = 3
 STATE_SPACE_TYPES = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
 STATE_SPACE_NAMES = ("out_proj", "conv1d")
-"""Modules of models of `STATE_SPACE_TYPES` whose weights are read directly by the kernel of their layer, past an adapter. PEFT refuses them."""
+"""Modules of `STATE_SPACE_TYPES` models that cannot have an adapter: a kernel reads their weights directly and ignores adapters.
+
+PEFT refuses these modules.
+"""
 
 
 def expert_parameter_names(model: Any) -> list[str]:
@@ -32,7 +35,7 @@ def expert_parameter_names(model: Any) -> list[str]:
 
 
 def layers_without_adapter(model: Any) -> dict[str, list[str]]:
-    """Last parts of the names of linear layers that `all-linear` leaves out, sorted, by the reason."""
+    """Return the linear layers that `all-linear` leaves out: by reason, the sorted last parts of their names."""
     linear = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if hasattr(module, "in_features")}
     routers = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if "Router" in type(module).__name__}
     state_space = STATE_SPACE_NAMES if getattr(model.config, "model_type", None) in STATE_SPACE_TYPES else ()

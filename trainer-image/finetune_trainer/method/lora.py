@@ -134,7 +134,7 @@ class Lora(PeftMethod, types=(MethodType.LORA, MethodType.QLORA, MethodType.DORA
                 f"the routed experts ({', '.join(experts)}) have no adapter, so their weights do not change; "
                 f"to train adapters for them, write `targetParameters: [{ALL_EXPERTS}]` in method.lora"
             )
-        if _asks_for_all(requested):
+        if _selects_all_layers(requested):
             notes += [f"layers named {', '.join(names)} have no adapter: {reason}" for reason, names in layers_without_adapter(model).items()]
         return notes
 
@@ -203,13 +203,13 @@ def require_splittable_layers(model: Any, init: LoraInit, rank: int) -> None:
             )  # fmt: skip
 
 
-def _asks_for_all(requested_names: Sequence[str] | None) -> bool:
+def _selects_all_layers(requested_names: Sequence[str] | None) -> bool:
     return not requested_names or list(requested_names) == [ALL_LINEAR]
 
 
 def target_modules(model: Any, requested_names: Sequence[str] | None) -> str | list[str]:
     """Return the target modules for PEFT's configuration. Errors: ConfigError TargetModulesMissing for unknown names, LoraOnHead."""
-    if _asks_for_all(requested_names):
+    if _selects_all_layers(requested_names):
         left_out = [name for names in layers_without_adapter(model).values() for name in names]
         # With its own value for all linear layers, PEFT would also put adapters on the experts and routers of some types of models.
         is_special = left_out or expert_parameter_names(model)

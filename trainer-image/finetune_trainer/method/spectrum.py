@@ -96,7 +96,7 @@ class Spectrum(Method, types=(MethodType.SPECTRUM,)):
         selection = self._selection or select_modules(self.context.run, self.context.inputs, model)
         is_quantized = bool(getattr(model, "is_loaded_in_4bit", False))
         always_trained_modules = [] if is_quantized else [model.get_input_embeddings(), model.get_output_embeddings()]
-        always_trained_modules.append(getattr(model, "score", None))  # a reward model's head is randomly initialised
+        always_trained_modules.append(getattr(model, "score", None))  # a reward model's random head
         always_trained = {id(p) for module in always_trained_modules if module is not None for p in module.parameters()}
         for name, parameter in model.named_parameters():
             is_selected = name.rsplit(".", 1)[0] in selection.modules or id(parameter) in always_trained

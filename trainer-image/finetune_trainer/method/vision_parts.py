@@ -73,7 +73,7 @@ class TrainedParts:
         return notes
 
     def require_targets(self, model: Any, targets: str | list[str], linear_names: list[str]) -> None:
-        """Check that an adapter has a module. Errors: ConfigError TargetModulesMissing."""
+        """Check that the adapter is added to at least one module. Errors: ConfigError TargetModulesMissing."""
         excluded = re.compile(self.excluded_modules(model))
         names = linear_names if isinstance(targets, str) else targets
         modules = (name for name, _ in model.named_modules() if any(name == target or name.endswith(f".{target}") for target in names))
@@ -107,7 +107,7 @@ def _language_modules(model: Any) -> list[Any]:
 
 
 def _names_outside(module: Any, prefix: str, kept: list[Any]) -> Iterator[str]:
-    """Yield the children, and the parameters of the module itself, that neither are nor contain one of the modules `kept`."""
+    """Yield the names of all parts of a module (children and own parameters), except the modules `kept` and the modules that contain them."""
     yield from (prefix + name for name, _ in module.named_parameters(recurse=False))
     for name, child in module.named_children():
         if any(child is one for one in kept):

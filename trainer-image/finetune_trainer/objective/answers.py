@@ -1,8 +1,8 @@
 """Encodes prompts and their answers as token ids: the data of dpo, orpo, reward and kto.
 
-The stages for supervised rows also render and tokenise each prompt with its answer. So only these stages handle chat templates,
-beginning tokens and end tokens. They mark the answer as the trained part. Answers are cut to `trainer.maxCompletionLength`, and rows
-to `dataset.maxSequenceLength`. The notes for the status contain the numbers of cut and dropped rows.
+The code for supervised rows renders and tokenises each prompt with its answer, and marks the answer as the trained part. So only that code
+handles chat templates, beginning tokens and end tokens. Answers are cut to `trainer.maxCompletionLength`, and rows to
+`dataset.maxSequenceLength`. The notes for the status contain the numbers of cut and dropped rows.
 """
 
 from __future__ import annotations
@@ -269,7 +269,7 @@ class AnswerEncoder:
 
 
 def with_shared_prompt(encoded: Sequence[tuple[list[int], list[int]]], label: bool | None) -> EncodedAnswers:
-    """Return the answers with one prompt: the tokens that all encoded prompts share at their beginning.
+    """Return the answers with one common prompt: the longest beginning that all encoded prompts share.
 
     A tokenizer may merge the end of the prompt and the beginning of an answer into one token. If this token differs between the
     answers, it becomes part of each answer.

@@ -417,7 +417,10 @@ def _first_line(error: BaseException) -> str:
 
 
 def _line_of(error: BaseException) -> str:
-    """Return the line of the user's file that raised the error, as ` (line 2)`. The innermost frame in that file decides."""
+    """Return the line of the user's file that raised the error, as ` (line 2)`.
+
+    If several frames are in that file, return the line of the innermost one.
+    """
     if isinstance(error, SyntaxError):
         return f" (line {error.lineno})" if error.lineno else ""
     line, trace = 0, error.__traceback__

@@ -81,7 +81,7 @@ class SftTrainer(GuardedTrainer, SFTTrainer):
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())
         if (
             self.aux_loss_enabled
-        ):  # load balance of the experts: a mean per micro-batch, averaged over the micro-batches
+        ):  # The load-balancing loss of the experts is a mean per micro-batch. It is averaged over the micro-batches.
             steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
             loss = loss + self.router_aux_loss_coef * outputs.aux_loss / steps
         self._add_to_sums(inputs, outputs, total)
@@ -89,7 +89,7 @@ class SftTrainer(GuardedTrainer, SFTTrainer):
 
     @contextmanager
     def _kept_hidden_states(self) -> Iterator[list[torch.Tensor]]:
-        """Keep the model's last hidden states if this evaluation classifies tokens. The loss computes no predictions."""
+        """Keep the model's last hidden states if this evaluation measures precision, recall and F1. They are needed to predict tokens."""
         kept: list[torch.Tensor] = []
         if self.model.training or not self.classifies_tokens:
             yield kept
@@ -263,7 +263,7 @@ class SftObjective(Objective[PreparedData, SFTConfig]):
 
     @staticmethod
     def _classifies_tokens(run: RunConfig, trainer: SftTrainer) -> bool:
-        """Whether the spec asks for precision, recall or F1, and every rank has the whole head."""
+        """Whether the spec requests precision, recall or F1, and every rank has the whole head."""
         asked = any(metric in metrics_after_training(run.spec) for metric in CLASSIFICATION_METRICS)
         return asked and not trainer.is_fsdp_enabled and not is_deepspeed_zero3_enabled()
 
@@ -287,11 +287,11 @@ def _as_arrays(rows: Dataset) -> Dataset:
 def require_isolated_documents(trainer: Any) -> None:
     """Check that this model and attention kernel do not let packed documents, or the rows of a padding-free batch, attend to each other.
 
-    The scores of a document must not depend on the preceding document. The check changes the preceding tokens, first as a separate
-    document, then as a part of the same document, and compares the two changes. All four sequences have the same shape, so that 16-bit
-    kernels round alike. With DeepSpeed, the model is called as in training, because ZeRO stage 3 gathers parameters in the order of the
-    first call. Otherwise the head computes logits: with torch 2.11, FSDP fails in the backward pass if the head was never called.
-    Errors: InternalError PackingLeaks.
+    The scores of a document must not depend on the preceding document. The check reverses the preceding tokens, first while they are a
+    separate document, then while they are part of the same document. It compares how much the scores change. All four sequences have the
+    same shape, so that 16-bit kernels round alike. With DeepSpeed, the model is called as in training, because ZeRO stage 3 gathers
+    parameters in the order of the first call. Otherwise the head computes logits: with torch 2.11, FSDP fails in the backward pass if the
+    head was never called. Errors: InternalError PackingLeaks.
     """
     model, size = trainer.model, min(trainer.model.config.get_text_config().vocab_size, 200)
     first, second = ([index % size for index in range(start, start + 16)] for start in (10, 40))

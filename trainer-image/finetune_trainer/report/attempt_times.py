@@ -1,4 +1,4 @@
-"""How long the attempts of a run took, and what they used."""
+"""Computes the durations and the GPU time of the attempts of a run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from finetune_trainer.report.run_report import RunReport
 
 
 def end_of(one: AttemptRecord, report: RunReport) -> tuple[datetime | None, bool]:
-    """Return the end of an attempt, and whether it is only a lower bound: the last logged line of a pod that was killed."""
+    """Return when an attempt ended, and whether this is only a lower bound. For a killed pod, it is the time of the last logged line."""
     if one.ended_at is not None:
         return one.ended_at, False
     last_line = report.last_lines.get(one.incarnation)
@@ -40,7 +40,7 @@ def _weighted_seconds(report: RunReport, weight: Callable[[AttemptRecord], int])
 
 
 def resolved_config(report: RunReport) -> ResolvedConfig:
-    """The configuration in use. An attempt that only ran later stages does not know all of it, so earlier attempts count, too."""
+    """Return the configuration in use, merged from all attempts: an attempt that ran only stages after training reports only some of the fields."""
     resolved = ResolvedConfig()
     for one in report.attempts:
         resolved = resolved.model_copy(update={name: value for name, value in one.resolved if value is not None})

@@ -38,7 +38,7 @@ class Table:
 
 @dataclass(frozen=True)
 class ChartGrid:
-    """Charts beside each other. A chart without values is a title with a reason."""
+    """Charts side by side. A chart without values is replaced by its title and the reason."""
 
     drawings: Sequence[Drawing]
     absent: Sequence[tuple[str, str]]

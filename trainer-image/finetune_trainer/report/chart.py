@@ -132,7 +132,7 @@ def draw(chart: ChartData) -> Drawing | None:
 
 
 def _range(values: Sequence[float], free_space: float) -> tuple[float, float]:
-    """Range of an axis. A range that begins at zero keeps its zero at the axis."""
+    """Return the range of an axis. It includes free space on both sides, but none below a lowest value of zero."""
     low, high = min(values), max(values)
     if low == high:
         space = (abs(low) * 0.1 or 1.0) if free_space else 1.0

@@ -12,7 +12,7 @@ HIDDEN = "(hidden)"
 SECRET_NAME = re.compile(r"(token|secret|passw|api_?key|access_?key|credential|_key$|_uri$)", re.IGNORECASE)
 """Names of environment variables that usually hold secrets."""
 MIN_SECRET_LENGTH = 6
-"""Shorter values of such variables are not searched for, because they occur in ordinary texts."""
+"""Shorter values are not hidden, because they also occur in ordinary texts."""
 _TOKEN = re.compile(r"\b(hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{20,}|AKIA[0-9A-Z]{16}|gh[pousr]_[A-Za-z0-9]{20,}|glpat-[A-Za-z0-9_-]{16,})")
 _USER = re.compile(r"(?<=://)[^/@\s]+@")
 

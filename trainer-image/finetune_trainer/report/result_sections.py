@@ -28,7 +28,7 @@ MAX_ANSWERS = 20
 
 
 def evaluation(report: RunReport) -> Section:
-    """Metrics, gates and further results."""
+    """Return the section with metrics, gates and further results."""
     blocks: list[Block] = []
     result = report.evaluation
     if result is not None and result.metrics:
@@ -75,7 +75,7 @@ def _metric_row(name: str, metric: MetricResult, is_compared: bool, has_remarks:
 
 
 def answers(report: RunReport) -> Section:
-    """Answers of the base model and the trained model side by side."""
+    """Return the section that shows the answers of the base model and the trained model side by side."""
     blocks: list[Block] = []
     if report.comparison is not None and report.comparison.comparisons:
         compared = report.comparison.comparisons

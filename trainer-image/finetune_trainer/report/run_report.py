@@ -89,7 +89,7 @@ class RunReport:
     """Number of all answers of the evaluation."""
     comparison: ModelComparison | None = None
     further_results: dict[str, Any] = field(default_factory=dict)
-    """Results that have a section of their own only by their name, such as `benchmarks`."""
+    """Results of other stages, by name, such as `benchmarks`. The page shows them as generic tables."""
 
     @property
     def last_attempt(self) -> AttemptRecord | None:

@@ -42,7 +42,7 @@ SHORTEST_STAGE_SECONDS = 0.05
 
 
 def request(report: RunReport) -> Section:
-    """The values of the spec: those of the user, defaults, and changes of the operator."""
+    """Return the section with the values of the spec: values of the user, defaults, and changes by the operator."""
     run = report.run
     values = [(path, text) for path, text in flatten(run.spec.to_wire()) if path not in SWITCHES]
     given = [(path, text) for path, text in values if run.origin(_field_path(path)) is Origin.USER and not _is_filled_in(path, run.defaults)]
@@ -65,12 +65,12 @@ def _field_path(path: str) -> str:
 
 
 def _is_filled_in(path: str, defaults: Sequence[str]) -> bool:
-    """Whether a value belongs to a group that was filled in as a whole."""
+    """Whether a value belongs to a group of fields for which the defaults filled in the whole group."""
     return any(path.startswith(f"{default}.") for default in defaults)
 
 
 def attempts(report: RunReport) -> Section:
-    """Every attempt: when, from which step to which step, how it ended."""
+    """Return the table of attempts: times, first and last step, and how each attempt ended."""
     rows = []
     for one, following in zip_longest(report.attempts, report.attempts[1:]):
         end, is_estimate = end_of(one, report)
@@ -109,13 +109,13 @@ def _lost_steps(one: AttemptRecord, following: AttemptRecord | None) -> Cell:
 
 
 def data(report: RunReport) -> Section:
-    """Rows, lengths, duplicates and personal data."""
+    """Return the section about the data: rows, lengths, duplicates and personal data."""
     record, tokens = report.data, report.token_counts
     if record is None:
         return Section("data", "Data", [Sentences(["Not measured: no attempt has checked the data."])])
     blocks: list[Block] = []
     splits = [name for name in ("train", "validation", "test") if record.rows.get(name)]
-    no_counts = "this objective does not record token counts" if report.output else "the run has no final model, whose manifest would record them"
+    no_counts = "this objective does not record token counts" if report.output else "the run has no final model; the counts are stored in the model's manifest"
 
     def counted(split: str, name: str) -> Cell:
         value = tokens.get(split, {}).get(name)
@@ -154,7 +154,7 @@ def _check_rows(report: RunReport) -> list[list[Cell]]:
 
 
 def costs(report: RunReport) -> Section:
-    """Hours, throughput and the time of each stage."""
+    """Return the section with hours, throughput and the time of each stage."""
     blocks: list[Block] = [Table("Use of the cluster", ["", "value"], _use_rows(report), is_narrow=True)]
     stage_rows = _stage_rows(report)
     if stage_rows:
@@ -192,7 +192,7 @@ def _stage_rows(report: RunReport) -> list[list[Cell]]:
 
 
 def lineage(report: RunReport) -> Section:
-    """The sources and hashes of the base model, the data and the final model."""
+    """Return the section with the sources and hashes of the base model, the data and the final model."""
     blocks: list[Block] = [Table("Model and inputs", ["", "value"], _origin_rows(report))]
     if report.checkpoints:
         columns = ["step", "attempt", "size", "validation loss", "healthy", "sha256 of the manifest"]
@@ -243,7 +243,7 @@ def _checkpoint_row(one: StoredCheckpoint) -> list[Cell]:
 
 
 def notes(report: RunReport) -> Section:
-    """The notes of all attempts."""
+    """Return the section with the notes of all attempts."""
     texts = dict.fromkeys(redact_text(note) for one in report.attempts for note in one.notes)
     return Section("notes", "Notes of the trainer", [Sentences(list(texts))] if texts else [])
 

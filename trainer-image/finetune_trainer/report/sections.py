@@ -46,7 +46,7 @@ def sections(report: RunReport) -> list[Section]:
 
 
 def outcome(report: RunReport) -> Outcome:
-    """How the newest attempt ended."""
+    """Return how the newest attempt ended."""
     last = report.last_attempt
     has_model = report.output is not None and report.output.uri is not None
     if last is None or last.exit_code is None:
@@ -109,7 +109,7 @@ def _evaluation_tiles(report: RunReport) -> Iterable[Tile]:
 
 
 def curves(report: RunReport) -> Section:
-    """Charts of the logged values over the optimizer steps."""
+    """Return the section with charts of the logged values over the optimizer steps."""
     training = [entry for entry in report.log if entry.kind is LineKind.TRAINING]
     evaluations = [entry for entry in report.log if entry.kind is LineKind.EVALUATION]
     lines = _attempt_lines(report)
@@ -143,7 +143,7 @@ def _points(entries: Iterable[LogEntry], name: str) -> list[tuple[float, float |
 
 
 def _attempt_lines(report: RunReport) -> list[AttemptLine]:
-    """Where later attempts continued the training. An attempt that trained nothing has no line."""
+    """Return a line for each later attempt, at the step where it continued the training. An attempt that trained nothing has no line."""
     return [AttemptLine(one.start_step, f"attempt {one.attempt}") for one in report.attempts[1:] if one.start_step is not None]
 
 

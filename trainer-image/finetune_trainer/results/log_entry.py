@@ -115,5 +115,5 @@ def training_lines(entries: Iterable[LogEntry]) -> Iterator[LogEntry]:
 
 
 def _read_value(value: Any) -> Any:
-    """Return a logged value. Numbers that are not finite, also those sent as text, are None."""
+    """Return a logged value. Numbers that are not finite become None, even if they were sent as text."""
     return None if isinstance(value, str) and value in NOT_FINITE_TEXTS else finite_or_none(value)

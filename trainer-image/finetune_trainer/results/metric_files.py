@@ -281,7 +281,10 @@ def performance_summary(entries: Sequence[LogEntry], run: RunDescription) -> Per
 
 
 def _mean_losses(lines: Iterable[LogEntry]) -> dict[int, float]:
-    """Mean training loss of each epoch, by its number. A line's loss is a mean over the steps since the previous training line."""
+    """Return the mean training loss of each epoch, by the epoch's number.
+
+    The loss in a line is the mean over the steps since the previous training line.
+    """
     weighted_sums: dict[int, float] = defaultdict(float)
     weights: dict[int, float] = defaultdict(float)
     start = 0.0
@@ -305,11 +308,14 @@ class _TimeCurve:
         self._seconds = [0.0, *(seconds for _, seconds in points)]
 
     def seconds_of_epoch(self, number: int) -> float | None:
-        """Seconds of an epoch, until the last logged line. None if no seconds were logged."""
+        """Return the seconds of an epoch, up to the last logged line. None if no seconds were logged."""
         return self._seconds_at(number) - self._seconds_at(number - 1) if len(self._epochs) > 1 else None
 
     def _seconds_at(self, epoch: float) -> float:
-        """Seconds at the end of an epoch. Of several lines with this epoch, the last line counts, because the evaluation at its end belongs to it."""
+        """Return the seconds at the end of an epoch.
+
+        If several lines have this epoch, use the last one: the evaluation after an epoch belongs to the epoch.
+        """
         after = bisect_right(self._epochs, epoch + EPOCH_TOLERANCE)
         before = after - 1
         if after == len(self._epochs) or epoch <= self._epochs[before]:
@@ -319,7 +325,7 @@ class _TimeCurve:
 
 
 def _step_times(entries: Sequence[LogEntry]) -> list[float | None]:
-    """Mean seconds of an optimizer step for each training line. The durations of evaluations between two training lines are subtracted."""
+    """Return the mean seconds of an optimizer step for each training line. The durations of evaluations between two training lines are subtracted."""
     times: list[float | None] = []
     last_step, last_seconds, evaluation_seconds = 0, 0.0, 0.0
     for entry in entries:
@@ -343,7 +349,7 @@ def _total_seconds(entries: Sequence[LogEntry], run: RunDescription) -> float | 
 
 
 def _epoch_number(line: LogEntry) -> int:
-    """Number of the epoch that a line belongs to. The line after the last step of epoch 1 has epoch 1.0 and belongs to epoch 1."""
+    """Return the number of the epoch that a line belongs to. The line after the last step of epoch 1 has epoch 1.0 and belongs to epoch 1."""
     return math.ceil((line.epoch or 0.0) - EPOCH_TOLERANCE)
 
 

@@ -1,4 +1,4 @@
-"""Writes manifests with which servers serve the final model: an InferenceService of KServe, and a Deployment of vLLM.
+"""Writes manifests for servers of the final model: an InferenceService of KServe, and a Deployment of vLLM.
 
 The manifests contain no credentials. They name the Secret `<job>-model-storage`, which the user creates in the namespace of the server.
 """
@@ -26,7 +26,7 @@ GPU_RESOURCE = "nvidia.com/gpu"
 
 @dataclass(frozen=True)
 class ServedModel:
-    """What a server needs to know about the final model."""
+    """The data about the final model that a server's manifest contains."""
 
     name: str
     namespace: str
@@ -39,7 +39,7 @@ class ServedModel:
 
     @staticmethod
     def of(run: RunConfig, uri: str, kind: OutputKind, folder: Path, merged_uri: str | None) -> ServedModel:
-        """The model of a run. The merged model is served instead of the adapter if there is one."""
+        """Return the data about a run's model. If there is a merged model, it is served instead of the adapter."""
         rank = None
         config = folder / "adapter_config.json"
         if kind is OutputKind.ADAPTER and merged_uri is None and config.exists():
@@ -74,7 +74,10 @@ def serving_files(spec: FineTuneJobSpec, model: ServedModel) -> dict[str, str]:
 
 
 def _kserve_manifests(model: ServedModel) -> list[dict[str, Any]]:
-    """KServe downloads `storageUri` to /mnt/models. An adapter is mounted there, and the base model comes from the hub."""
+    """Return the manifests for KServe, which downloads `storageUri` to /mnt/models.
+
+    For an adapter, the server downloads the base model from the hub.
+    """
     arguments = [f"--model_name={model.name}"]
     if model.lora_rank is not None:
         revision = [f"--model_revision={model.hub_revision}"] if model.hub_revision else []
@@ -92,7 +95,7 @@ def _kserve_manifests(model: ServedModel) -> list[dict[str, Any]]:
 
 
 def _vllm_manifests(model: ServedModel) -> list[dict[str, Any]]:
-    """A Deployment whose init containers download what does not come from a hub, and its Service."""
+    """Return a Deployment of vLLM and its Service. Init containers download the models that are not on a hub."""
     downloads: dict[str, str] = {}
     if model.lora_rank is None:
         downloads[model.uri], served = MODEL_FOLDER, MODEL_FOLDER

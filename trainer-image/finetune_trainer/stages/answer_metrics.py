@@ -1,4 +1,4 @@
-"""Metrics of generated answers: by their text, by models, and by the judge."""
+"""Computes the metrics of generated answers: text metrics, metrics by local models, and metrics by the judge."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def measure_answers(
 
 
 def _measure_bertscore(run: RunConfig, folder: Path | None, predictions: Sequence[Prediction]) -> dict[str, MetricValue]:
-    """BERTScore. Its F1 has the name of the metric."""
+    """Measure BERTScore. The result `bertscore` is its F1."""
     models = run.spec.evaluation.metric_models
     name = (models.bertscore if models else None) or ""
     values = text_metrics.bertscore(predictions, folder, field=BERTSCORE_FIELD, model_name=name.rpartition("/")[2] or None)
@@ -57,7 +57,7 @@ def _measure_with_judge(
     run: RunConfig, channel: Channel, inputs: Inputs, metrics: Sequence[EvaluationMetric], predictions: Sequence[Prediction],
     report: Callable[[str], None],
 ) -> dict[str, MetricValue]:  # fmt: skip
-    """Semantic similarity, and the metrics of the judge. A note states the number of requests and their cost."""
+    """Measure the semantic similarity and the metrics of the judge. A note states the number of requests and their cost."""
     judge = _connect_judge(run.spec.evaluation.judge)
     values: dict[str, MetricValue] = {}
     for metric in metrics:
@@ -86,7 +86,7 @@ def _measure_with_judge(
 
 
 def _measure_similarity(folder: Path | None, judge: Judge | None, predictions: Sequence[Prediction]) -> MetricValue:
-    """By the local model if there is one, else by the judge's embedding model."""
+    """Measure the semantic similarity with the local model if there is one, else with the judge's embedding model."""
     embed = text_metrics.sentence_embedder(folder) if folder is not None else None
     if embed is None and judge is not None and judge.settings.embedding_model is not None:
         embed = judge.embed
@@ -94,7 +94,7 @@ def _measure_similarity(folder: Path | None, judge: Judge | None, predictions: S
 
 
 def _connect_judge(spec: JudgeSpec | None) -> Judge | None:
-    """The judge of the spec; None without a judge. The key is in the environment, and in no message."""
+    """Return the judge of the spec, or None without a judge. The API key comes from the environment, and no message contains it."""
     if spec is None or (spec.model is None and spec.embedding is None):
         return None
     settings = JudgeSettings(

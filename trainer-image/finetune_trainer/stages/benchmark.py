@@ -1,4 +1,4 @@
-"""The stage `benchmarking`: benchmarks of the final model and, where the spec asks for it, of the base model."""
+"""The stage `benchmarking`: runs the benchmarks with the final model and, if the spec requests it, with the base model."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ from finetune_trainer.stages.questions import Question
 log = logging.getLogger(__name__)
 HEARTBEAT_SECONDS = 5.0
 ROWS_WITH_END_TOKENS = 20
-"""Number of rows whose last tokens show how trained answers end."""
+"""Number of rows that are read to find the tokens with which trained answers end."""
 
 
 def run_stage(run: RunConfig, channel: Channel, inputs: Inputs, task: StageTask, folder: Path) -> StageResult:
@@ -67,7 +67,7 @@ def run_stage(run: RunConfig, channel: Channel, inputs: Inputs, task: StageTask,
         if record is None:
             try:
                 record = runner.run_task(one)
-            except ConfigError as error:  # the other tasks run first, so that a repeated stage runs only this one
+            except ConfigError as error:  # Run the other tasks before the error is raised, so that a repeated stage runs only this task.
                 log.error("%s: %s", error.code, error.message)
                 failures.append(error)
                 continue
@@ -134,14 +134,14 @@ class _TaskRunner:
         device = hardware.detect_hardware(self.run, 0)
         tokenizer = load_tokenizer(self.run, self.inputs, self.task)
         model = load_base_model(self.run, self.inputs, device) if uses_base else load_final_model(self.run, self.inputs, self.task, device, tokenizer)
-        if uses_base and model.get_input_embeddings().weight.shape[0] < len(tokenizer):  # the job has added tokens
+        if uses_base and model.get_input_embeddings().weight.shape[0] < len(tokenizer):  # The job added tokens to the vocabulary.
             model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
         model.register_forward_pre_hook(self._send_heartbeat)
         spec = self.run.spec
         return LoadedModel(model, tokenizer, spec.evaluation.batch_size_per_device or spec.training.batch_size_per_device or 1, _seed(self.run))
 
     def _send_heartbeat(self, *_: Any) -> None:
-        """Called before each forward pass, so that the stall detection does not end a long task."""
+        """Send a heartbeat. Called before each forward pass, so that the stall detection does not end a long task."""
         if time.monotonic() - self._last_heartbeat > HEARTBEAT_SECONDS:
             self._last_heartbeat = time.monotonic()
             self.channel.send_heartbeat()
@@ -149,7 +149,7 @@ class _TaskRunner:
     # ---- questions ----
 
     def _questions(self, loaded: LoadedModel, rows: Sequence[tuple[RawRow, Example]]) -> list[Question]:
-        """The examples as questions, rendered as in training."""
+        """Return the examples as questions, rendered as in training."""
         from finetune_trainer.stages.questions import read_questions
 
         return read_questions(rows, *self._text_options(loaded.tokenizer))
@@ -164,22 +164,23 @@ class _TaskRunner:
 
     @cached_property
     def _data(self) -> LoadedData:
-        """The rows of the run."""
+        """Return the rows of the run."""
         return load(self.run, self.inputs)
 
     def _end_ids(self, loaded: LoadedModel) -> list[int]:
-        """Ids of the tokens that end an answer, also of those that training has taught."""
+        """Return the ids of all tokens that end an answer, including those that the model learned in training."""
         from finetune_trainer.stages.questions import end_token_ids, held_out_rows, tokenise_answered
 
         rows = (held_out_rows(self._data) or self._data.train)[:ROWS_WITH_END_TOKENS]
         try:
             labels = tokenise_answered(self.run, rows, *self._text_options(loaded.tokenizer)).labels
-        except DataError:  # these rows contain no answer
+        except DataError:  # These rows contain no answer.
             labels = []
         return end_token_ids(loaded.tokenizer, loaded.model, labels)
 
     def _answer(self, loaded: LoadedModel, prompts: Sequence[Sequence[int]], *, max_new_tokens: int | None = None) -> list[str]:
-        """Generate answers with the options of `evaluation.comparison.generation`, or greedily with a limit of tokens."""
+        """Generate answers: greedily if `max_new_tokens` is set, otherwise with the options of `evaluation.comparison.generation`.
+        """
         from finetune_trainer.stages.generate import generate_answers, generation_options
 
         comparison = self.run.spec.evaluation.comparison
@@ -209,7 +210,10 @@ class _TaskRunner:
         )
 
     def _run_domain(self, loaded: LoadedModel, task: BenchmarkTask) -> TaskRecord:
-        """Ask the questions of a domain. Texts are compared with the expected ones, choices by the probability of their letters."""
+        """Ask the questions of a domain. Text answers are compared with the expected text.
+
+        For choices, the probabilities of the letters are compared.
+        """
         assert task.folder is not None
         asked = read_domain(domain_files(task.folder)[task.name])[: task.benchmark.limit]
         questions = self._questions(loaded, [(RawRow(task.folder, number, {}), self._as_example(one)) for number, one in enumerate(asked, 1)])
@@ -239,7 +243,10 @@ class _TaskRunner:
         return values | ({"keywordRecall": mean_of_rows(recalls, {})} if recalls else {})
 
     def _run_code(self, loaded: LoadedModel, task: BenchmarkTask) -> TaskRecord:
-        """Complete functions and run their tests. The metric is the share of functions that pass, with one greedy completion each."""
+        """Complete functions and run their tests. The metric is the share of functions that pass their tests.
+
+        Each function has one greedy completion.
+        """
         assert task.folder is not None
         problems = generated_code.read_problems(task.folder, f"{task.field}.folder")[: task.benchmark.limit]
         prompts = [loaded.tokenizer(problem.prompt)["input_ids"] for problem in problems]
@@ -254,7 +261,7 @@ class _TaskRunner:
 
 
 def _choose_letters(loaded: LoadedModel, pairs: Sequence[tuple[DomainQuestion, Question]]) -> dict[str, MetricValue]:
-    """The accuracy of multiple-choice questions: the model chooses the letter that it finds most likely."""
+    """Return the accuracy of multiple-choice questions. The model's choice is the letter with the highest probability."""
     if not pairs:
         return {}
     from finetune_trainer.evaluation.choices import letter_log_probabilities, letter_metrics

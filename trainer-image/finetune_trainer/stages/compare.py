@@ -1,4 +1,5 @@
-"""The stage `comparing`: measures the base model as the stage `evaluating` has measured the trained model, and decides the gates.
+"""The stage `comparing`: measures the base model in the same way as the stage `evaluating` measured the trained model, and evaluates the
+gates.
 
 The process loads only the base model. The measurements of the trained model are read from the file that the stage `evaluating` has stored.
 """
@@ -58,7 +59,7 @@ def run_stage(run: RunConfig, channel: Channel, inputs: Inputs, task: StageTask,
 
 
 def _read_trained(task: StageTask) -> Measurements:
-    """Errors: InternalError `MeasurementsUnreadable`."""
+    """Read the measurements of the trained model. Errors: InternalError `MeasurementsUnreadable`."""
     assert task.evaluated is not None, "the supervisor passes the files of the stage evaluating"
     try:
         return Measurements.read(task.evaluated / MEASUREMENTS_FILE)
@@ -67,9 +68,10 @@ def _read_trained(task: StageTask) -> Measurements:
 
 
 def load_base_for_comparison(run: RunConfig, inputs: Inputs, task: StageTask, hardware: Hardware, tokenizer: Any) -> Any:
-    """Load the base model in the precision in which the trained model was evaluated: quantised below an adapter, otherwise not.
+    """Load the base model in the precision in which the trained model was evaluated: quantised if the trained model is an adapter, else
+    not.
 
-    New tokens have the embeddings with which training began.
+    Rows for new tokens have the values with which training began.
     """
     from finetune_trainer import vocabulary
 
@@ -80,7 +82,7 @@ def load_base_for_comparison(run: RunConfig, inputs: Inputs, task: StageTask, ha
 
 
 def summarise(run: RunConfig, base: Measurements, trained: Measurements) -> EvaluationResult:
-    """The comparison of all metrics, and the results of the gates. It depends only on the spec and on the stored measurements."""
+    """Return the comparison of all metrics, and the results of the gates. Both depend only on the spec and on the stored measurements."""
     sums, trained_values, base_values = paired_sums(base, trained), trained.values, base.values
     metrics = {name: _compare_values(value, base_values.get(name), sums.get(name)) for name, value in trained_values.items()}
     gates = run.spec.evaluation.gates
@@ -93,7 +95,7 @@ def summarise(run: RunConfig, base: Measurements, trained: Measurements) -> Eval
 
 
 def _compare_values(trained: MetricValue, base: MetricValue | None, sums: PairedSums | None) -> MetricResult:
-    """The values of both models, and the difference with its confidence interval or the reason why there is none."""
+    """Return the values of both models, and their difference with its confidence interval (or the reason why there is no interval)."""
     if trained.value is None or base is None or base.value is None:
         missing = trained.reason if trained.value is None else "the base model was not measured" if base is None else f"of the base model: {base.reason}"
         return MetricResult(value=trained.value, base=base.value if base else None, reason=missing)
@@ -109,7 +111,7 @@ def _compare_values(trained: MetricValue, base: MetricValue | None, sums: Paired
 
 
 def _compare_answers(run: RunConfig, task: StageTask, held_out: HeldOut, trained_answers: Sequence[str], base_answers: Sequence[str]) -> ModelComparison:
-    """The content of `model_comparison.json`."""
+    """Return the content of `model_comparison.json`."""
     ref, now = prompts_to_compare(run.spec), datetime.now(UTC)
     questions = held_out.questions if ref is None else held_out.prompts
     source = f"configmap://{ref.name}/{ref.key}" if ref else "test set" if has_test_set(run.spec) else "validation set"

@@ -50,7 +50,7 @@ def _has_row_of_each(value: MetricValue, predictions: Sequence[Prediction]) -> b
 
 
 def _summarise(run: RunConfig, measured: ModelResults) -> EvaluationResult:
-    """The results for the status. Without a comparison, the gates are decided here."""
+    """Return the results for the status. If the job compares no models, the gates are evaluated here."""
     found, gates = measured.measurements, run.spec.evaluation.gates
     decides = gates is not None and not compares_metrics(run.spec)
     return EvaluationResult(

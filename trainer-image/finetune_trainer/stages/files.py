@@ -13,13 +13,13 @@ TASK_FILE = "task.json"
 RESULT_FILE = "result.json"
 OUTPUT_FOLDER = "files"
 PARTS_FOLDER = "parts"
-"""Folder for the results of finished parts of a stage. They are stored at once, and a repeated stage begins with them."""
+"""Folder for the results of finished parts of a stage. They are uploaded at once, so a repeated stage skips these parts."""
 MEASUREMENTS_FILE = "measurements.json"
 """Measurements of the trained model, for the stage `comparing`."""
 
 
 class StageTask(WireModel):
-    """`task.json`: what the process of a stage reads. The supervisor writes it to the stage's folder."""
+    """`task.json`: the input of the process of a stage. The supervisor writes it to the stage's folder."""
 
     stage: Stage = Field(description="The stage.")
     model: Path = Field(description="Folder with the committed model or adapter.")
@@ -36,7 +36,7 @@ class StageTask(WireModel):
 
 
 class StageResult(LenientModel):
-    """`result.json`: what the process of a stage has found. Its files lie in the folder `files` beside it."""
+    """`result.json`: the result of the process of a stage. The files of the stage are in the folder `files` beside it."""
 
     evaluation: EvaluationResult | None = Field(default=None, description="For `status.evaluation`. Absent if the stage measures nothing.")
     merged_uri: str | None = Field(default=None, description="For `status.output.mergedUri`. Absent if the stage merges nothing.")
@@ -55,10 +55,10 @@ class StoredFile(LenientModel):
 
 
 class StageRecord(LenientModel):
-    """`run/stages/<stage>.json` in storage: the stage is done. Later attempts of the job skip a stage with a record for their model."""
+    """`run/stages/<stage>.json` in storage: the stage is done. Later attempts skip the stage if the record is about the same model."""
 
     stage: Stage
-    model_sha256: str = Field(description="sha256 (hex) of the manifest of the model that the stage has read.")
+    model_sha256: str = Field(description="sha256 (hex) of the manifest of the model that the stage read.")
     attempt: int = Field(description="Number of the attempt that ran the stage.")
     time: str = Field(description="Time of the record, in ISO 8601.")
     result: StageResult = Field(default_factory=StageResult)

@@ -28,7 +28,7 @@ def load_tokenizer(run: RunConfig, inputs: Inputs, task: StageTask) -> Any:
 
 
 def load_final_model(run: RunConfig, inputs: Inputs, task: StageTask, hardware: Hardware, tokenizer: Any) -> Any:
-    """Load the model in evaluation mode, an adapter on its base model. Errors: NotFoundError ModelUnreadable."""
+    """Load the model in evaluation mode. An adapter is loaded together with its base model. Errors: NotFoundError ModelUnreadable."""
     is_adapter = task.kind is OutputKind.ADAPTER
     base = load_base_model(run, inputs if is_adapter else inputs.model_copy(update={"model": task.model}), hardware, quantizes=is_adapter)
     if not is_adapter:
@@ -58,7 +58,7 @@ def load_base_model(run: RunConfig, inputs: Inputs, hardware: Hardware, *, quant
 
 
 def _bytes_per_value(hardware: Hardware) -> int:
-    """Size of a weight in memory. `auto` keeps the format of the files, at most 32 bits."""
+    """Return the size of a weight in memory, in bytes. `auto` keeps the format of the files, but uses at most 32 bits."""
     import torch
 
     dtype = hardware.dtype if isinstance(hardware.dtype, torch.dtype) else getattr(torch, str(hardware.dtype), torch.float32)
@@ -66,6 +66,6 @@ def _bytes_per_value(hardware: Hardware) -> int:
 
 
 def _without_new_tokens(run: RunConfig) -> RunConfig:
-    """The run without `model.newTokens`, because the saved tokenizer has these tokens already."""
+    """Return the run without `model.newTokens`, because the saved tokenizer already has these tokens."""
     model = run.spec.model.model_copy(update={"new_tokens": None})
     return run.model_copy(update={"spec": run.spec.model_copy(update={"model": model})})

@@ -12,13 +12,13 @@ GENERATION_FIELDS = {
     "max_new_tokens": "max_new_tokens", "do_sample": "do_sample", "temperature": "temperature", "top_p": "top_p", "top_k": "top_k",
     "min_p": "min_p", "repetition_penalty": "repetition_penalty",
 }  # fmt: skip
-"""Field of the spec and the option of transformers."""
+"""Fields of the spec, and the corresponding options of transformers."""
 SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "min_p")
 """Options that have an effect only if tokens are sampled."""
 
 
 def generation_options(spec: Generation | None) -> dict[str, Any]:
-    """Options of transformers' `generate`, with the defaults of the API."""
+    """Return the options of transformers' `generate`, with the defaults of the API."""
     group = spec or Generation()
     options = {name: value_or_default(group, field) for field, name in GENERATION_FIELDS.items()}
     if not options["do_sample"]:
@@ -74,6 +74,6 @@ def _generate_batch(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]]
 
 
 def _until_end(tokens: Sequence[int], end_ids: Sequence[int]) -> list[int]:
-    """The tokens before the first end token."""
+    """Return the tokens before the first end token."""
     end = next((index for index, token in enumerate(tokens) if token in end_ids), len(tokens))
     return list(tokens[:end])

@@ -1,4 +1,4 @@
-"""Heartbeats of stages that compute for minutes without another sign of progress."""
+"""Sends heartbeats for stages that compute for minutes and report no other progress."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ HEARTBEAT_SECONDS = 5.0
 
 @contextmanager
 def heartbeats_while_computing(channel: Channel) -> Iterator[None]:
-    """Send heartbeats while this process uses CPU time. Loading and writing take minutes without another sign of progress."""
+    """Send heartbeats while this process uses CPU time, because loading and writing take minutes and report no other progress."""
     ended = threading.Event()
 
     def send() -> None:

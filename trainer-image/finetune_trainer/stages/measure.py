@@ -38,7 +38,7 @@ CLASSIFICATION_METRICS = (EvaluationMetric.ACCURACY, EvaluationMetric.PRECISION,
 TOKEN_METRICS = (EvaluationMetric.PERPLEXITY, *CLASSIFICATION_METRICS)
 """Metrics that need no generated answers."""
 ROWS_FOR_END_TOKENS = 100
-"""Training rows that show how answers end, if a job has no held-out rows."""
+"""Number of training rows that are read to find how answers end, if a job has no held-out rows."""
 
 LoadModel = Callable[[RunConfig, Inputs, StageTask, Any, Any], Any]
 """Loads a model in evaluation mode. Arguments: run, inputs, task, hardware, tokenizer."""
@@ -54,10 +54,10 @@ class HeldOut:
     tokens: TokenisedSplit
     """All held-out rows with their answers."""
     questions: list[Question]
-    """The questions that the model answers: all, or `evaluation.maxRows` of them."""
+    """The questions that the model answers: all held-out questions, or `evaluation.maxRows` of them."""
     batch_size: int
     end_token_ids: list[int]
-    """Tokens that end an answer."""
+    """Ids of the tokens that end an answer."""
     prompts: list[Question] = field(default_factory=list)
     """The prompts of `evaluation.comparison.promptsRef`."""
 
@@ -104,7 +104,10 @@ def _compares_questions(run: RunConfig) -> bool:
 
 
 def _compared_answers(run: RunConfig, held_out: HeldOut, predictions: Sequence[Prediction], channel: Channel) -> list[str] | None:
-    """The answers for the file `model_comparison.json`: to the prompts, or to the held-out questions. None: the job compares no answers."""
+    """Return the answers for the file `model_comparison.json`: answers to the prompts or to the held-out questions.
+
+    None if the job compares no answers.
+    """
     if held_out.prompts:
         return answer_questions(run, held_out, held_out.prompts, channel)
     return [prediction.assistant_response for prediction in predictions] if _compares_questions(run) else None
@@ -159,7 +162,7 @@ def load_held_out(run: RunConfig, channel: Channel, inputs: Inputs, task: StageT
 
 
 def _sample(questions: list[Question], run: RunConfig) -> list[Question]:
-    """At most `evaluation.maxRows` questions, chosen at random with the run's seed, in the order of their rows."""
+    """Return at most `evaluation.maxRows` questions, chosen at random with the run's seed, in the order of their rows."""
     limit = run.spec.evaluation.max_rows
     if limit is None or limit >= len(questions):
         return questions
@@ -171,7 +174,7 @@ def _sample(questions: list[Question], run: RunConfig) -> list[Question]:
 
 
 def _measure_tokens(held_out: HeldOut, metrics: Sequence[EvaluationMetric], channel: Channel) -> tuple[dict[str, MetricValue], list[list[float]]]:
-    """Loss, perplexity, and accuracy, precision, recall and F1 over the tokens of the answers. Also returns the sums of each row."""
+    """Measure loss, perplexity, accuracy, precision, recall and F1 over the tokens of the answers. Also return the sums of each row."""
     from finetune_trainer.evaluation.token_metrics import OutputHead, RowCounts, TokenCounts
 
     head, rows = OutputHead.of(held_out.model), RowCounts()
@@ -187,7 +190,7 @@ def _measure_tokens(held_out: HeldOut, metrics: Sequence[EvaluationMetric], chan
 
 
 TokenRow = tuple[list[int], list[int]]
-"""Token ids and labels of one row."""
+"""Return the token ids and labels of one row."""
 
 
 def _batches(tokens: TokenisedSplit, size: int) -> Iterator[list[TokenRow]]:
@@ -197,7 +200,7 @@ def _batches(tokens: TokenisedSplit, size: int) -> Iterator[list[TokenRow]]:
 
 
 def _add_batch(held_out: HeldOut, head: Any, batch: Sequence[TokenRow], counts: Any, rows: Any) -> None:
-    """Add a batch of rows to the counts. A batch that does not fit into memory is split."""
+    """Add a batch of rows to the counts. If the batch does not fit into memory, split it."""
     import torch
 
     try:
@@ -215,7 +218,7 @@ def _add_batch(held_out: HeldOut, head: Any, batch: Sequence[TokenRow], counts: 
 
 
 def _predict(held_out: HeldOut, head: Any, batch: Sequence[TokenRow]) -> Any:
-    """Return the predictions of the labelled positions. The head itself computes only the last position, to save memory."""
+    """Return the predictions of the labelled positions. To save memory, the model's own call of the head computes only the last position."""
     import torch
 
     from finetune_trainer.evaluation.token_metrics import IGNORED_LABEL, shifted_predictions
@@ -238,13 +241,13 @@ def _predict(held_out: HeldOut, head: Any, batch: Sequence[TokenRow]) -> Any:
             model(input_ids=ids, attention_mask=mask, use_cache=False)
     finally:
         handle.remove()
-    states = hidden[0][:, -longest:]  # without the virtual tokens of prompt tuning
+    states = hidden[0][:, -longest:]  # Remove the virtual tokens of prompt tuning.
     with torch.inference_mode():
         return shifted_predictions(states, padded([labels for _, labels in batch], IGNORED_LABEL), head)
 
 
 def _measure_letters(held_out: HeldOut, channel: Channel) -> dict[str, MetricValue]:
-    """Metrics of multiple-choice questions: the model chooses the option whose letter it finds most likely."""
+    """Measure the metrics of multiple-choice questions. The model's choice is the option whose letter has the highest probability."""
     from finetune_trainer.evaluation.choices import letter_log_probabilities, letter_metrics
 
     asked = [question for question in held_out.questions if question.letters and question.ground_truth]

@@ -1,9 +1,9 @@
 """The stage `merging`: merges the adapter into the base model, and writes a complete model.
 
-The base model is loaded without quantisation, in the number format of its files, into the host's memory. GPUs are not used: the work is
-small, and a model that was trained on several GPUs may not fit on one. An adapter that was trained on a quantised base model (QLoRA)
-is merged into the unquantised model too. The merged model therefore differs slightly from the model in training, by the error of the
-quantisation.
+The base model is loaded without quantisation, in the number format of its files, into the host's memory. GPUs are not used, because merging
+needs little computation, and a model that was trained on several GPUs may not fit on one. Even if an adapter was trained on a quantised
+base model (QLoRA), it is merged into the unquantised model. The merged model therefore differs slightly from the model in training, by the
+error of the quantisation.
 """
 
 from __future__ import annotations
@@ -65,14 +65,14 @@ def merge(run: RunConfig, channel: Channel, inputs: Inputs, task: StageTask) -> 
     layers = [module for module in peft_model.modules() if isinstance(module, BaseTunerLayer)]
     try:
         with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # `merge_and_unload` warns for each layer that is merged already
+            warnings.simplefilter("ignore")  # `merge_and_unload` warns about each layer that is already merged.
             for number, layer in enumerate(layers, 1):
                 _merge_layer(layer, adapters)
                 channel.report_stage(Stage.MERGING, f"{number} of {len(layers)} layers")
             model = peft_model.merge_and_unload()
-    except ValueError as error:  # PEFT refuses a layer whose merged weights are not finite
+    except ValueError as error:  # PEFT raises this error if the merged weights of a layer are not finite.
         raise DivergedError("WeightsNotFinite", f"the adapter cannot be merged: {error}", hint="lower training.learningRate") from error
-    for name, parameter in model.named_parameters():  # PEFT keeps trained copies of whole modules in 32 bits
+    for name, parameter in model.named_parameters():  # PEFT keeps the trained copies of whole modules in 32 bits.
         parameter.data = parameter.data.to(dtypes.get(name, model.dtype))
     return model
 
@@ -94,7 +94,7 @@ def _merge_layer(layer: Any, adapters: list[str] | None) -> None:
 
 
 def _load_adapter(run: RunConfig, inputs: Inputs, task: StageTask, tokenizer: Any) -> Any:
-    """The unquantised base model on the CPU, with the adapter. Errors: NotFoundError ModelUnreadable, ModelIncomplete."""
+    """Load the unquantised base model on the CPU, with the adapter. Errors: NotFoundError ModelUnreadable, ModelIncomplete."""
     import torch
     from peft import PeftModel
 
@@ -128,7 +128,7 @@ def _write(model: Any, run: RunConfig, inputs: Inputs, task: StageTask, target: 
     from transformers import GenerationConfig
 
     if (task.model / GENERATION_FILE).exists():
-        model.generation_config = GenerationConfig()  # the adapter's file replaces it; the base model's settings may be refused here
+        model.generation_config = GenerationConfig()  # The adapter's file replaces the base model's settings, which transformers may refuse to save.
     model.save_pretrained(target, max_shard_size=SHARD_SIZE)
     files = [path for path in task.model.iterdir() if path.is_file() and not any(path.match(pattern) for pattern in ADAPTER_FILES)]
     if run.spec.model.trust_remote_code:

@@ -1,4 +1,4 @@
-"""How much memory a model needs on GPUs, and whether it must be spread over several of them."""
+"""Computes how much GPU memory a model needs, and whether its layers must be spread over several GPUs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from finetune_trainer.verification.weight_files import DamagedFileError, read_folder, weight_bytes
 
 MEMORY_FACTOR = 1.2
-"""Memory of a model divided by the size of its weights, for short rows."""
+"""Memory that a model needs for short rows, divided by the size of its weights."""
 _BYTES_PER_VALUE = {"F32": 4, "F64": 8, "F16": 2, "BF16": 2}
 
 
@@ -22,7 +22,7 @@ def needed_bytes(folder: Path, bytes_per_value: int) -> int | None:
 
 
 def must_be_spread(folder: Path, bytes_per_value: int, free_bytes: list[int]) -> bool:
-    """Whether the model does not fit on the first GPU, but on all GPUs together. `free_bytes`: free memory of each GPU."""
+    """Whether the model is too large for the first GPU, but fits on all GPUs together. `free_bytes`: free memory of each GPU."""
     needed = needed_bytes(folder, bytes_per_value)
     return needed is not None and free_bytes[0] < needed <= sum(free_bytes)
 

@@ -68,7 +68,7 @@ def run_and_report(folder: Path, channel: Channel) -> int:
 
 
 def _name_failure(error: BaseException) -> FineTuneError:
-    """Return the failure of an exception. Exhausted memory gets another hint than in training, because a stage does not train."""
+    """Return the named failure for an exception. The hint for exhausted memory differs from the hint in training, because a stage does not train."""
     cause = error.__cause__ if isinstance(error, InternalError) and isinstance(error.__cause__, Exception) else error
     failure, _ = classify_error(cause)
     if isinstance(failure, MemoryExhaustedError):

@@ -1,4 +1,4 @@
-"""Turns held-out examples into questions for the model, and into token sequences with labels."""
+"""Converts held-out examples to questions for the model, and to token sequences with labels."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from finetune_trainer.data.template import Rendered, RenderOptions, render
 from finetune_trainer.data.tokenise import TokenisedSplit, TokeniseOptions, encode, tokenise
 
 ANSWER_PLACEHOLDER = "?"
-"""Stands for a missing answer while the question before it is rendered."""
+"""Placeholder for a missing answer while the question before it is rendered."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """The part of an example that the model is asked, and the answer that the example contains."""
+    """The question in an example, and the answer that the example contains."""
 
     system_prompt: str | None
     user_prompt: str
@@ -50,12 +50,15 @@ class Question:
 
 
 def held_out_rows(loaded: LoadedData) -> list[tuple[RawRow, Example]]:
-    """The rows of the test set, or of the validation set if the run has no test set."""
+    """Return the rows of the test set, or of the validation set if the run has no test set."""
     return loaded.test or loaded.validation
 
 
 def as_answered(example: Example) -> Conversation | Completion | Text | None:
-    """The example as text that ends with its answer: of a preference pair, the preferred answer. None if it contains no answer."""
+    """Return the example as text that ends with its answer. Use the preferred answer of a preference pair.
+
+    None if the example contains no answer.
+    """
     match example:
         case Conversation() | Completion() | Text():
             return example
@@ -71,9 +74,9 @@ def as_answered(example: Example) -> Conversation | Completion | Text | None:
 
 
 def read_questions(rows: Iterable[tuple[RawRow, Example]], render_options: RenderOptions, options: TokeniseOptions) -> list[Question]:
-    """Return the question of every example that has one. Plain text has no question.
+    """Return the question of every example that contains a question. Plain text contains no question.
 
-    A question that leaves no room for an answer within `options.max_length` keeps its last tokens.
+    If a question leaves no room for an answer within `options.max_length`, only its last tokens are kept.
     """
     asked = [found for _, example in rows if (found := _render_question(example, render_options)) is not None]
     texts = ((str(number), rendered) for number, (_, rendered) in enumerate(asked))
@@ -84,7 +87,7 @@ def read_questions(rows: Iterable[tuple[RawRow, Example]], render_options: Rende
 
 
 def ask_prompts(prompts: Iterable[str], sample: Example, system_prompt: str | None) -> list[tuple[RawRow, Example]]:
-    """Return prompts as questions in the form of `sample`, an example of the job's data: as messages, or as plain text."""
+    """Return prompts as questions. Like `sample`, an example of the job's data, they are messages or plain text."""
     is_chat = isinstance(sample, Conversation) or isinstance(getattr(sample, "prompt", None), tuple)
     role_names = sample.role_names if isinstance(sample, Conversation) else Conversation(()).role_names
     asked: list[tuple[RawRow, Example]] = []
@@ -106,7 +109,9 @@ def tokenise_answered(run: RunConfig, rows: Sequence[tuple[RawRow, Example]], re
 
 
 def _render_question(example: Example, options: RenderOptions) -> tuple[Conversation | Completion, Rendered] | None:
-    """Return the example with its answer (empty if it has none), and its text up to the last answer. None if it asks no question."""
+    """Return the example with its answer (empty if it has none), and its rendered text up to the last answer. None if it contains no
+    question.
+    """
     answered = as_answered(example)
     if answered is None and isinstance(example, Prompt):
         found = _render_question(Prompt(example.prompt, {"answer": ANSWER_PLACEHOLDER}), options)
@@ -142,7 +147,7 @@ def _question_of(example: Conversation | Completion, rendered: Rendered, token_i
 
 
 def end_token_ids(tokenizer: Any, model: Any, labels: Iterable[Sequence[int]]) -> list[int]:
-    """Ids of the tokens that end an answer: those of tokenizer and model, and the tokens with which the trained answers end."""
+    """Return the ids of the tokens that end an answer: the end tokens of tokenizer and model, and the tokens with which trained answers end."""
     configured = getattr(model.generation_config, "eos_token_id", None)
     trained = trained_end_tokens(tokenizer, (answer for row in labels for answer in answers_of_labels(row)))
     ids = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured]), *trained}

@@ -1,4 +1,4 @@
-"""The stage `verifying`: whether the stored artefacts compute what the trained model computed, and the manifests for servers.
+"""The stage `verifying`: checks that the stored artefacts compute what the trained model computed, and writes manifests for servers.
 
 The artefact is loaded as a user would load it: with transformers and PEFT, from its own folder and the base model only. The loaders of
 the trainer are not used, because they could hide a fault of the files.
@@ -69,7 +69,7 @@ class Artefact:
 
 @dataclass(frozen=True)
 class ArtefactValues:
-    """Values of an artefact, and of the base model if the artefact contains it."""
+    """Values of an artefact and, if the artefact contains the base model, values of the base model."""
 
     values: list[float]
     base_values: list[float] | None = None
@@ -92,7 +92,7 @@ def run_stage(run: RunConfig, channel: Channel, inputs: Inputs, task: StageTask,
 
 
 def artefacts_of(task: StageTask) -> list[Artefact]:
-    """The artefacts that the job has stored."""
+    """Return the artefacts that the job has stored."""
     artefacts = [Artefact(task.kind.value, task.model, task.kind)]
     return artefacts if task.merged is None else [*artefacts, Artefact(MERGED, task.merged, OutputKind.MODEL)]
 
@@ -112,7 +112,7 @@ class Verifier:
         """Processor of a vision-language model, from the files of the artefact."""
 
     def verify(self, artefacts: list[Artefact]) -> list[ArtefactVerification]:
-        """Verify the artefacts in order. The first is the adapter or the model that was trained."""
+        """Verify the artefacts in order. The first one is the trained adapter or model."""
         return [self._verify_one(artefact, artefacts[0].folder) for artefact in artefacts]
 
     def _verify_one(self, artefact: Artefact, trained: Path) -> ArtefactVerification:
@@ -137,7 +137,7 @@ class Verifier:
         return compare.judge(artefact.name, measured.values, base_values, expected, is_rounded=is_rounded)
 
     def _expected(self, artefact: Artefact, trained: Path, reference: ReferenceValues) -> ReferenceValues:
-        """The values that the artefact must compute: those of the training, or for combined adapters those of the unmerged adapters."""
+        """Return the values that the artefact must compute: those of the training or, for combined adapters, those of the unmerged adapters."""
         if artefact.name != MERGED or not self._run.spec.output.combine_adapters:
             return reference
         self._channel.report_stage(Stage.VERIFYING, "computing the values of the combined adapters")
@@ -150,7 +150,7 @@ class Verifier:
         return expected
 
     def _measure(self, artefact: Artefact, reference: ReferenceValues) -> ArtefactValues:
-        """Load the artefact, and compute the values of all rows. The model is released afterwards."""
+        """Load the artefact, compute the values of all rows, and release the model."""
         imports.hide_unneeded(self._run)
         is_adapter = artefact.kind is OutputKind.ADAPTER
         with _as_verification_errors(artefact.name, self._inputs.model):
@@ -169,7 +169,7 @@ class Verifier:
         return measured
 
     def _values_of_base(self, measured: ArtefactValues, reference: ReferenceValues) -> list[float] | None:
-        """Values of the base model. It is loaded once for artefacts that do not contain it. None for models with a new score head."""
+        """Return the values of the base model. It is loaded once, for artefacts that do not contain it. None for models with a new score head."""
         if measured.base_values is not None:
             self._base_values = measured.base_values
         if self._base_values is None and reference.head == "causal":
@@ -255,7 +255,7 @@ def has_16_bit_weights(folder: Path) -> bool:
 
 
 def _load_processor(folder: Path, model_folder: Path, tokenizer: Any) -> VisionProcessor:
-    """Load the artefact's processor for images. Errors: ValueError, if the model reads no images; errors of transformers."""
+    """Load the artefact's processor for images. Errors: ValueError if the model does not read images; errors of transformers."""
     from transformers import AutoConfig
 
     from finetune_trainer.library_internals import build_processor, image_text_processor_class
@@ -318,7 +318,7 @@ def _as_verification_errors(name: str, base: Path) -> Iterator[None]:
         failure, _ = classify_error(error)
         if isinstance(failure, MemoryExhaustedError):
             raise NotComparableError("OutOfMemory", f"the memory of this pod is too small to load the {name}") from error
-        if not isinstance(failure, InternalError):  # a fault of the node or its disk says nothing about the artefact, and is retried
+        if not isinstance(failure, InternalError):  # A fault of the node or its disk says nothing about the artefact. The attempt is repeated.
             raise failure from error
         log.exception("the %s cannot be loaded", name)
         first = re.sub(r"\s+", " ", str(error)).replace(str(base), "the base model").strip()[:300]

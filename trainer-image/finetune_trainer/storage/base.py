@@ -1,7 +1,7 @@
 """The interface of a store: whole objects, conditional creation, listings.
 
-Keys are relative to the store's root, with `/` between parts. A store raises only FineTuneErrors; their exit code shows who can
-fix the failure (`storage.errors`). For a missing object, methods return None and raise no error.
+Keys are relative to the store's root, with `/` between parts. A store raises only FineTuneErrors, whose exit codes show who can fix the
+failure (`storage.errors`). If an object is missing, methods return None instead of raising an error.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ ByteCounter = Callable[[int], None]
 
 @dataclass(frozen=True)
 class ObjectStat:
-    """An object: key relative to the root, size in bytes, and the store's version tag (ETag or mtime)."""
+    """The key (relative to the root), size in bytes and version tag (ETag or mtime) of an object."""
 
     key: str
     size: int
@@ -28,7 +28,7 @@ class ObjectStat:
 
 
 class CreateResult(Enum):
-    """The result of a conditional creation: the object was created, or it existed already."""
+    """The result of a conditional creation: the object was created, or it already existed."""
 
     NEW = "new"
     EXISTS = "exists"
@@ -42,7 +42,7 @@ class Store(Protocol):
     """Number of requests that were retried so far."""
 
     def put_file(self, source: Path, key: str, *, byte_counter: ByteCounter | None = None) -> None:
-        """Upload a file atomically: readers see the old object or the complete new one."""
+        """Upload a file atomically: a reader gets either the old object or the complete new object."""
 
     def put(self, key: str, data: bytes) -> None:
         """Write a small object, replacing an existing one."""
@@ -51,19 +51,19 @@ class Store(Protocol):
         """Write a small object unless it exists. Not atomic on stores without conditional writes (`preflight.StoreAbilities`)."""
 
     def get(self, key: str) -> bytes | None:
-        """The bytes of a small object, or None if it does not exist."""
+        """Return the bytes of a small object, or None if it does not exist."""
 
     def download(self, key: str, target: Path, *, byte_counter: ByteCounter | None = None) -> str | None:
-        """Download an object to a file; returns the sha256 (hex) of its bytes, or None if it does not exist."""
+        """Download an object to a file. Returns the sha256 (hex) of its bytes, or None if it does not exist."""
 
     def stat(self, key: str) -> ObjectStat | None:
-        """Size and tag of an object, or None if it does not exist."""
+        """Return size and tag of an object, or None if it does not exist."""
 
     def list(self, prefix: str) -> Iterator[ObjectStat]:
-        """All objects whose key starts with the prefix, in the order of their keys."""
+        """Yield all objects whose key starts with the prefix, in the order of their keys."""
 
     def delete(self, keys: Iterable[str]) -> None:
-        """Remove objects; missing ones are ignored."""
+        """Remove objects. Missing objects are ignored."""
 
     def sweep(self, prefix: str) -> int:
         """Remove unfinished uploads below the prefix; returns their number."""
@@ -73,7 +73,7 @@ class Store(Protocol):
 
 
 def sha256_file(path: Path) -> str:
-    """sha256 (hex) of a file's bytes."""
+    """Return the sha256 (hex) of a file's bytes."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 

@@ -1,6 +1,6 @@
 """Converts exceptions of botocore to named failures. Each message says who can fix the failure, and how.
 
-The operation determines the missing permission, and the connection determines the spec field to correct. No message contains a
+The operation shows which permission is missing, and the connection shows which spec field must be corrected. No message contains a
 credential: S3's own messages are never copied, because some repeat the signed request.
 """
 
@@ -40,7 +40,7 @@ class Connection:
     prefix: str = ""
     """Prefix of the environment variables with the credentials: empty, `MODEL_` or `DATASET_`."""
     encryption: str | None = None
-    """Type of encryption at rest that requests specify."""
+    """Type of encryption at rest in the requests."""
 
     @property
     def host(self) -> str:
@@ -53,7 +53,7 @@ class Connection:
 
 
 def explain(error: Exception, connection: Connection, *, operation: str = "", key: str = "") -> FineTuneError:
-    """The named failure for an exception of botocore, boto3 or s3transfer."""
+    """Return the named failure for an exception of botocore, boto3 or s3transfer."""
     from botocore import exceptions as boto
 
     if isinstance(error, FineTuneError):
@@ -72,7 +72,7 @@ def explain(error: Exception, connection: Connection, *, operation: str = "", ke
         return of_local_disk(error)
     if isinstance(error, boto.HTTPClientError | boto.ConnectionError | boto.IncompleteReadError | OSError):
         return unreachable_error(connection, str(error))
-    if isinstance(error, RecursionError):  # botocore follows redirects to another region endlessly
+    if isinstance(error, RecursionError):  # If the region is wrong, botocore follows redirects without end.
         return _wrong_region_error(connection)
     if isinstance(error, boto.ParamValidationError | ValueError):
         return StorageSetupError(
@@ -90,18 +90,18 @@ def explain(error: Exception, connection: Connection, *, operation: str = "", ke
 
 
 LOCAL_DISK_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
-"""Errno values of local file errors. Network errors never have them."""
+"""Errno values of local file errors. Network errors never have these values."""
 
 
 def of_local_disk(error: OSError) -> StorageError:
-    """The failure for an error of a local file during a transfer."""
+    """Return the failure for an error of a local file during a transfer."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return local_disk_full()
     return StorageError("LocalDiskFailed", f"the pod's local disk failed: {error.strerror or error}")
 
 
 def unreachable_error(connection: Connection, text: str = "") -> StorageError:
-    """The failure for a store that does not respond (69)."""
+    """Return the failure for a store that does not respond (69)."""
     reason = "it refused the connection" if "refused" in text.lower() else "it did not respond"
     if "resolve" in text.lower() or "Name or service" in text or "Could not connect" in text:
         reason = "its name cannot be resolved, or no server listens there"
@@ -262,7 +262,7 @@ def _known_failure(
 
 
 def status_of(error: Exception) -> tuple[int, str]:
-    """HTTP status and S3 error code of a ClientError, else (0, "")."""
+    """Return the HTTP status and the S3 error code of a ClientError; (0, "") for other errors."""
     response = getattr(error, "response", None) or {}
     return (
         int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)),

@@ -118,19 +118,19 @@ class FolderStore:
         return len(partial_file)
 
     def close(self) -> None:
-        """Nothing to close."""
+        """Do nothing: there are no connections."""
 
     def _remove_empty_folders(self, folder: Path) -> None:
         while folder != self.root and self.root in folder.parents:
             try:
                 folder.rmdir()
-            except OSError:  # not empty, or removed by another process
+            except OSError:  # The folder is not empty, or another process removed it.
                 return
             folder = folder.parent
 
     @contextlib.contextmanager
     def _open_partial_file(self, key: str) -> Iterator[Path]:
-        """Provide a hidden file next to `key`, and remove it at the end unless it was renamed."""
+        """Create a hidden file next to `key`. At the end, remove the file unless it was renamed."""
         target = self.root / key
         partial_file = target.parent / f"{PARTIAL_FILE_PREFIX}{uuid.uuid4().hex[:12]}"
         with self._translate_os_errors(f"write {key}"):
@@ -167,7 +167,7 @@ class FolderStore:
 
 
 def _list_files(base: Path) -> Iterator[Path]:
-    """Files below a folder, except hidden partial files. An unreadable folder raises an error, because it must not appear empty."""
+    """Yield the files below a folder, except hidden partial files. An unreadable folder raises an error; otherwise it would look empty."""
 
     def raise_if_unreadable(error: OSError) -> None:
         if not isinstance(error, FileNotFoundError | NotADirectoryError):

@@ -1,7 +1,7 @@
 """Checks within seconds, before any download, that the job can write, read and list in its store.
 
-There are separate errors for a wrong bucket, region, addressing style, TLS setting, credential, permission or clock
-(`storage.errors`). Support for conditional writes and deletion is tested and reported, but not required.
+Each cause has its own error: a wrong bucket, region, addressing style, TLS setting, credential, permission or clock (`storage.errors`).
+Conditional writes and deletion are tested and reported, but the store need not support them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from finetune_trainer.storage.s3 import S3Store
 
 PROBE_FOLDER = ".probe"
 PREFLIGHT_OPTIONS = {"attempts": 2, "connect_timeout": 2.0, "read_timeout": 3.0}
-"""Options of S3Store for requests that must succeed or fail within about 10 s."""
+"""Options of S3Store with which a request succeeds or fails within about 10 s."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class StoreAbilities:
     can_delete: bool = True
 
     def to_wire(self) -> dict[str, object]:
-        """The value of `status.resolved.storage`."""
+        """Return the value of `status.resolved.storage`."""
         return {"kind": self.kind, "conditionalWrites": self.conditional_writes, "canDelete": self.can_delete}
 
 
@@ -66,7 +66,7 @@ def _try_all(store: Store, needs_write: bool) -> StoreAbilities:
     if not needs_write:
         return StoreAbilities(kind, False)
     key = join(PROBE_FOLDER, uuid.uuid4().hex)
-    store.create(key, b"first")  # EXISTS here means that the response to the first try was lost
+    store.create(key, b"first")  # EXISTS means that an earlier try succeeded, but its response was lost.
     if store.get(key) != b"first":
         raise StorageError("StorageInconsistent", f"{store.uri}: an object just written cannot be read back")
     second_creation = store.create(key, b"second")
@@ -76,12 +76,15 @@ def _try_all(store: Store, needs_write: bool) -> StoreAbilities:
         store.delete([key])
     except CredentialsError:
         can_delete = False
-    is_conditional = not isinstance(store, S3Store) or store.conditional
+    is_conditional = not isinstance(store, S3Store) or store.supports_conditional_writes
     return StoreAbilities(kind, is_conditional and second_creation is CreateResult.EXISTS and data == b"first", can_delete)
 
 
 def _more_precise(error: StorageError, store: Store) -> FineTuneError:
-    """Return AddressingWrong if only the host name with the bucket fails, EncryptionRefused if only encryption fails, else `error`."""
+    """Find the cause of `error`.
+
+    Return AddressingWrong if only host names with the bucket fail, EncryptionRefused if only encryption fails, else `error`.
+    """
     if error.code == "StorageFailed" and isinstance(store, S3Store) and _encryption_fails(store):
         return StorageSetupError(
             "EncryptionRefused", f"bucket {store.bucket} at {store.connection.host} accepts objects, but not with the requested "
@@ -103,14 +106,14 @@ def _more_precise(error: StorageError, store: Store) -> FineTuneError:
 
 
 def _encryption_fails(store: S3Store) -> bool:
-    """Whether only encryption fails: the store accepts an unencrypted object. Many stores without keys respond to encryption with 500."""
+    """Whether the store accepts an object without encryption. Many stores that have no keys answer requests with encryption with status 500."""
     if store.target.encryption is None:
         return False
     unencrypted_store = S3Store(store.target.model_copy(update={"encryption": None}), attempts=2, connect_timeout=2, read_timeout=3)
     key = join(PROBE_FOLDER, uuid.uuid4().hex)
     try:
         unencrypted_store.put(key, b"")
-        with contextlib.suppress(CredentialsError):  # a missing permission to delete is reported by the preflight
+        with contextlib.suppress(CredentialsError):  # The preflight reports a missing permission to delete.
             unencrypted_store.delete([key])
     except FineTuneError:
         return False

@@ -1,9 +1,9 @@
-"""S3 and compatible stores, through boto3 with its classic transfer client.
+"""Accesses S3 and compatible stores through boto3 with its classic transfer client.
 
-boto3's CRT client is off because it ignores a custom endpoint, and its default checksums are off because some compatible stores
-refuse them. Requests are retried more often than botocore's default, because a lost checkpoint costs more than a delay.
-Conditional creation uses If-None-Match. If the response to a creation is lost, the retry finds that the object exists, and the
-caller compares the object with its own data.
+boto3's CRT client is not used, because it ignores a custom endpoint. boto3's default checksums are turned off, because some compatible
+stores refuse them. Requests are retried more often than botocore's default, because a lost checkpoint costs more than a delay. Conditional
+creation uses If-None-Match. If the response to a creation is lost, the retry finds that the object exists, and the caller compares the
+object with its own data.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ FORBIDDEN_STATUS = 403
 RANGE_BYTES = 8 * MIB
 MAX_PARTS = 9000
 MAX_PARALLEL_TRANSFERS = 10
-"""Parts or ranges that are transferred in parallel. A download holds these ranges and one more in memory: at most 88 MiB."""
+"""Number of parts or ranges that are transferred in parallel. A download keeps these ranges and one more in memory: at most 88 MiB."""
 MAX_ATTEMPTS = 9
 DEFAULT_REGION = "us-east-1"
 CUSTOMER_KEY_BYTES = 32
 MAX_DELETE_KEYS = 1000
-"""Limit of S3 for one DeleteObjects request."""
+"""Maximum number of keys in one DeleteObjects request of S3."""
 CONFLICT_SECONDS = 0.2
 CONDITIONS_UNSUPPORTED = ("NotImplemented", "InvalidArgument", "InvalidRequest")
-"""Error codes of stores that do not support `If-None-Match` on a PUT. If the code has another cause, the plain PUT fails too."""
+"""Error codes of stores that do not support `If-None-Match` on a PUT. If the code has another cause, the plain PUT also fails."""
 BATCHES_UNSUPPORTED = (
     "NotImplemented",
     "MethodNotAllowed",
@@ -69,7 +69,7 @@ class S3Store:
         self.target = target
         self.connection = describe_connection(target, self.bucket)
         self.retries = 0
-        self.conditional = True
+        self.supports_conditional_writes = True
         """Whether the store supports conditional writes. True until a conditional write is refused."""
         self._batches = True
         """Whether the store supports DeleteObjects. True until such a request is refused."""
@@ -132,11 +132,11 @@ class S3Store:
                 status, code = status_of(error)
                 if status == 412 or code == "PreconditionFailed":
                     return CreateResult.EXISTS
-                if status == 409 and not is_last_try:  # another writer is creating the object
+                if status == 409 and not is_last_try:  # Another writer is creating the object.
                     time.sleep(CONFLICT_SECONDS)
                     continue
                 if status == 501 or code in CONDITIONS_UNSUPPORTED:
-                    self.conditional = False
+                    self.supports_conditional_writes = False
                     break
                 raise explain(error, self.connection, key=key) from error
         if self.stat(key) is not None:
@@ -255,7 +255,7 @@ class S3Store:
         return ObjectStat(key, int(response["ContentLength"]), str(response.get("ETag", "")).strip('"'))
 
     def _with_reason(self, error: Exception, key: str) -> Exception:
-        """Repeat a refused HEAD as GET and return the GET's error. Only the GET's response has a body that states the reason."""
+        """After a refused HEAD request, send a GET request and return its error: only the response to GET has a body with the reason."""
         if status_of(error)[0] != FORBIDDEN_STATUS:
             return error
         try:
@@ -286,7 +286,7 @@ def _append_bytes(data: bytes, digest: Any, writer: IO[bytes], byte_counter: Byt
 
 
 def describe_connection(target: StoreTarget, bucket: str) -> Connection:
-    """The connection that a target describes. Missing fields come from AWS_ variables or get defaults."""
+    """Return the connection that a target describes. Missing fields come from AWS_ variables or get defaults."""
     endpoint = target.endpoint or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     style = target.addressing_style or (AddressingStyle.PATH if endpoint else AddressingStyle.VIRTUAL)
     region = target.region or os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or DEFAULT_REGION
@@ -296,14 +296,14 @@ def describe_connection(target: StoreTarget, bucket: str) -> Connection:
 
 @dataclass(frozen=True)
 class EncryptionArguments:
-    """Additional arguments for write and read requests. Read requests need them only for a customer's key."""
+    """Additional arguments for write and read requests. Read requests only need arguments for a customer's key."""
 
     write: dict[str, Any]
     read: dict[str, Any]
 
 
 def encryption_arguments(target: StoreTarget, connection: Connection) -> EncryptionArguments:
-    """The request arguments for the encryption at rest that the target specifies.
+    """Return the request arguments for the encryption at rest of the target.
 
     Errors: ConfigError `CustomerKeyInvalid` if the Secret does not hold 32 bytes in base64.
     """
@@ -364,7 +364,7 @@ def _client(
 
 
 def _transfer_config(size: int) -> Any:
-    """The transfer settings for a file of `size` bytes. The part size grows so that the number of parts stays below S3's limit."""
+    """Return the transfer settings for a file of `size` bytes. The part size grows so that the number of parts stays below S3's limit."""
     from boto3.s3.transfer import TransferConfig
 
     part = max(PART_BYTES, -(-size // MAX_PARTS // MIB) * MIB)
@@ -382,7 +382,7 @@ def _is_missing(error: Exception) -> bool:
 
 
 def _may_be_complete(error: Exception) -> bool:
-    """Whether a multipart upload may be complete although its response was lost."""
+    """Whether a multipart upload may have succeeded although the response was lost."""
     return "NoSuchUpload" in str(error) or isinstance(error, StorageError)
 
 

@@ -1,6 +1,7 @@
-"""An HTTP session of the requests library: additional CA certificates, no automatic retries, and no redirects away from https.
+"""An HTTP session of the requests library with additional CA certificates, without automatic retries, and without redirects from https to
+http.
 
-This is a separate module so that requests is only imported for jobs that read from a web server.
+This is a separate module, so that only jobs that read from a web server import requests.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class Adapter(HTTPAdapter):
         return super().proxy_manager_for(proxy, ssl_context=self._context, **options)
 
     def cert_verify(self, conn: Any, url: str, verify: Any, cert: Any) -> None:
-        """Errors: StorageSetupError `TlsFailed` if REQUESTS_CA_BUNDLE names a file that does not exist."""
+        """Verify the server's certificate. Errors: StorageSetupError `TlsFailed` if REQUESTS_CA_BUNDLE names a file that does not exist."""
         try:
             super().cert_verify(conn, url, verify, cert)
         except OSError as error:
@@ -42,7 +43,7 @@ class Session(requests.Session):
     """A session that follows redirects only to https: a plain http response could be modified in transit."""
 
     def get_redirect_target(self, resp: requests.Response) -> str | None:
-        """Errors: StorageSetupError `RedirectRefused`."""
+        """Refuse a redirect to an address without TLS. Errors: StorageSetupError `RedirectRefused`."""
         target = super().get_redirect_target(resp)
         parts = urlsplit(target or "")
         if parts.scheme not in ("", "https"):
@@ -55,7 +56,7 @@ class Session(requests.Session):
 
 
 def session_on(adapter: Adapter) -> Session:
-    """A session for one request. It has its own cookies and shares the connections of the adapter."""
+    """Return a session for one request. It has its own cookies, but shares the connections of the adapter."""
     session = Session()
     session.mount("https://", adapter)
     return session

@@ -1,9 +1,9 @@
 """A web server as a read-only store: `https://host/path`, through requests.
 
-A web server has no listing and no conditional creation, so that only a checkpoint or model with a known address can be read.
-This module retries requests itself, so that one limit covers failed connections, busy servers and interrupted bodies, and because
-the adapter of requests would log the query of a URL, which may contain a signature. The query of the root is sent with every
-request and never appears in a message.
+A web server has no listing, so only a checkpoint or model with a known address can be read.
+This module retries requests itself. So one limit covers failed connections, busy servers and interrupted bodies. The adapter of requests
+would also log the query of a URL, which may contain a signature. The query of the root is sent with every request and never appears in a
+message.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ TIMEOUT_SECONDS = 30.0
 PAUSE_SECONDS = 1.0
 """Pause before the first retry. The pause doubles with each further retry."""
 LONGEST_PAUSE_SECONDS = 60.0
-"""Upper limit for a pause, even if the server's Retry-After is longer."""
+"""Maximum pause, even if the server's Retry-After is longer."""
 READ_BYTES = 256 * 1024
 RETRIED_STATUS_CODES = (429, 500, 502, 503, 504)
 HEAD_REFUSED = (403, 405, 501)
-"""HEAD may fail with these statuses although GET succeeds: a signed URL may be valid for GET only."""
+"""HEAD may fail with these statuses although GET succeeds, for example because a signed URL is only valid for GET."""
 
 
 class WebStore:
@@ -93,7 +93,7 @@ class WebStore:
                 digest = self._download(key, _Download(writer, byte_counter, check_space))
             if digest is None:
                 target.unlink()
-        except OSError as error:  # an error of a local file; connection errors are FineTuneErrors
+        except OSError as error:  # This is an error of a local file, because connection errors are FineTuneErrors.
             raise of_local_disk(error) from error
         return digest
 
@@ -146,11 +146,11 @@ class WebStore:
 
     @contextlib.contextmanager
     def _request(self, method: str, key: str, headers: dict[str, str] | None = None) -> Iterator[requests.Response]:
-        """Send a request and provide the response before its body is read. Requests share no cookies."""
+        """Send a request and yield the response before its body is read. Requests share no cookies."""
         from finetune_trainer.storage.session import session_on
 
         url = (f"{self.uri}/{quote(key)}" if key else self._address) + self._query
-        # identity: the server must send the stored bytes and not compress them for the transfer
+        # `identity` means that the server must send the stored bytes without compression.
         own_headers = {"User-Agent": "finetune-trainer", "Accept-Encoding": "identity"}
         session = session_on(self._adapter)
         response = session.request(method, url, headers=own_headers | (headers or {}), stream=True, timeout=self._timeout)
@@ -214,7 +214,7 @@ class WebStore:
         return status == 404
 
     def _with_retries(self, key: str, send_request: Callable[[], Any], progress: Callable[[], int] = lambda: 0) -> Any:
-        """Retry while the server is busy or the connection breaks. After some megabytes of progress the count of tries restarts."""
+        """Retry while the server is busy or the connection breaks. After some megabytes of progress, tries are counted from 0 again."""
         try_count, reached_bytes = 0, 0
         while True:
             try:
@@ -320,7 +320,7 @@ def split_query(uri: str) -> tuple[str, str]:
 
 
 def _require_valid_url(uri: str) -> None:
-    """Errors: ConfigError `SourceInvalid` for an invalid URL, or one with a password."""
+    """Check a URL. Errors: ConfigError `SourceInvalid` if the URL is invalid or contains a password."""
     try:
         parts = urlsplit(uri)
         is_valid, has_credentials = bool(parts.hostname) and parts.port != 0, bool(parts.username or parts.password)
@@ -353,7 +353,7 @@ def _create_adapter(ca_bundle: str | None) -> Any:
 
 
 def _without_query(record: logging.LogRecord) -> bool:
-    """Remove queries from the URLs that urllib3 logs."""
+    """Remove the queries from the URLs in urllib3's log lines."""
     record.msg, record.args = re.sub(r"\?\S*", "", record.getMessage()), ()
     return True
 
@@ -365,7 +365,7 @@ def _stream_errors() -> tuple[type[Exception], ...]:
 
 
 def _innermost_cause(error: BaseException) -> BaseException:
-    """The innermost exception of a chain of exceptions that wrap one another."""
+    """Return the innermost exception of a chain of exceptions that wrap one another."""
     for _ in range(8):
         causes = (getattr(error, "reason", None), error.__cause__, *error.args)
         inner = next((cause for cause in causes if isinstance(cause, BaseException)), None)
@@ -382,7 +382,7 @@ def _strong_etag(response: requests.Response) -> str:
 
 
 def _retry_after(response: requests.Response) -> float:
-    """Seconds of the Retry-After header; 0 if it is missing or invalid."""
+    """Return the seconds of the Retry-After header; 0 if it is missing or invalid."""
     from urllib3 import exceptions as pool
     from urllib3.util.retry import Retry
 

@@ -1,4 +1,4 @@
-"""Starts the agent, which runs this pod's ranks. The agent's environment has no credentials of storage, trackers and the hub push."""
+"""Starts the agent, which runs this pod's ranks."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ def start_agent(run: RunConfig, settings: Settings, channel_address: str) -> Chi
 
 
 def threads_per_rank(run: RunConfig) -> int:
-    """CPU threads of each rank: `OMP_NUM_THREADS` of the pod, or this pod's CPUs shared by its ranks."""
+    """Return the number of CPU threads for each rank: `OMP_NUM_THREADS` of the pod, or the pod's CPUs divided by its ranks."""
     configured = os.environ.get("OMP_NUM_THREADS", "")
     return int(configured) if configured.isdecimal() else max(1, len(os.sched_getaffinity(0)) // run.world.processes_per_node)
 
 
 def rank_environment(run: RunConfig, settings: Settings, channel_address: str) -> dict[str, str]:
-    """The environment of agent and ranks. It has no credentials of storage, trackers and the hub push, because ranks access none of them."""
+    """Return the environment of agent and ranks. It has no credentials for storage, trackers and the hub push, because ranks do not access these."""
     inherited = {name: value for name, value in os.environ.items() if not name.endswith((*CREDENTIAL_VARIABLES, *TRACKER_CREDENTIALS))}
     return {
         "OMP_NUM_THREADS": str(threads_per_rank(run)),
         "TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "1",
         "HF_HOME": str(settings.work / "hub"),
-        "PYTHONWARNINGS": "ignore::FutureWarning",  # users cannot act on these warnings: the image pins the libraries
+        "PYTHONWARNINGS": "ignore::FutureWarning",  # Users cannot act on these warnings, because the image pins the libraries.
         **inherited,
         SOCKET_VARIABLE: channel_address, Env.WORK_DIR: str(settings.work), Env.RUN_FILE: str(settings.run_file),
         Env.INCARNATION_FOLDER: settings.incarnation(run), Env.NODE_RANK: str(settings.node_rank),

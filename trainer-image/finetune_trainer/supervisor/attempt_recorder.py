@@ -1,6 +1,6 @@
 """Stores the record of each attempt below `run/records/`. The report and the lineage statement are made from these records.
 
-The records do not lie in `run/attempt-<n>/`, because an object there fences out earlier attempts.
+The records are not stored in `run/attempt-<n>/`, because an object there fences out earlier attempts.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ RECORDS_FOLDER = f"{Storage.RUN}/records"
 
 
 class AttemptRecorder:
-    """The record of one incarnation. Only rank 0's pod stores it. Errors of all methods: those of storage."""
+    """Stores the record of one incarnation. Only rank 0's pod stores it. Errors of all methods: those of storage."""
 
     def __init__(self, run: RunConfig, tree: CheckpointTree, *, incarnation: str, config_sha256: str, started_at: datetime) -> None:
         """`started_at`: the start of the pod."""
@@ -66,7 +66,7 @@ def _without_notes(resolved: ResolvedConfig) -> ResolvedConfig:
 
 
 def read_attempt_records(tree: CheckpointTree) -> list[AttemptRecord]:
-    """The records of all incarnations of a run, in the order of their start. A record that cannot be read is left out."""
+    """Return the records of all incarnations of a run, in the order of their start. A record that cannot be read is left out."""
     records = []
     for stat in tree.store.list(f"{RECORDS_FOLDER}/"):
         data = tree.store.get(stat.key)

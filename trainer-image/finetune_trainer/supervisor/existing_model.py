@@ -1,6 +1,6 @@
-"""The model of a job that does not train: `phases.from` names a final model or checkpoint that another job has committed.
+"""Finds the model of a job that does not train: `phases.from` names a final model or checkpoint of another job.
 
-The other job's folder is only read. The record of the model and all results are stored in this job's own folder.
+The other job's folder is not changed. The record of the model and all results are stored in this job's own folder.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from finetune_trainer.storage.web import split_query
 FIELD = "phases.from"
 RECORD_KEY = f"{Storage.RUN}/given_model.json"
 TRAINING_STATE = (".pt", ".pth", "training_args.bin")
-"""Ends of the names of files in a checkpoint that only a resumed training needs. Its folders contain such files, too."""
+"""Name endings of files in a checkpoint that are only needed to resume training. All files in the checkpoint's subfolders are also such files."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class ExistingModel:
 
     @property
     def output(self) -> Output:
-        """The model, for the status."""
+        """Return the model in the form of the status."""
         return Output(
             uri=redact_source(self.tree.uri(self.committed.folder)), sha256=self.committed.marker.manifest_sha256, kind=self.kind,
             evaluation=self.manifest.extra.get("evaluation"),
@@ -127,7 +127,7 @@ def _is_wanted(path: str, step: int | None) -> bool:
 
 
 def record_existing_model(existing: ExistingModel, own_tree: CheckpointTree, attempt: int) -> None:
-    """Store which model this job uses. Errors: those of storage."""
+    """Store a record of the model that this job uses. Errors: those of storage."""
     output = existing.output
     record = {"uri": output.uri, "sha256": output.sha256, "kind": existing.kind, "attempt": attempt, "time": datetime.now(UTC).isoformat()}
     own_tree.store.put(RECORD_KEY, json.dumps(record, indent=1).encode())

@@ -1,4 +1,4 @@
-"""Decides the exit code of a pod from recorded facts only, without access to processes, storage or clock.
+"""Decides the exit code of a pod. The decision depends only on recorded facts; this module does not access processes, storage or the clock.
 
 After the final artefact is committed, only the stages after training can fail. After a requested stop, the pod exits with 75 or 76. In all
 other cases the root cause of the failures decides.
@@ -29,13 +29,13 @@ class StageFailure:
 
 @dataclass
 class StageReport:
-    """What the stages after training have done in this pod."""
+    """The results of the stages after training in this pod."""
 
     open_stages: list[Stage] = field(default_factory=list)
-    """Planned stages that are not done yet."""
+    """Planned stages that are not finished."""
     failure: StageFailure | None = None
     output: Output | None = None
-    """The committed model, with what the stages have added to it."""
+    """The committed model, including fields that the stages have added."""
 
 
 @dataclass
@@ -47,19 +47,19 @@ class AttemptFacts:
     rank_failures: list[RankFailure] = field(default_factory=list)
     """Failures that ranks reported."""
     stop_requested_at: float | None = None
-    """Monotonic time of SIGTERM, or of the message that another pod of the gang has received SIGTERM."""
+    """Monotonic time at which this pod received SIGTERM, or was informed that another pod of the gang received SIGTERM."""
     is_ended_by_user: bool = False
-    """The stop was requested with Ctrl-C, so no other attempt follows."""
+    """Whether the stop was requested with Ctrl-C. If so, no other attempt follows."""
     stopped_ranks: set[int] = field(default_factory=set)
     is_output_written: bool = False
-    """Rank 0 has written the final artefact to the pod's disk."""
+    """Whether rank 0 has written the final artefact to the pod's disk."""
     deadline_passed: bool = False
-    """The grace period has ended, or is too short for another checkpoint."""
+    """Whether the grace period has ended, or is too short for another checkpoint."""
     agent_code: int | None = None
     output: Output | None = None
     """The committed final artefact."""
     stages: StageReport | None = None
-    """What the stages after training have done. None: they have not begun in this pod, or another pod runs them."""
+    """The results of the stages after training. None: they have not begun in this pod, or another pod runs them."""
     start_step: int = 0
     """Step that this incarnation started from."""
 
@@ -82,7 +82,7 @@ def decide_exit(facts: AttemptFacts, exit_code_failures: list[RankFailure], *, i
         return _exit_after_stop(facts, is_saved)
     failure = _root_cause(facts, exit_code_failures)
     if failure is None and node_rank > 0 and facts.agent_code == 0:
-        return ExitDecision(ExitCode.OK)  # rank 0's pod commits the final artefact
+        return ExitDecision(ExitCode.OK)  # Rank 0's pod commits the final artefact.
     if failure is None:
         failure = RankFailure(_failure_of_agent(facts.agent_code), is_reported=False)
     return ExitDecision(int(failure.error.exit_code), failure)
@@ -90,7 +90,7 @@ def decide_exit(facts: AttemptFacts, exit_code_failures: list[RankFailure], *, i
 
 def _exit_after_commit(facts: AttemptFacts, node_rank: int) -> ExitDecision:
     """The model is committed, so only the stages after training can fail. After a stop, the next attempt runs the open stages."""
-    if facts.stages is None:  # rank 0's pod ends before the stages have begun: the model was found after the request to stop
+    if facts.stages is None:  # This pod ends before the stages have begun, because the committed model was found after the stop request.
         return ExitDecision(ExitCode.OK if node_rank > 0 else ExitCode.PREEMPTED_SAVED)
     failure = facts.stages.failure
     if failure is not None:
@@ -99,7 +99,7 @@ def _exit_after_commit(facts: AttemptFacts, node_rank: int) -> ExitDecision:
 
 
 def _exit_after_stop(facts: AttemptFacts, is_saved: bool) -> ExitDecision:
-    """If a rank failed by itself, its failure decides. Otherwise return 75 if the trained steps are saved, else 76."""
+    """Return the failure of a rank that failed by itself. If there is none, return 75 if the trained steps are saved, else 76."""
     rank_failure = root_cause(failure for failure in facts.rank_failures if failure.is_origin)
     if rank_failure is not None:
         return ExitDecision(int(rank_failure.error.exit_code), rank_failure)
@@ -107,7 +107,10 @@ def _exit_after_stop(facts: AttemptFacts, is_saved: bool) -> ExitDecision:
 
 
 def _root_cause(facts: AttemptFacts, exit_code_failures: list[RankFailure]) -> RankFailure | None:
-    """Return the supervisor's failure, or else the ranks' root cause. A rank's own failure replaces a PeerError of the supervisor."""
+    """Return the supervisor's failure or, if there is none, the root cause among the ranks.
+
+    A rank's own failure replaces a PeerError of the supervisor.
+    """
     if facts.error is None:
         reported_ranks = {failure.rank for failure in facts.rank_failures}
         unreported_failures = [failure for failure in exit_code_failures if failure.rank not in reported_ranks]
@@ -144,5 +147,5 @@ def is_state_saved(facts: AttemptFacts, *, step: int, committed_step: int, uploa
 
 
 def stop_deadline(stop_requested_at: float, grace_seconds: float) -> float:
-    """Time by which a stopped pod must have written its termination message: shortly before the kubelet kills it."""
+    """Return the time by which a stopped pod must have written its termination message: shortly before the kubelet kills the pod."""
     return stop_requested_at + grace_seconds - min(MAX_GRACE_MARGIN_SECONDS, GRACE_MARGIN * grace_seconds)

@@ -42,13 +42,13 @@ MODEL_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py",
 DATA_FILES = ("*.jsonl", "*.json", "*.csv", "*.tsv", "*.txt", "*.parquet", "*.jsonl.gz")
 SMALL_FILE_BYTES = 8 * 1024 * 1024
 EDGE_BYTES = 1024 * 1024
-"""Bytes at the beginning and at the end of a larger file that its fingerprint includes."""
+"""Number of bytes at the beginning and at the end of a large file that are part of the fingerprint."""
 RESERVE_BYTES = 64 * 1024 * 1024
 
 
 @dataclass(frozen=True)
 class SourceKind:
-    """The differences between models and data: words in messages and error codes, failure class, file names, type of hub repository."""
+    """How sources of models and of data differ: words in messages and error codes, failure class, file names, type of hub repository."""
 
     word: str
     code: str
@@ -60,7 +60,7 @@ class SourceKind:
 MODEL_SOURCE = SourceKind("model", "Model", FailureClass.MODEL, MODEL_FILES, "model")
 DATA_SOURCE = SourceKind("data set", "Dataset", FailureClass.DATA, DATA_FILES, "dataset")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-"""Endings of images, which may lie beside the data files of a folder."""
+"""File extensions of images. A folder with data files may also contain images."""
 IMAGE_FILES = tuple(f"*{suffix}" for ending in IMAGE_SUFFIXES for suffix in (ending, ending.upper()))
 IMAGE_SOURCE = SourceKind("image folder", "Images", FailureClass.DATA, IMAGE_FILES, "dataset")
 BENCHMARK_SOURCE = SourceKind("benchmark", "Benchmark", FailureClass.DATA, (*DATA_FILES, "*.yaml", "*_yaml", "*.md", "*.py", "*.arrow"), "dataset")
@@ -112,7 +112,7 @@ class Fetcher:
         return files
 
     def folder(self, text: str, path: str, name: str) -> Path:
-        """Fetch a folder with all that lies below it. Errors: NotFoundError BenchmarkNotFound (66); storage errors."""
+        """Fetch a folder with all files below it. Errors: NotFoundError BenchmarkNotFound (66); storage errors."""
         return self._fetch_folder(text, path, name, BENCHMARK_SOURCE)
 
     def image_root(self, text: str, path: str, name: str) -> Path:
@@ -200,7 +200,7 @@ class Fetcher:
             store.close()
 
     def _list_objects(self, store: S3Store, key: str) -> list[ObjectStat]:
-        """The object with this key, or all objects below it."""
+        """Return the object with this key, or all objects below it."""
         if key and (stat := store.stat(key)) is not None:
             return [stat]
         below = store.list(f"{key}/" if key else "")
@@ -259,7 +259,7 @@ class Fetcher:
                 )
                 manifest = tree.read_manifest(committed) if problem is None else None
                 for entry in manifest.files if manifest is not None else ():
-                    self.digests.add_download(target / entry.path, entry.sha256)  # the download was compared with the manifest
+                    self.digests.add_download(target / entry.path, entry.sha256)  # The downloaded files were compared with the manifest.
         finally:
             store.close()
         if committed is None:
@@ -272,7 +272,7 @@ class Fetcher:
         return FetchedSource(target, _data_files(target))
 
     def _open_web_store(self, uri: str, kind: SourceKind) -> WebStore:
-        """A web store with the CA bundle of the configured connection."""
+        """Open a web store with the CA bundle of the configured connection."""
         store = (self.run.model_store if kind is MODEL_SOURCE else self.run.dataset_store) or self.run.storage
         return WebStore(StoreTarget(uri=uri, ca_bundle=store.ca_bundle))
 
@@ -295,7 +295,7 @@ class Fetcher:
             raise self._missing_error(kind, path, repository, "has no such revision") from error
         except (hub.RepositoryNotFoundError, hub.HFValidationError) as error:
             raise self._missing_error(kind, path, repository, "is not on the hub, or is private and no token was given") from error
-        except Exception as error:  # the hub's client does not wrap the exceptions of its HTTP library
+        except Exception as error:  # The hub's client does not convert the exceptions of its HTTP library.
             raise _hub_unreachable_error(kind, path, repository, error) from error
         local = Path(folder)
         return FetchedSource(local, _data_files(local), hub_revision=local.name)
@@ -311,7 +311,7 @@ class Fetcher:
         )
 
     def require_space(self, size: int, path: str) -> None:
-        """Errors: ConfigError `LocalDiskTooSmall` if the pod's disk has no room for the bytes of a source. `path`: the source's field."""
+        """Check that the pod's disk has space for a source. `path`: the source's field. Errors: ConfigError `LocalDiskTooSmall`."""
         available = free_bytes(self.work)
         if size + RESERVE_BYTES > available:
             raise ConfigError(
@@ -358,7 +358,7 @@ def fingerprint(folder: Path) -> str:
 
 
 def sizes_digest(folder: Path) -> str:
-    """Return a sha256 over the names and sizes of all files of a folder. The contents of many images would take minutes to read."""
+    """Return a sha256 over the names and sizes of all files of a folder. Reading the contents of many images would take minutes."""
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     lines = (f"{file.relative_to(folder).as_posix()}\0{file.stat().st_size}" for file in files)
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Keeps the sha256 of downloaded files, so that the preparation and the lineage statement do not read large files again."""
+"""Keeps the sha256 of downloaded files, so that later steps need not read large files again."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class FileDigests:
         return recorded[1] if recorded is not None and recorded[0] == _state_of(path) else None
 
     def of(self, path: Path) -> str:
-        """Return the digest of a file, which is read unless its digest is known. Errors: OSError."""
+        """Return the digest of a file. The file is read unless its digest is known. Errors: OSError."""
         return self.known(path) or sha256_file(path)
 
 
 def _state_of(path: Path) -> tuple[int, ...]:
-    """Values that change with the content of a file. Unlike the modification time, a program cannot set the time of the last change (ctime)."""
+    """Return values that change when the content of a file changes. ctime is one of them, because programs cannot set it, unlike the modification time."""
     stat = path.stat()
     return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns

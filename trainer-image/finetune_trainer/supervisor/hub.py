@@ -1,7 +1,7 @@
 """Pushes the final model to the hub repository of `output.hub`.
 
-A push can be repeated: files that the repository has already are neither uploaded nor committed again. A push whose response was lost
-therefore makes no second commit. No message contains the token.
+A push can be repeated: files that the repository already has are not uploaded and committed again. So if the response to a push was lost,
+repeating the push makes no second commit. No message contains the token.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ REPOSITORY_FIELD, TOKEN_FIELD = "output.hub.repository", "output.hub.tokenSecret
 FIRST_PAUSE_SECONDS, MAX_PAUSE_SECONDS = 1.0, 60.0
 SERVER_TEXT_LENGTH = 200
 CONFLICT_CODES = (409, 412)
-"""The hub's answers if another commit to the repository was made at the same time."""
+"""The hub's status codes if another commit to the repository was made at the same time."""
 
 
 def push_to_hub(run: RunConfig, folder: Path, *, retry_seconds: float) -> str:
@@ -50,7 +50,10 @@ def push_to_hub(run: RunConfig, folder: Path, *, retry_seconds: float) -> str:
 
 
 def require_token() -> str:
-    """The token for the push: of `output.hub.tokenSecretRef`, otherwise of `model.tokenSecretRef`. Errors: CredentialsError HubTokenMissing."""
+    """Return the token for the push: the token of `output.hub.tokenSecretRef` or, if there is none, of `model.tokenSecretRef`.
+
+    Errors: CredentialsError HubTokenMissing.
+    """
     token = (os.environ.get(HUB_TOKEN) or os.environ.get(Env.HF_TOKEN) or "").strip()
     if not token:
         raise CredentialsError(
@@ -68,7 +71,7 @@ def _repository(run: RunConfig) -> str:
 def _push_once(run: RunConfig, folder: Path, token: str) -> str:
     from huggingface_hub import CommitOperationAdd, HfApi, constants
 
-    # The Xet protocol needs a second server, which mirrors and proxies of the hub do not have.
+    # The Xet protocol needs a second server, which mirrors and proxies of the hub lack.
     constants.HF_HUB_DISABLE_XET = True
     hub, endpoint = run.spec.output.hub, (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
     is_private = hub is None or hub.private is not False
@@ -91,7 +94,7 @@ def _push_once(run: RunConfig, folder: Path, token: str) -> str:
 
 
 def _explain(error: Exception, repository: str, token: str) -> FineTuneError:
-    """The named failure of an exception of the hub's client. A StorageError may be retried."""
+    """Return the named failure for an exception of the hub's client. If it is a StorageError, the push may be retried."""
     from huggingface_hub import errors as hub
 
     if isinstance(error, hub.HfHubHTTPError):
@@ -106,7 +109,7 @@ def _explain(error: Exception, repository: str, token: str) -> FineTuneError:
 
 
 def _response_error(error: Any, repository: str, token: str) -> FineTuneError:
-    """The failure for a response of the hub with an error code."""
+    """Return the failure for a response of the hub with an error code."""
     status = int(error.response.status_code)
     reason = _first_line(error.server_message, token)
     if status in (401, 403):
@@ -136,6 +139,6 @@ def _unreachable(repository: str, reason: str) -> StorageError:
 
 
 def _first_line(value: object, token: str) -> str:
-    """The first line of a server's text after `: `, without the token; empty without a text."""
+    """Return `: ` and the first line of a server's text, without the token. Empty if there is no text."""
     lines = str(value or "").strip().replace(token, "***").splitlines()
     return f": {lines[0][:SERVER_TEXT_LENGTH]}" if lines else ""

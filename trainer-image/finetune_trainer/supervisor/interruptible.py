@@ -19,7 +19,7 @@ class StoppedError(Exception):
 def run_until(must_end: Callable[[], bool], action: Callable[[], T]) -> T:
     """Run the action in a thread and return its result. Errors: those of the action; StoppedError as soon as `must_end` returns True.
 
-    An abandoned thread goes on until it ends or the process exits, so the action must be one that the next attempt can repeat.
+    After a stop, the thread continues until it ends or the process exits. So the next attempt must be able to repeat the action.
     """
     done: Future[T] = Future()
 
@@ -34,5 +34,5 @@ def run_until(must_end: Callable[[], bool], action: Callable[[], T]) -> T:
         if must_end():
             raise StoppedError
     if done.exception() is not None and must_end():
-        raise StoppedError from done.exception()  # a transfer that was ended by the stop may report any error
+        raise StoppedError from done.exception()  # A transfer that the stop request ended may report any error.
     return done.result()

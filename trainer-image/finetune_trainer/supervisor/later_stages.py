@@ -1,7 +1,7 @@
 """Runs the stages after training, one process at a time, and stores their files and records.
 
-The model is committed before the first stage. A stage that has a record in storage is not repeated, so an attempt that continues after
-a stop starts with the first open stage. A stage's files are uploaded before its record.
+The model is committed before the first stage. A stage with a record in storage is not repeated. So the attempt after a stop starts with the
+first unfinished stage. A stage's files are uploaded before its record.
 """
 
 from __future__ import annotations
@@ -75,8 +75,10 @@ STORAGE_FOLDERS = {
 }  # fmt: skip
 """Folder in storage for the files of each stage that has files."""
 PUBLISHING_STAGES = (Stage.UPLOADING,)
-"""Stages that run only if the model has passed all gates. All other stages run before the gates take effect. A failed gate
-therefore prevents no result, and only a model for which these stages have succeeded is promoted."""
+"""Stages that run only if the model has passed all gates. All other stages run before the gates take effect.
+
+So even if a gate fails, all results exist. A model is promoted only if these other stages have succeeded.
+"""
 
 
 class LaterStages:
@@ -88,8 +90,8 @@ class LaterStages:
     ) -> None:  # fmt: skip
         """`results` copies files to `output.dir`. `fetch_inputs` downloads the inputs of a pod that has not trained.
 
-        `is_stop_requested`: whether the pod must end. `is_save_deadline_passed`: whether the part of the grace period has ended in which the
-        result of a finished stage may still be stored.
+        `is_stop_requested`: whether the pod must end. `is_save_deadline_passed`: whether it is too late in the grace period to store the
+        result of a finished stage.
         """
         self._run, self._settings, self._tree, self._state = run, settings, tree, run_state
         self._results, self._fetch_inputs, self._is_stop_requested = results, fetch_inputs, is_stop_requested
@@ -101,7 +103,10 @@ class LaterStages:
         self._records: dict[Stage, StageRecord] = {}
 
     def run(self, output: Output) -> StageReport:
-        """Run all open stages in order, then promote the model or report the failed gate, then publish. A failure or a stop request ends the loop."""
+        """Run all unfinished stages in order, promote the model or report the failed gate, and publish the model.
+
+        A failure or a stop request ends the loop.
+        """
         stages = planned_stages(self._run)
         report = StageReport(open_stages=stages, output=output)
         try:
@@ -118,7 +123,7 @@ class LaterStages:
         return report
 
     def _finish_stage(self, stage: Stage, report: StageReport, output: Output) -> bool:
-        """Run the stage unless it is done, and add its result to the report. Returns whether the next stage may run."""
+        """Run the stage unless it is already done, and add its result to the report. Returns whether the next stage may run."""
         record = self._records.get(stage)
         if record is None and self._is_stop_requested():
             return False
@@ -139,7 +144,10 @@ class LaterStages:
         return True
 
     def _fail_stage(self, stage: Stage, error: FineTuneError, report: StageReport) -> bool:
-        """Report the failure of a stage. Returns whether the next stage may run: a failed gate has decided the job's end, so the failure is a note."""
+        """Report the failure of a stage.
+
+        Returns whether the next stage may run: if a gate has failed, the job fails for that reason, and the stage's failure is only a note.
+        """
         if not self._failed_gates():
             report.failure = StageFailure(stage, error)
             return False
@@ -151,7 +159,7 @@ class LaterStages:
     # ---- gates ----
 
     def _gate_stage(self) -> Stage | None:
-        """The stage whose record contains the results of the gates. None: there are no gates."""
+        """Return the stage whose record contains the results of the gates, or None if there are no gates."""
         stages = (stage for stage, record in self._records.items() if record.result.evaluation and record.result.evaluation.gates)
         return next(stages, None)
 
@@ -161,7 +169,7 @@ class LaterStages:
         return [gate for gate in (evaluation.gates if evaluation else None) or [] if not gate.passed]
 
     def _finish_gates(self, report: StageReport, output: Output) -> bool:
-        """Promote a model that has passed all gates. The results are read from the records, so every attempt decides the same.
+        """Promote a model that has passed all gates. The results are read from the records, so every attempt makes the same decision.
 
         Returns whether the model may be published.
         """
@@ -172,7 +180,7 @@ class LaterStages:
             if not failed:
                 self._until_save_deadline(lambda: self._promote(output, self._records[stage]))
         except StoppedError:
-            report.open_stages.append(stage)  # the next attempt reads the record of this stage, and promotes the model
+            report.open_stages.append(stage)  # The next attempt reads the record of this stage and promotes the model.
             return False
         except FineTuneError as error:
             report.failure = StageFailure(stage, error)
@@ -185,7 +193,10 @@ class LaterStages:
         return not failed
 
     def _promote(self, output: Output, record: StageRecord) -> None:
-        """Write the marker `_PROMOTED` below this job's folder, also for a model of another job. Errors: FencedOutError; those of storage."""
+        """Write the marker `_PROMOTED` below this job's folder, even if the model is in another job's folder.
+
+        Errors: FencedOutError; those of storage.
+        """
         self._tree.require_newest_attempt(self._run.attempt)
         promotion = {
             "manifestSha256": output.sha256, "uri": output.uri, "attempt": self._run.attempt, "time": datetime.now(UTC).isoformat(),
@@ -231,7 +242,7 @@ class LaterStages:
         if Inputs.read(self._settings.work) is None:
             self._fetch_inputs().write(self._settings.work)
             self._state.enter_stage(stage)
-        if stage is Stage.VERIFYING:  # the stage must read what storage returns, not what the trainer has written to this disk
+        if stage is Stage.VERIFYING:  # The stage must read the files in storage, not the trainer's files on this disk.
             shutil.rmtree(self._trained_model(), ignore_errors=True)
             shutil.rmtree(self._folder / Stage.MERGING.value / OUTPUT_FOLDER, ignore_errors=True)
         task = StageTask(
@@ -253,11 +264,11 @@ class LaterStages:
         return record
 
     def _trained_model(self) -> Path:
-        """The folder to which the trainer of this pod writes the final model."""
+        """Return the folder to which the trainer of this pod writes the final model."""
         return self._settings.work / "output" / "final"
 
     def _local_model(self, output: Output) -> Path:
-        """The folder of the committed model on this pod's disk. A pod that has not trained downloads and verifies it."""
+        """Return the folder of the committed model on this pod's disk. A pod that has not trained downloads and verifies the model."""
         if self._trained_model().exists():
             return self._trained_model()
         target = self._settings.work / MODEL_FOLDER
@@ -273,9 +284,9 @@ class LaterStages:
         return target
 
     def _local_evaluation(self) -> Path:
-        """The folder with the measurements of the trained model on this pod's disk. A later attempt downloads and verifies the file.
+        """Return the folder with the measurements of the trained model on this pod's disk. A later attempt downloads and verifies the file.
 
-        Errors: StorageError `EvaluationDamaged`. The record is removed then, so that the next attempt evaluates the model again.
+        Errors: StorageError `EvaluationDamaged`. In this case the record is removed, so that the next attempt evaluates the model again.
         """
         record, folder = self._records[Stage.EVALUATING], self._folder / "evaluated"
         key = join(STORAGE_FOLDERS[Stage.EVALUATING], MEASUREMENTS_FILE)
@@ -286,7 +297,7 @@ class LaterStages:
         return folder
 
     def merged_model(self, output: Output) -> Path | None:
-        """The folder of the merged model on this pod's disk. A pod that has not merged downloads it. None if the job merges nothing."""
+        """Return the folder of the merged model on this pod's disk. A pod that has not merged it downloads it. None if the job merges nothing."""
         if output.merged_uri is None:
             return None
         merged_here = self._folder / Stage.MERGING.value / OUTPUT_FOLDER
@@ -310,7 +321,7 @@ class LaterStages:
         return StageResult(merged_uri=uri)
 
     def _publish(self, output: Output) -> StageResult:
-        """Write the OCI artefact, copy model and results to `output.dir`, and push the model to the hub, if the spec asks for it."""
+        """Write the OCI artefact, copy model and results to `output.dir`, and push the model to the hub, as far as the spec requests these steps."""
         published_uri = hub_uri = oci_digest = None
         if exports_oci(self._run.spec):
             oci_digest = store_oci_artefact(self._tree, self._run.name, is_merged=output.merged_uri is not None)
@@ -325,7 +336,10 @@ class LaterStages:
         return StageResult(published_uri=published_uri, hub_uri=hub_uri, oci_digest=oci_digest)
 
     def _write_reference_values(self, folder: Path) -> None:
-        """Copy the trainer's reference values from storage to the folder of a stage. There are none if an older trainer has trained the model."""
+        """Copy the trainer's reference values from storage to the folder of a stage.
+
+        A model that was trained by an older trainer has no reference values.
+        """
         committed = self._tree.get_committed(None)
         manifest = self._tree.read_manifest(committed) if committed is not None else None
         digest = manifest.extra.get(MANIFEST_KEY) if manifest is not None else None
@@ -340,7 +354,7 @@ class LaterStages:
         failures: list[FineTuneError] = []
         channel = RankChannel(lambda message: self._handle_message(message, failures))
         environment = rank_environment(self._run, self._settings, channel.address)
-        self._state.record_activity()  # uploads and downloads before the stage are no silence of its process
+        self._state.record_activity()  # Uploads and downloads before the stage do not count as time without a heartbeat.
         process = ChildProcess([sys.executable, "-u", "-m", "finetune_trainer", "stage", str(folder)], environment)
         try:
             code = self._wait(process)
@@ -381,15 +395,18 @@ class LaterStages:
     # ---- stops ----
 
     def _until_stop(self, action: Callable[[], T]) -> T:
-        """Run an action that the next attempt repeats if the pod is stopped. Errors: StoppedError; those of the action."""
+        """Run an action. If the pod is stopped, end the action; the next attempt repeats it. Errors: StoppedError; those of the action."""
         return run_until(self._is_stop_requested, action)
 
     def _until_save_deadline(self, action: Callable[[], T]) -> T:
-        """Store the result of a finished stage, for which a part of the grace period is reserved. Errors: StoppedError; those of the action."""
+        """Run an action that stores the result of a finished stage. After a stop request, it may use a part of the grace period.
+
+        Errors: StoppedError; those of the action.
+        """
         return run_until(self._is_save_deadline_passed, action)
 
     def _raise_if_stopped(self, _byte_count: int = 0) -> None:
-        """End the transfer that calls this function. Errors: StoppedError."""
+        """Raise StoppedError after a stop request, to end the transfer that calls this function."""
         if self._is_stop_requested():
             raise StoppedError
 
@@ -399,7 +416,7 @@ class LaterStages:
         return {stage: record for stage in stages if (record := self._read_record(stage, output)) is not None}
 
     def _read_record(self, stage: Stage, output: Output) -> StageRecord | None:
-        """The record of a stage that has read this model, else None."""
+        """Return the record of a stage if the stage read this model, else None."""
         data = self._tree.store.get(_record_key(stage))
         if data is None:
             return None
@@ -434,14 +451,14 @@ class LaterStages:
         return [path for path in self._parts_folder.glob("*.json") if path.name not in self._stored_parts]
 
     def _store_parts(self) -> None:
-        """Upload the parts that are new. A part that cannot be stored is run again by the next attempt, so a failure adds only a note."""
+        """Upload the parts that are new. If a part cannot be stored, the next attempt runs it again, so a failure only adds a note."""
         for path in self._new_parts():
             self._stored_parts.add(path.name)
             store_quietly(self._state, "results of finished tasks", partial(self._tree.store.put_file, path, f"{self._parts_key}/{path.name}"))
 
 
 def verification_error(verification: Verification, output: Output) -> VerificationFailedError:
-    """The failure of a job whose stored model differs from the trained model: that of the first artefact that failed."""
+    """Return the failure of a job whose stored model differs from the trained model. It names the first artefact that failed."""
     failed = next(artefact for artefact in verification.artefacts if artefact.result is VerificationOutcome.FAILED)
     return VerificationFailedError(
         failed.code or "VerificationFailed", f"the stored {failed.artefact} differs from the trained model or is damaged: {failed.reason}",
@@ -454,7 +471,7 @@ def _record_key(stage: Stage) -> str:
 
 
 def _read_result(folder: Path) -> StageResult:
-    """Errors: InternalError `NoStageResult` if the process ended without a result."""
+    """Read the result of a stage. Errors: InternalError `NoStageResult` if the process ended without a result."""
     try:
         return StageResult.model_validate_json((folder / RESULT_FILE).read_text())
     except (OSError, ValidationError) as error:

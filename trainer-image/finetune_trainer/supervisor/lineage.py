@@ -1,4 +1,4 @@
-"""Writes the lineage statement of the final model. `docs/guides/lineage.md` describes its content and what a signature shows.
+"""Writes the lineage statement of the final model. `docs/guides/lineage.md` describes its content and what a signature proves.
 
 The statement is written after the model's commit. Facts that a later attempt cannot know, such as the device and the step from which
 an attempt resumed, are in the record of each attempt (`attempt_recorder`).
@@ -45,22 +45,25 @@ from finetune_trainer.supervisor.run_results import STARTED_KEY
 from finetune_trainer.supervisor.run_state import RunState
 
 MAX_READ_MODEL_BYTES = 8 << 30
-"""If more bytes would have to be read for the digests of the base model's files, the statement has none, because GPUs would wait meanwhile.
-The revision of the model is in the statement in any case."""
+"""If the digests of the base model's files require reading more bytes than this, the statement contains no such digests, because the GPUs
+would wait.
+
+The statement always contains the revision of the model.
+"""
 GIT_COMMIT_DIGITS = 40
 
 
 class Lineage:
-    """The lineage statement of one run. Only rank 0's pod writes it."""
+    """Writes the lineage statement of one run. Only rank 0's pod writes it."""
 
     def __init__(self, run: RunConfig, tree: CheckpointTree, run_state: RunState, digests: FileDigests) -> None:
-        """`digests`: those of the files that this pod has downloaded."""
+        """`digests`: the digests of the files that this pod has downloaded."""
         self._run, self._tree, self._state, self._digests = run, tree, run_state, digests
 
     def write_statement(self, inputs: Inputs | None) -> str | None:
-        """Store the statement, unless it is stored. Returns its URI, or None if no model is committed or a later attempt has begun.
+        """Store the statement unless it is already stored. Returns its URI, or None if no model is committed or a later attempt has begun.
 
-        `inputs`: the local inputs of a pod that has trained; without them the statement has no digests of single files. Errors: those
+        `inputs`: the local inputs of a pod that has trained; without them, the statement contains no digests of single files. Errors: those
         of storage.
         """
         committed = self._tree.get_committed(None)
@@ -74,7 +77,7 @@ class Lineage:
         return uri
 
     def _describes(self, committed: CommittedCheckpoint) -> bool:
-        """Whether the stored statement names the manifest of the committed model. Such a statement may be signed already."""
+        """Whether the stored statement names the manifest of the committed model. Such a statement may already be signed."""
         data = self._tree.store.get(STATEMENT_KEY)
         try:
             return data is not None and Statement.model_validate_json(data).subject[0] == _manifest_subject(committed)
@@ -123,7 +126,7 @@ def _manifest_subject(committed: CommittedCheckpoint) -> Resource:
 def _builder_versions(facts: RunFacts) -> dict[str, str]:
     try:
         own_version = {"finetune-operator": version("finetune-operator")}
-    except PackageNotFoundError:  # a checkout that is not installed
+    except PackageNotFoundError:  # The code runs from a checkout that is not installed.
         own_version = {}
     return {**own_version, "python": platform.python_version(), **facts.versions}
 
@@ -132,7 +135,7 @@ def _builder_versions(facts: RunFacts) -> dict[str, str]:
 
 
 def dependencies_of(run: RunConfig, facts: RunFacts, inputs: Inputs | None, digests: FileDigests) -> list[Resource]:
-    """The base model, the other models, the data and the trainer image. The files of a source follow it, if their digests are known."""
+    """Yield the base model, the other models, the data and the trainer image. Each source is followed by its files, if their digests are known."""
     return [*_models(run, facts, inputs, digests), *_data(run, facts, inputs, digests), *_image(run)]
 
 
@@ -169,7 +172,7 @@ def _model_files(name: str, folder: Path, digests: FileDigests) -> Iterator[Reso
 
 
 def _data(run: RunConfig, facts: RunFacts, inputs: Inputs | None, digests: FileDigests) -> Iterator[Resource]:
-    """The data sources and their files. A file that has changed since the training has no digest."""
+    """Yield the data sources and their files. A file that has changed since the training has no digest."""
     data = run.spec.dataset
     train = [("dataset.train", data.train, inputs.train if inputs else [])] if data.train else []
     train += [
@@ -196,7 +199,10 @@ def _data_files(sources: list[tuple[str, str, list[Path]]], digest: str, digests
 
 
 def _image(run: RunConfig) -> Iterator[Resource]:
-    """The image of `placement.image`. A pod does not know the digest of its image; `finetune sign NAME` adds the digest that the operator saw."""
+    """Yield the image of `placement.image`.
+
+    A pod does not know the digest of its image; `finetune sign NAME` adds the digest that the operator recorded.
+    """
     image = run.spec.placement.image
     if image:
         _, _, digest = image.partition("@sha256:")

@@ -1,4 +1,4 @@
-"""Commits the merged model to storage with the protocol of checkpoints: data, manifest, check of every object, marker."""
+"""Commits the merged model to storage in the same steps as a checkpoint: data, manifest, check of every object, marker."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def commit_merged_model(
 ) -> str:  # fmt: skip
     """Upload and commit the files of a local folder. Returns the URI of the merged model.
 
-    `before_each_file`: receives the uploaded bytes and all bytes. This function and `byte_counter` may raise to end the upload.
-    Errors: those of storage; FencedOutError if a later attempt has begun.
+    `before_each_file` is called with the number of uploaded bytes and the total number. Both callbacks may raise an error to end the
+    upload. Errors: those of storage; FencedOutError if a later attempt has begun.
     """
     adapter = tree.get_committed(None)
     adapter_manifest = tree.read_manifest(adapter) if adapter is not None else None

@@ -1,4 +1,4 @@
-"""The logged values of a run, one JSON line per log call, as the object `metrics/<incarnation>.jsonl` in storage."""
+"""Stores the logged values of a run as the object `metrics/<incarnation>.jsonl`, with one JSON line for each log call."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stores the config and the manifest of the model's OCI artefact beside the model. The layers are the files that are in storage already."""
+"""Stores the config and the manifest of the model's OCI artefact beside the model. The layers are files that are already in storage."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The steps between the pod's start and training: check storage, fetch the inputs, check them, restore the checkpoint.
+"""Runs the steps between the pod's start and training: check storage, fetch the inputs, check them, restore the checkpoint.
 
-This runs while the ranks import their libraries. A failure ends the pod before training. The exit code shows whether the user, the
-storage administrator or the cluster administrator must act.
+This runs while the ranks import their libraries. A failure ends the pod before training. The exit code shows who must act: the user, the
+storage administrator or the cluster administrator.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ COMPARED_GROUPS = ("model", "method", "trainer", "dataset", "training", "evaluat
 NOT_HASHED = (
     "batchSizePerDevice", "gradientAccumulationSteps", "learningRate", "gradientCheckpointing", "storage", "tokenSecretRef",
 )  # fmt: skip
-"""Fields that are left out of the hashes: some are compared separately, the others only say how to reach a source."""
+"""Fields that are not part of the hashes: some are compared separately, the others only describe how to access a source."""
 RECORDED_PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "bitsandbytes")
 
 
@@ -67,10 +67,10 @@ class Preparation:
         self._config_maps = settings.config_maps
         self._bytes = 0
         self.data_summary: DataSummary | None = None
-        """What the check of the rows has counted. None before the check."""
+        """The counts of the check of the rows. None before the check."""
 
     def check_hub_token(self) -> None:
-        """Check that the token for the hub is there if the job pushes its model. Errors: CredentialsError HubTokenMissing."""
+        """Check that the token for the hub exists if the job pushes its model. Errors: CredentialsError HubTokenMissing."""
         if pushes_to_hub(self._run.spec) and self._node_rank == 0:
             require_token()
 
@@ -86,7 +86,7 @@ class Preparation:
                 self._state.add_note("storage: s3:DeleteObject is not granted; old checkpoints are not removed")
 
     def _retry_while_busy(self, send_request: Callable[[], T]) -> T:
-        """Retry a request while the store responds that it is busy. Wrong settings and unreachable stores fail at once."""
+        """Retry a request while the store reports that it is busy. Wrong settings and unreachable stores fail at once."""
         for pause in BUSY_PAUSES_SECONDS:
             try:
                 return send_request()
@@ -98,7 +98,7 @@ class Preparation:
         return send_request()
 
     def fetch_existing_model(self, tree: CheckpointTree, folder: Path) -> tuple[Inputs, ExistingModel]:
-        """Download the inputs and the model of `phases.from`, which goes to `folder`.
+        """Download the inputs, and download the model of `phases.from` to `folder`.
 
         Errors: those of `fetch` and of `existing_model`; ConfigError `ExistingModelNotAdapter` (64).
         """
@@ -134,7 +134,7 @@ class Preparation:
         return inputs, facts
 
     def claim_storage(self, tree: CheckpointTree) -> None:
-        """Fence out earlier attempts, then remove the leftovers of killed incarnations. Only rank 0's pod does this.
+        """Fence out earlier attempts, then remove the leftovers of killed incarnations. Called only in rank 0's pod.
 
         The order matters: after `begin_attempt`, no earlier attempt can commit. Otherwise the sweep could remove data that an
         earlier attempt is about to commit. Errors: FencedOutError if a later attempt has begun.
@@ -156,7 +156,7 @@ class Preparation:
         )
         for sentence in restore_result.damage_messages:
             self._state.record_checkpoint_problem(Reason.CHECKPOINT_DAMAGED, sentence)
-            self._state.add_note(f"skipped: {sentence}")  # the next commit clears the problem, but not the note
+            self._state.add_note(f"skipped: {sentence}")  # The next commit clears the problem, but not the note.
         if restore_result.manifest is not None:
             self._state.resumed_from_step = restore_result.step
             self._state.merge_resolved(ResolvedConfig(resume_exact=restore_result.is_exact, resume_note=restore_result.inexact_reason))
@@ -204,7 +204,7 @@ class Preparation:
         )
 
     def _fetch_benchmarks(self, fetcher: Fetcher) -> list[Path | None]:
-        """The folders of the benchmarks. Only rank 0's pod runs them."""
+        """Fetch the folders of the benchmarks. Only rank 0's pod runs benchmarks."""
         benchmarks = benchmarks_after_training(self._run.spec) if self._node_rank == 0 else []
         return [
             fetcher.folder(benchmark.folder, f"evaluation.benchmarks[{number}].folder", f"benchmark-{number}") if benchmark.folder else None
@@ -212,7 +212,7 @@ class Preparation:
         ]
 
     def _fetch_combined_adapters(self, fetcher: Fetcher, base: Path) -> list[Path]:
-        """The folders of the adapters that are merged, too. They are checked before training. Errors: ConfigError `AdapterNotCombinable`."""
+        """Fetch the folders of the other adapters that are merged. They are checked before training. Errors: ConfigError `AdapterNotCombinable`."""
         folders = []
         for number, item in enumerate((self._run.spec.output.combine_adapters or []) if self._node_rank == 0 else []):
             field = f"output.combineAdapters[{number}].source"
@@ -223,12 +223,12 @@ class Preparation:
 
     def _check_data(self, inputs: Inputs) -> None:
         from finetune_trainer.benchmarks.plan import plan_tasks
-        from finetune_trainer.data import check_files  # imports neither torch nor transformers
+        from finetune_trainer.data import check_files  # This module imports neither torch nor transformers.
 
         if self._node_rank == 0:
-            plan_tasks(self._run, inputs.benchmarks)  # refuses tasks that cannot run before any step is trained
+            plan_tasks(self._run, inputs.benchmarks)  # Refuse tasks that cannot run, before any step is trained.
         self.data_summary = summary = check_files(self._run, inputs)
-        read_prompts(prompts_to_compare(self._run.spec), inputs.config_maps)  # errors are found before training
+        read_prompts(prompts_to_compare(self._run.spec), inputs.config_maps)  # Errors are found before training.
         for note in summary.notes:
             self._state.add_note(note)
         self._state.merge_resolved(
@@ -289,7 +289,7 @@ def require_expected_inputs(facts: RunFacts) -> None:
 
 
 def run_facts_of(run: RunConfig, config_sha256: str, inputs: Inputs, sha256: Callable[[Path], str] = sha256_file) -> RunFacts:
-    """The facts that this run stores in its checkpoints. They are compared when another attempt resumes from a checkpoint.
+    """Return the facts that this run stores in its checkpoints. When another attempt resumes from a checkpoint, the facts are compared.
 
     `sha256` returns the digest of a file.
     """
@@ -315,7 +315,7 @@ def run_facts_of(run: RunConfig, config_sha256: str, inputs: Inputs, sha256: Cal
 
 
 def setting_hashes_of(run: RunConfig) -> dict[str, str]:
-    """A short hash of each compared group of the spec."""
+    """Return a short hash of each compared group of the spec."""
     spec = run.spec.to_wire()
     hashes = {}
     for group in COMPARED_GROUPS:
@@ -325,7 +325,7 @@ def setting_hashes_of(run: RunConfig) -> dict[str, str]:
 
 
 def other_inputs_of(inputs: Inputs, sha256: Callable[[Path], str]) -> dict[str, str]:
-    """A hash of each input other than base model and training data. The keys are the inputs' names in messages."""
+    """Return a hash of each input other than base model and training data. The keys are the inputs' names in messages."""
     models = {"tokenizer": inputs.tokenizer, "reference model": inputs.reference, "adapter": inputs.adapter}
     models |= {adapter_name(number): folder for number, folder in enumerate(inputs.combined_adapters)}
     hashes = {name: fingerprint(folder) for name, folder in models.items() if folder is not None}
@@ -339,19 +339,19 @@ def other_inputs_of(inputs: Inputs, sha256: Callable[[Path], str]) -> dict[str, 
 
 
 def _mounted_files(folder: Path) -> list[Path]:
-    """Files of mounted ConfigMaps, without the copies that the kubelet keeps in folders whose names begin with two dots."""
+    """Return the files of mounted ConfigMaps, without the kubelet's copies in folders whose names begin with two dots."""
     files = (path for path in sorted(folder.rglob("*")) if path.is_file())
     return [path for path in files if not any(part.startswith("..") for part in path.relative_to(folder).parts)]
 
 
 def package_versions() -> dict[str, str]:
-    """Versions of the packages that influence the computed numbers of a run. The packages are not imported."""
+    """Return the versions of the packages that influence the computed numbers of a run. The packages are not imported."""
     from importlib.metadata import PackageNotFoundError, version
 
     versions = {}
     for package in RECORDED_PACKAGES:
         try:
             versions[package] = version(package)
-        except PackageNotFoundError:  # an image may leave out packages that its jobs do not need
+        except PackageNotFoundError:  # An image may lack packages that its jobs do not need.
             continue
     return versions

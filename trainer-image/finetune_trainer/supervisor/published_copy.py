@@ -1,7 +1,7 @@
 """Copies the final model and the files of results to the folder of `output.dir`.
 
-After each file, the list of copied files is stored in the job's own folder. An attempt that continues an interrupted copy reads the list
-and skips the files that are still stored as they were copied.
+After each file, the list of copied files is stored in the job's own folder. An attempt that continues an interrupted copy reads the list.
+It skips the listed files that have not changed since they were copied.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class CopiedFile(LenientModel):
     """A file of the copy."""
 
     source: str
-    """Identifies the content of the file: the committed model and the file's path in it, or the job's object and its version tag."""
+    """Identity of the file's content: the committed model and the file's path in it, or the job's object and its version tag."""
     tag: str
     """The version tag of the copy. It differs if another job has replaced the file."""
 
@@ -37,7 +37,7 @@ CopiedFiles = TypeAdapter(dict[str, CopiedFile])
 
 
 class PublishedCopy:
-    """One copy. `store` has the root `storage.uri`; `tree` contains the job's own files. Errors of all methods: those of storage."""
+    """Makes one copy. `store` has the root `storage.uri`; `tree` contains the job's own files. Errors of all methods: those of storage."""
 
     def __init__(self, store: Store, folder: CopyFolder, tree: CheckpointTree, *, byte_counter: ByteCounter | None = None) -> None:
         """`byte_counter` may raise an exception to end the copy."""

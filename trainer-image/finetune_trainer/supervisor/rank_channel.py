@@ -1,4 +1,4 @@
-"""The supervisor's end of the channel to its ranks: a datagram socket, read by one thread."""
+"""The supervisor's end of the channel to its ranks: a datagram socket that one thread reads."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ class RankChannel:
             if message is not None:
                 try:
                     self._on_message(message)
-                except Exception:  # an invalid message must not end the thread that reads further messages
+                except Exception:  # An invalid message must not end the thread, because it must read further messages.
                     log.exception("a rank's message could not be applied: %s", message.get("kind"))
 
     def _parse_message(self, data: bytes) -> dict[str, Any] | None:
-        """The message, or None if the bytes are not a valid message."""
+        """Return the message, or None if the bytes are not a valid message."""
         try:
             message = json.loads(data)
             message = read_spilled(message, self._folder) if isinstance(message, dict) else None

@@ -46,7 +46,7 @@ class RankMessages:
             case "failed":
                 self._facts.rank_failures.append(failure_from_message(message))
             case "stopping":
-                if self._facts.stop_requested_at is None:  # another pod of the gang received the signal
+                if self._facts.stop_requested_at is None:  # Another pod of the gang received the signal.
                     self._facts.stop_requested_at = time.monotonic()
                 self._state.enter_stage(Stage.STOPPING, f"at step {message['step']}")
             case "stopped":

@@ -1,7 +1,7 @@
 """Writes the report of a run, and the counts of the data check for it.
 
 At the end of each attempt, the report is made from storage alone, including the records of all attempts (`attempt_recorder`). It replaces
-the report of the attempt before.
+the report of the previous attempt.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ DATA_KEY = f"{Storage.RUN}/data.json"
 MAX_CHECKPOINTS = 30
 """Maximum number of checkpoints in the report. Each checkpoint costs one request."""
 FURTHER_RESULTS = {"evaluation": ("benchmarks",), "output": ("verification",)}
-"""Parts of `status.evaluation` and `status.output` that have a table of their own."""
+"""Parts of `status.evaluation` and `status.output` that are shown in separate tables."""
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
 
 class ReportWriter:
-    """Writes the report of one run. Only rank 0's pod does so. Errors of all methods: those of storage."""
+    """Writes the report of one run. Only rank 0's pod writes it. Errors of all methods: those of storage."""
 
     def __init__(
         self, run: RunConfig, tree: CheckpointTree, results: RunResults, recorder: AttemptRecorder, *, config_sha256: str
@@ -62,7 +62,7 @@ class ReportWriter:
         self._run, self._tree, self._results, self._recorder, self._config_sha256 = run, tree, results, recorder, config_sha256
 
     def record_data(self, summary: DataSummary) -> None:
-        """Store what the check of the rows has counted."""
+        """Store the counts of the check of the rows."""
         findings = summary.findings
         record = DataRecord(
             formats=[str(one) for one in summary.formats], rows=summary.rows, bad_rows=summary.bad_rows, duplicates=findings.duplicate_count,
@@ -94,7 +94,7 @@ class ReportWriter:
             store.close()
 
     def collect(self, output: Output | None, progress: ProgressReport) -> RunReport:
-        """Read everything that the report shows."""
+        """Read all data that the report shows."""
         logs = _logs_by_incarnation(self._tree)
         records = read_attempt_records(self._tree)
         order = {record.incarnation: number for number, record in enumerate(records)}
@@ -131,7 +131,7 @@ class ReportWriter:
             )  # fmt: skip
 
     def _read(self, key: str, model: type[ModelT]) -> ModelT | None:
-        """Read an object. An object of another version that cannot be read counts as absent."""
+        """Read an object. If another version wrote it and it cannot be read, it counts as absent."""
         data = self._tree.store.get(key)
         try:
             return model.model_validate_json(data) if data is not None else None
@@ -146,7 +146,7 @@ class ReportWriter:
 
 
 def _logs_by_incarnation(tree: CheckpointTree) -> dict[str, list[LogEntry]]:
-    """The stored log lines of each incarnation."""
+    """Return the stored log lines of each incarnation."""
     prefix, suffix = f"{Storage.METRICS}/a", ".jsonl"
     logs = {}
     for stat in list(tree.store.list(prefix)):

@@ -1,6 +1,6 @@
 """Stores the files of results beside the model: the log and the test rows before the commit, the metric files after training.
 
-Rank 0 writes the log of the whole run and the test rows to the output folder. They are stored before the model's commit, so an attempt
+Rank 0 writes the log of the whole run and the test rows to the output folder. They are stored before the model is committed. So an attempt
 that only runs the stages after training can read them from storage.
 """
 
@@ -36,14 +36,14 @@ FILES_OF_RANK = (ResultFile.LOG, ResultFile.TEST_SPLIT)
 
 
 class RunResults:
-    """The files of results of one run. Only rank 0's pod stores them."""
+    """Stores the files of results of one run. Only rank 0's pod stores them."""
 
     def __init__(self, run: RunConfig, tree: CheckpointTree, output_folder: Path) -> None:
         self._run, self._tree, self._output_folder = run, tree, output_folder
         self._stored: set[ResultFile] = set()
 
     def record_start(self) -> None:
-        """Record the start of the run, unless an earlier attempt has done so."""
+        """Record the start of the run, unless an earlier attempt has recorded it."""
         self._tree.store.create(STARTED_KEY, json.dumps({"time": datetime.now(UTC).isoformat()}).encode())
 
     def store_files_of_rank(self) -> None:
@@ -57,7 +57,7 @@ class RunResults:
             self._tree.store.put_file(values, reference.stored_key(sha256_file(values)))
 
     def store_metric_files(self) -> None:
-        """Store the metric files, unless a later attempt has begun. The log is stored already. Errors: those of storage."""
+        """Store the metric files, unless a later attempt has begun. The log is already stored. Errors: those of storage."""
         if self._tree.is_superseded(self._run.attempt):
             return
         for name, text in self._metric_files.items():
@@ -66,7 +66,7 @@ class RunResults:
 
     @cached_property
     def _metric_files(self) -> dict[ResultFile, str]:
-        """The contents of the metric files; empty if the log of the run is not stored, for example by an older trainer."""
+        """Return the contents of the metric files. Empty if the log of the run is not stored; older trainers do not store it."""
         data = self._read(ResultFile.LOG)
         if data is None:
             return {}
@@ -100,7 +100,7 @@ class RunResults:
         return f"{self.root}/{folder.key}".rstrip("/")
 
     def copy_folder(self) -> CopyFolder | None:
-        """The folder of the copy. None without `output.dir`. Errors: ConfigError `OutputPathInvalid`."""
+        """Return the folder of the copy. None without `output.dir`. Errors: ConfigError `OutputPathInvalid`."""
         spec = self._run.spec
         return copy_folder(spec.output, namespace=self._run.namespace, model_source=spec.model.source or "", started_at=self.started_at())
 
@@ -115,7 +115,7 @@ class RunResults:
         return path.read_bytes() if path.exists() else self._tree.store.get(join(Storage.METRICS, name))
 
     def started_at(self) -> datetime:
-        """The start of the run's first attempt."""
+        """Return the start of the run's first attempt."""
         data = self._tree.store.get(STARTED_KEY)
         return datetime.fromisoformat(json.loads(data)["time"]) if data is not None else datetime.now(UTC)
 
@@ -132,7 +132,7 @@ class RunResults:
         )  # fmt: skip
 
     def _parameters(self) -> dict[str, Any]:
-        """The parameter counts in the manifest of the committed model."""
+        """Return the parameter counts in the manifest of the committed model."""
         committed = self._tree.get_committed(None)
         manifest: Manifest | None = self._tree.read_manifest(committed) if committed is not None else None
         counts = manifest.extra.get("parameters") if manifest is not None else None

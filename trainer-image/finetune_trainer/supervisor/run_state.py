@@ -74,7 +74,7 @@ class RunState:
             self.counters[name] = self.counters.get(name, 0) + by
 
     def record_activity(self) -> None:
-        """Record a heartbeat: a step, a part of a step, an evaluation batch or a file is done."""
+        """Record a heartbeat: the end of a step, of a part of a step, of an evaluation batch or of a file."""
         with self._lock:
             self._activity_time = time.monotonic()
 
@@ -125,7 +125,7 @@ class RunState:
             self._health = self._health.model_copy(update={"healthy": True, "checkpoint_problem": None})
 
     def set_tracker_problem(self, problem: str | None) -> None:
-        """Set the reason and the sentence that say why values cannot be sent to a tracker at present. None: no tracker has a problem."""
+        """Set why values cannot be sent to a tracker now: the reason and a sentence. None: no tracker has a problem."""
         with self._lock:
             self._health = self._health.model_copy(update={"tracker_problem": problem})
 
@@ -181,32 +181,32 @@ class RunState:
 
     @property
     def checkpoint_problem(self) -> str | None:
-        """Why the last checkpoint could not be stored (reason and message); None once a checkpoint is committed."""
+        """Why the last checkpoint could not be stored (reason and message). None after a commit."""
         return self._health.checkpoint_problem
 
     def seconds_since_step(self) -> float | None:
-        """Seconds since the last step; None before the first step."""
+        """Return the seconds since the last step, or None before the first step."""
         with self._lock:
             return None if self._step_time is None else time.monotonic() - self._step_time
 
     def seconds_since_heartbeat(self) -> float | None:
-        """Seconds since the last heartbeat; None before the first heartbeat."""
+        """Return the seconds since the last heartbeat, or None before the first heartbeat."""
         with self._lock:
             return None if self._activity_time is None else time.monotonic() - self._activity_time
 
     def median_step_seconds(self) -> float | None:
-        """Median duration of the recent steps; None before the second step."""
+        """Return the median duration of the recent steps, or None before the second step."""
         with self._lock:
             return statistics.median(self._recent_step_seconds) if self._recent_step_seconds else None
 
     @property
     def checkpoints(self) -> list[Checkpoint]:
-        """Committed checkpoints, newest first."""
+        """Return the committed checkpoints, newest first."""
         with self._lock:
             return [self._checkpoints[step] for step in sorted(self._checkpoints, reverse=True)]
 
     def report(self) -> ProgressReport:
-        """The response of `/progress`."""
+        """Return the response of `/progress`."""
         with self._lock:
             stage_seconds = self._timings.get(self._stage.value, 0.0) + time.monotonic() - self._stage_since
             newest = self.checkpoints
@@ -242,7 +242,7 @@ class RunState:
         )
 
     def _progress_with_estimates(self) -> Progress:
-        """Progress with percentage, remaining time and display texts."""
+        """Return the progress with percentage, remaining time and display texts."""
         step, total = self._progress.step, self._progress.total_steps
         update: dict[str, Any] = {}
         if step is not None and total:
@@ -256,7 +256,7 @@ class RunState:
 
 
 def store_quietly(run_state: RunState, what: str, action: Callable[[], None]) -> None:
-    """Store something whose loss must not end a run, such as `log lines`. A failure adds a note."""
+    """Run a function that stores data, such as `log lines`, whose loss must not end the run. A failure adds a note."""
     try:
         action()
     except FineTuneError as error:
@@ -265,7 +265,7 @@ def store_quietly(run_state: RunState, what: str, action: Callable[[], None]) ->
 
 
 def newest_and_best(newest_first: list[Checkpoint]) -> list[Checkpoint]:
-    """The newest `NEWEST_CHECKPOINTS` checkpoints and the checkpoint with the lowest validation loss."""
+    """Return the newest `NEWEST_CHECKPOINTS` checkpoints and the checkpoint with the lowest validation loss."""
     newest = newest_first[:NEWEST_CHECKPOINTS]
     evaluated = [one for one in newest_first if one.eval_loss is not None]
     best = min(evaluated, key=lambda one: (one.eval_loss or 0.0, one.step), default=None)

@@ -52,11 +52,11 @@ class _HttpServer(ThreadingHTTPServer):
     def __init__(self, address: tuple[str, int], run_state: RunState) -> None:
         self.run_state = run_state
         if not address[0] and socket.has_dualstack_ipv6():
-            self.address_family = socket.AF_INET6  # serves IPv4 and IPv6: a pod may have either
+            self.address_family = socket.AF_INET6  # Serve IPv4 and IPv6, because a pod may have only one of them.
         super().__init__(address, _RequestHandler)
 
     def server_bind(self) -> None:
-        """Bind without http.server's lookup of the host name: a slow name server would delay the pod's start."""
+        """Bind without looking up the host name as http.server does, because a slow name server would delay the pod's start."""
         if self.address_family == socket.AF_INET6:
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         socketserver.TCPServer.server_bind(self)
@@ -127,7 +127,7 @@ def merge_kubeflow_status(run_state: RunState, status: dict[str, Any]) -> None:
 
 
 def format_metrics(run_state: RunState) -> str:
-    """The state of the run in Prometheus' text format."""
+    """Return the state of the run in Prometheus' text format."""
     report = run_state.report()
     gauges_by_name: dict[str, tuple[str, float | None]] = {
         "step": ("Optimizer steps done.", report.progress.step),

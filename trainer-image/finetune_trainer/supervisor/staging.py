@@ -1,4 +1,4 @@
-"""Hands complete checkpoints of this pod's ranks, and the final artefact, to the uploader.
+"""Gives complete checkpoints of this pod's ranks, and the final artefact, to the uploader.
 
 A rank reports a folder when its files are complete. The files are hard-linked below `<work>/staged`, so that the Trainer may
 remove its own folder while the upload still runs.
@@ -18,7 +18,7 @@ from finetune_trainer.supervisor.run_state import RunState
 
 
 class Staging:
-    """The staging folder of one pod. Until the pod is prepared, `uploader` is None and no checkpoint is staged."""
+    """Manages the staging folder of one pod. Until the pod is prepared, `uploader` is None and no checkpoint is staged."""
 
     def __init__(self, work: Path, run_state: RunState, *, ranks: int) -> None:
         self._folder = work / "staged"
@@ -29,7 +29,7 @@ class Staging:
         self.uploader: Uploader | None = None
 
     def add_rank_files(self, message: dict[str, Any]) -> None:
-        """Record that one rank's files of a checkpoint are complete. After the last rank of this pod, offer the checkpoint for upload."""
+        """Record that one rank's files of a checkpoint are complete. After the last rank of this pod, queue the checkpoint for upload."""
         step, local_rank = int(message["step"]), int(message["localRank"])
         reported = self._reported.setdefault(step, {})
         reported[local_rank] = message
@@ -46,7 +46,7 @@ class Staging:
         except OSError as error:
             self.skip_checkpoint("StagingFailed", f"step {step}: {error.strerror or error}")
             return
-        finally:  # the Trainer does not need this folder: the module `best` keeps the best weights
+        finally:  # The Trainer does not need this folder, because the module `best` keeps the best weights.
             shutil.rmtree(source, ignore_errors=True)
         rank0_report = reported.get(0, message)
         self.uploader.enqueue(
@@ -61,7 +61,7 @@ class Staging:
             self.uploader.record_unsaved()
 
     def add_final(self, message: dict[str, Any], incarnation: str) -> None:
-        """Stage the complete final artefact and offer it for upload. Errors: StorageError `StagingFailed`."""
+        """Stage the complete final artefact and queue it for upload. Errors: StorageError `StagingFailed`."""
         if self.uploader is None:
             return
         target = self._folder / "final"
@@ -75,6 +75,6 @@ class Staging:
 
 
 def hard_link_tree(source: Path, target: Path) -> None:
-    """Hard-link every file of a folder. Links cost no space, and the data stays when the original names are removed."""
+    """Hard-link every file of a folder. Links need no disk space, and the data remains after the original names are removed."""
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(source, target, copy_function=lambda file, link: os.link(os.path.realpath(file), link))

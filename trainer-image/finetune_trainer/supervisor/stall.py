@@ -1,9 +1,9 @@
-"""Detects a run that makes no more progress. Without this check, a stalled run would occupy its GPUs forever, without an error.
+"""Detects a run without progress. Without this check, a stalled run would occupy its GPUs forever and report no error.
 
 While a pod trains, evaluates, merges or stops, a rank must send a heartbeat (a step, a micro-step, an evaluation batch) within the
 stall timeout. The timeout is `policy.stallTimeoutSeconds`. The default is twenty times the median step and at least ten
-minutes; it applies from the first measured step. Loading and tokenising are not watched, because their duration is unknown and
-collectives have their own time limits. Before a stalled attempt ends, every rank writes the stacks of its threads to the log.
+minutes; it applies from the first measured step. Loading and tokenising are not checked, because their duration is unknown, and collective
+operations have their own time limits. Before a stalled attempt ends, every rank writes the stacks of its threads to the log.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class StallWatch:
         self._started = time.monotonic()
 
     def timeout_seconds(self) -> float:
-        """The current stall timeout: how long the run may go without a heartbeat."""
+        """Return the current stall timeout: the longest time that the run may have no heartbeat."""
         if self._timeout_seconds is not None:
             return float(self._timeout_seconds)
         return max(MIN_TIMEOUT_SECONDS, MEDIAN_STEPS * (self._state.median_step_seconds() or 0.0))

@@ -74,9 +74,9 @@ CLEANUP_SECONDS = 60.0
 CLEANUP_AFTER_STOP_SECONDS = 10.0
 MIN_CLEANUP_SECONDS = 0.05
 SAVE_SHARE = 0.5
-"""Share of the grace period in which a stopped pod may still store the result of a finished stage."""
+"""Share of the grace period during which a stopped pod may still store the result of a finished stage."""
 TRACKING_SHARE = 0.75
-"""Share of the grace period at whose end a stopped pod no longer waits for trackers. The rest is for the report."""
+"""Share of the grace period after which a stopped pod no longer waits for trackers. The rest is reserved for the report."""
 FILES_OF_RESULTS = "files of results"
 RECORDS = "records of the attempt"
 
@@ -233,10 +233,10 @@ class Supervisor:
             self._record_start(preparation.data_summary)
             self._start_uploader(run, tree, facts, restore_result)
             self._state.enter_stage(Stage.LOADING)
-            with_restored_checkpoint(inputs, restore_result).write(self._settings.work)  # the ranks wait for this file
+            with_restored_checkpoint(inputs, restore_result).write(self._settings.work)  # The ranks wait for this file.
 
     def _prepare_existing_model(self, run: RunConfig, preparation: Preparation, tree: CheckpointTree) -> None:
-        """Prepare the stages of a job that does not train. Only rank 0's pod runs them, so the other pods need nothing but the model's address."""
+        """Prepare the stages of a job that does not train. Only rank 0's pod runs them, so the other pods only need the model's address."""
         if self._settings.node_rank > 0:
             self._facts.output = find_existing_model(run.spec.phases.from_ or "", tree).output
         else:
@@ -251,14 +251,14 @@ class Supervisor:
         self._must_end.set()
 
     def _start_tracking(self, past_entries: list[LogEntry], facts: RunFacts | None = None) -> None:
-        """Start sending the run to trackers. `facts`: those of a pod that trains."""
+        """Start sending the run to trackers. `facts`: the facts of the run, in a pod that trains."""
         assert self._tracking is not None and self._results is not None
         self._tracking.start(self._results.started_at(), past_entries, resumed_from_step=self._facts.start_step if facts else None)
         if facts is not None:
             self._tracking.record_training(facts)
 
     def _record_start(self, data_summary: DataSummary | None) -> None:
-        """Record the start of the training for report and lineage. A pod that is killed later cannot record anything."""
+        """Record the start of training for report and lineage. This is done now, because a pod that is killed later cannot record it."""
         recorder, writer = self._recorder, self._report_writer
         if recorder is None or writer is None or self._settings.node_rank > 0:
             return
@@ -276,21 +276,21 @@ class Supervisor:
         )  # fmt: skip
         if self._settings.node_rank == 0:
             uploader.adopt_committed(checkpoints_for_status(tree, restore_result.ancestor_checkpoints))
-            model_marker = tree.get_committed(None)  # such a marker has no readable manifest: otherwise `_prepare_pod` would have ended the attempt
+            model_marker = tree.get_committed(None)  # The manifest of this marker is not readable; otherwise `_prepare_pod` would have ended the attempt.
             uploader.set_skipped([*restore_result.skipped_checkpoints, *([model_marker] if model_marker else [])])
         self._uploader = uploader
         assert self._staging is not None
         self._staging.uploader = uploader
 
     def _upload_metric_log(self) -> None:
-        """Upload the log lines before each commit: an attempt that resumes from the checkpoint does not log earlier steps again."""
+        """Upload the log lines before each commit, because an attempt that resumes from the checkpoint does not log earlier steps again."""
         if self._settings.node_rank > 0:
             return
         if self._tree is not None and self._metric_log is not None:
             self._metric_log.upload(self._tree.store)
         if self._results is not None:
             store_quietly(self._state, FILES_OF_RESULTS, self._results.store_files_of_rank)
-        if (recorder := self._recorder) is not None:  # now the ranks have reported their device
+        if (recorder := self._recorder) is not None:  # The ranks have reported their device by now.
             store_quietly(self._state, RECORDS, lambda: recorder.record_configuration(self._state.report().resolved))
 
     def _warn_if_grace_period_is_too_short(self) -> None:
@@ -304,7 +304,7 @@ class Supervisor:
     # ---- 5: watch ----
 
     def _watch_agent(self, run: RunConfig, agent: processes.ChildProcess) -> None:
-        """Return when the agent has ended, or when the attempt must end for another reason."""
+        """Wait until the agent has ended, or until the attempt must end for another reason."""
         stall_watch = StallWatch(self._state, run.spec.policy.stall_timeout_seconds)
         stop_was_handled = False
         while (code := agent.poll()) is None:
@@ -328,12 +328,12 @@ class Supervisor:
         self._facts.agent_code = code
 
     def _wait_for_preparation(self) -> None:
-        """Return when the model of `phases.from` is on the disk, or when the attempt must end for another reason."""
+        """Wait until the model of `phases.from` is on the disk, or until the attempt must end for another reason."""
         while self._facts.stop_requested_at is None and not self._must_end.wait(TICK_SECONDS):
             pass
 
     def _upload_failure(self, run: RunConfig) -> FineTuneError | None:
-        """Return an error if the attempt must end because the uploader has given up or checkpoints stay unsaved, else None."""
+        """Return an error if the uploader has given up, or if no checkpoint could be saved for too long. Otherwise return None."""
         if self._uploader is None:
             return None
         return self._uploader.failure or self._uploader.unsaved_error(
@@ -356,7 +356,7 @@ class Supervisor:
             self._end_with_error(as_failure(error, code))
 
     def _stop_deadline(self) -> float | None:
-        """Monotonic time by which a stopped pod must end; None without a stop request."""
+        """Return the monotonic time by which a stopped pod must end, or None without a stop request."""
         if self._facts.stop_requested_at is None or self._run is None:
             return None
         return stop_deadline(self._facts.stop_requested_at, self._run.grace_seconds)
@@ -365,7 +365,7 @@ class Supervisor:
         return time.monotonic() > self._time_of_grace_share(1.0)
 
     def _time_of_grace_share(self, share: float) -> float:
-        """Monotonic time at which a share of the time between the stop request and its deadline has passed; infinite without a stop request."""
+        """Return the monotonic time at which a share of the time between stop request and deadline has passed. Infinite without a stop request."""
         stopped_at, deadline = self._facts.stop_requested_at, self._stop_deadline()
         return math.inf if stopped_at is None or deadline is None else stopped_at + share * (deadline - stopped_at)
 
@@ -409,7 +409,7 @@ class Supervisor:
         self._clean_up(self._upload_metric_log)
 
     def _wait_for_uploads(self, uploader: Uploader) -> bool:
-        """Wait for the uploads; returns whether all ended in time. A stop request during the wait limits it to the grace period."""
+        """Wait for the uploads. Returns whether all of them ended in time. After a stop request, the wait ends with the grace period."""
         seconds = FINAL_UPLOAD_SECONDS if self._facts.is_output_written else UPLOAD_AFTER_FAILURE_SECONDS
         latest_end = math.inf if self._facts.stop_requested_at is not None else time.monotonic() + seconds
         while not self._facts.deadline_passed:
@@ -430,14 +430,14 @@ class Supervisor:
             thread.join(TICK_SECONDS)
 
     def _end_of_clean_up(self, started: float) -> float:
-        """Monotonic time until which optional work is waited for. A stop request makes it earlier, also while the work runs."""
+        """Return the monotonic time at which the wait for optional work ends. A stop request makes this time earlier, even while the work runs."""
         stopped_at = self._facts.stop_requested_at
         if stopped_at is None:
             return started + CLEANUP_SECONDS
         return min(max(started, stopped_at) + CLEANUP_AFTER_STOP_SECONDS, self._time_of_grace_share(1.0))
 
     def _sweep_unless_superseded(self) -> None:
-        """Remove dropped and failed uploads, unless a later attempt has begun because the operator could not reach this pod."""
+        """Remove dropped and failed uploads, unless a later attempt has begun. (The operator starts one if it cannot reach this pod.)"""
         if self._tree is not None and self._run is not None and not self._tree.is_superseded(self._run.attempt):
             sweep_leftovers(self._tree, self._state)
 
@@ -461,7 +461,7 @@ class Supervisor:
             self._facts.stages = stages.run(output)
         except Exception as error:
             self._facts.stages = StageReport(failure=StageFailure(self._state.current_stage, as_failure(error, "StageFailed")))
-        # The statement may be written while the stages run, if large data must be hashed.
+        # If large data must be hashed, the statement is written while the stages run.
         self._facts.output = (self._facts.stages.output or output).model_copy(update={"lineage_uri": self._lineage_uri})
         if self._tracking is not None:
             self._tracking.record_evaluation(self._state.report().evaluation, started)
@@ -478,7 +478,7 @@ class Supervisor:
             self._state.add_note(f"the lineage statement was not written: {code}")
 
     def _fetch_for_stages(self, run: RunConfig) -> Inputs:
-        """Download the inputs in a pod that has not trained, because the model was committed before."""
+        """Download the inputs in a pod that does not train, because an earlier attempt committed the model."""
         assert self._tree is not None
         preparation = Preparation(run, self._state.config_sha256, self._settings, self._state, self._digests)
         preparation.claim_storage(self._tree)
@@ -497,16 +497,16 @@ class Supervisor:
         )
 
     def _finish_tracking(self, exit_decision: ExitDecision) -> None:
-        """Send the end of the attempt to the trackers, within the time limit. A stop request during the wait makes the limit earlier."""
+        """Send the end of the attempt to the trackers, within the time limit. A stop request during the wait shortens the limit."""
         if self._tracking is not None:
             self._tracking.finish(
                 exit_decision, is_ended_by_user=self._facts.is_ended_by_user, latest_end=lambda: self._time_of_grace_share(TRACKING_SHARE)
             )
 
     def _write_report(self, exit_decision: ExitDecision) -> None:
-        """Write the report within the time limit. The run is complete without a report, so a failure is a note.
+        """Write the report within the time limit. A failure only adds a note, because the run is complete without a report.
 
-        If storage has failed, the report cannot be stored, either.
+        If storage has failed, the report is not written, because it could not be stored.
         """
         writer, message = self._report_writer, self._termination_message(exit_decision)
         if writer is None or self._settings.node_rank > 0 or message.class_ is FailureClass.STORAGE:
@@ -542,7 +542,7 @@ class Supervisor:
 
 
 def as_failure(error: Exception, code: str) -> FineTuneError:
-    """The failure of an exception. An unexpected exception becomes an InternalError with `code`, unless the image is broken."""
+    """Return the failure for an exception. An unexpected exception becomes an InternalError with `code`, unless the image is broken."""
     if isinstance(error, FineTuneError):
         return error
     log.error("%s", code, exc_info=error)
@@ -550,7 +550,7 @@ def as_failure(error: Exception, code: str) -> FineTuneError:
 
 
 def committed_output(tree: CheckpointTree) -> Output | None:
-    """Return the committed final artefact, or None. An earlier incarnation may have committed it and ended before its report."""
+    """Return the committed final artefact, or None. An earlier incarnation may have committed it, but ended before it reported the commit."""
     committed = tree.get_committed(None)
     manifest = tree.read_manifest(committed) if committed else None
     if committed is None or manifest is None:
@@ -563,7 +563,7 @@ def committed_output(tree: CheckpointTree) -> Output | None:
 
 
 def exit_code_failures(work: Path) -> list[RankFailure]:
-    """The failures that follow from the exit codes of this pod's ranks."""
+    """Return the failures that the exit codes of this pod's ranks show."""
     out_of_memory = processes.killed_for_memory()
     codes = read_exit_codes(work) or {}
     return [failure_from_exit_code(rank, code, is_host_out_of_memory=out_of_memory) for rank, code in codes.items()]

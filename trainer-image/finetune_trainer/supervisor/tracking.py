@@ -62,16 +62,16 @@ END_SECONDS = 120.0
 PROBLEM_SECONDS = 30.0
 """Maximum wait for trackers at the end of an attempt if a tracker has a problem."""
 STOP_SECONDS = 5.0
-"""Maximum wait for trackers if a stop request has ended the attempt. The next attempt sends the rest, or a user waits at the terminal."""
+"""Maximum wait for trackers after a stop request. The wait is short, because the next attempt sends the rest, or a user waits at the terminal."""
 UNTRACKED_GROUPS = ("placement", "storage", "policy")
-"""Groups of the spec that are no parameters of the run. `placement.env` may contain secrets."""
+"""Groups of the spec that are not sent as parameters of the run. `placement.env` may contain secrets."""
 OTHER_CREDENTIALS = (JUDGE_KEY, HUB_TOKEN, Env.HF_TOKEN)
 TRACKER_ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20", "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ENABLE_ASYNC_LOGGING": "false", "WANDB_ERROR_REPORTING": "false", "WANDB_SILENT": "true", "DO_NOT_TRACK": "true",
 }  # fmt: skip
 WRITABLE_FOLDERS = ("HOME", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR", "WANDB_ARTIFACT_DIR", "MPLCONFIGDIR", "XDG_CACHE_HOME")
-"""Variables of folders in which the libraries write. The pod's root file system is read-only."""
+"""Variables that name folders to which the libraries write. They are set because the pod's root file system is read-only."""
 
 
 def is_tracked(run: RunConfig, node_rank: int) -> bool:
@@ -80,7 +80,7 @@ def is_tracked(run: RunConfig, node_rank: int) -> bool:
 
 
 class RunTracking:
-    """The tracking of one attempt. Events that are recorded before `start` are kept; without trackers, nothing is recorded."""
+    """Tracks one attempt. Events that are recorded before `start` are kept. Without trackers, no events are recorded."""
 
     def __init__(self, run: RunConfig, settings: Settings, run_state: RunState) -> None:
         self._run, self._settings, self._state = run, settings, run_state
@@ -126,7 +126,7 @@ class RunTracking:
         with self._lock:
             try:
                 append_events(self._folder / EVENTS_FILE, events)
-            except OSError as error:  # for example a full disk
+            except OSError as error:  # For example, the disk is full.
                 self._state.set_tracker_problem(f"{Reason.TRACKER_FAILED}: a value was not recorded for trackers: {error.strerror}")
 
     def record_log_line(self, step: int, values: dict[str, Any]) -> None:
@@ -162,9 +162,10 @@ class RunTracking:
     # ---- end ----
 
     def finish(self, decision: ExitDecision, *, is_ended_by_user: bool, latest_end: Callable[[], float]) -> None:
-        """Record the end of the attempt, and wait until it is sent. A note names what was not sent.
+        """Record the end of the attempt, and wait until it is sent. If values were not sent, add a note.
 
-        `latest_end`: monotonic time at which the wait must end; it is read again and again, because the pod may be stopped meanwhile.
+        `latest_end`: returns the monotonic time at which the wait must end. It is called repeatedly, because the pod may be stopped during
+        the wait.
         """
         if self._process is None:
             return
@@ -177,7 +178,7 @@ class RunTracking:
         while self._process.poll() is None and time.monotonic() < min(started + self._seconds_to_wait(end), latest_end()):
             threading.Event().wait(POLL_SECONDS / 4)
         self._process.stop()
-        if end is not RunEnd.INTERRUPTED:  # after an interruption, the next attempt sends the rest
+        if end is not RunEnd.INTERRUPTED:  # After an interruption, the next attempt sends the rest.
             for note in self._notes_on_unsent_events():
                 self._state.add_note(note)
 
@@ -202,7 +203,10 @@ class RunTracking:
         return process
 
     def _environment(self) -> dict[str, str]:
-        """The environment of the process: it gets the credentials of trackers and storage, and writes only below its folder."""
+        """Return the environment of the process.
+
+        It contains the credentials of trackers and storage, and makes the libraries write only below the process's folder.
+        """
         inherited = {name: value for name, value in os.environ.items() if name not in OTHER_CREDENTIALS}
         home = str(self._folder / "home")
         return {
@@ -240,7 +244,7 @@ class RunTracking:
 
 
 def run_end(decision: ExitDecision, *, is_ended_by_user: bool) -> RunEnd:
-    """How the attempt ended. A stop on request is no failure, because the run continues in another attempt."""
+    """Return how the attempt ended. A requested stop is not a failure, because another attempt continues the run."""
     if decision.code == ExitCode.OK:
         return RunEnd.FINISHED
     if decision.failure is not None:
@@ -249,7 +253,7 @@ def run_end(decision: ExitDecision, *, is_ended_by_user: bool) -> RunEnd:
 
 
 def tracked_run(run: RunConfig, started_at: datetime, *, resumed_from_step: int | None = None) -> TrackedRun:
-    """What trackers know about the run."""
+    """Return the data about the run that trackers get."""
     spec = run.spec
     return TrackedRun(
         name=run_name(spec.output.run_name, job_name=run.name, started_at=started_at), project=spec.output.project or run.namespace,
@@ -259,7 +263,7 @@ def tracked_run(run: RunConfig, started_at: datetime, *, resumed_from_step: int 
 
 
 def parameters(run: RunConfig) -> dict[str, str]:
-    """The values of the spec with all defaults, by path, without secrets and names of Secrets."""
+    """Return the values of the spec with all defaults, by path, without secrets and names of Secrets."""
     spec, _ = without_secrets({name: value for name, value in run.spec.to_wire().items() if name not in UNTRACKED_GROUPS})
     return dict(sorted(_flatten(spec)))
 
@@ -277,7 +281,7 @@ def _flatten(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
 
 
 def data_sources(run: RunConfig, facts: RunFacts) -> tuple[DataSource, ...]:
-    """The sources of training, validation and test data, with their digests."""
+    """Return the sources of training, validation and test data, with their digests."""
     data = run.spec.dataset
     training = [data.train, *(part.source for part in data.mixture or [])]
     sources = [DataSource(context="training", source=redact_source(source), digest=facts.dataset_digest) for source in training if source]
@@ -288,7 +292,7 @@ def data_sources(run: RunConfig, facts: RunFacts) -> tuple[DataSource, ...]:
 
 
 def entries_of_checkpoint(restored: RestoreResult) -> list[LogEntry]:
-    """The logged lines of the run up to a checkpoint. The Trainer's state in the checkpoint has those of all attempts."""
+    """Return the logged lines of the run up to a checkpoint. The Trainer's state in the checkpoint contains the lines of all attempts."""
     if restored.path is None:
         return []
     try:
@@ -300,6 +304,6 @@ def entries_of_checkpoint(restored: RestoreResult) -> list[LogEntry]:
 
 
 def entries_of_log(data: bytes | None) -> list[LogEntry]:
-    """The logged lines of `log.jsonl`."""
+    """Return the logged lines of `log.jsonl`."""
     return [LogEntry.from_json(line) for line in (data or b"").decode().splitlines()]
 

@@ -1,8 +1,9 @@
-"""The interface of a tracker, what every tracker knows about the run, and the errors of trackers.
+"""The interface of a tracker, the data about the run that every tracker gets, and the errors of trackers.
 
-Events are sent again after an error and in a new attempt, so a tracker must accept events that it already has. For this, each tracker
-either asks its server for the newest step of each value, or writes its records under keys, or rewrites its files. The number of sent
-events is not stored. Otherwise, a process that is killed after sending events and before storing this number would cause duplicates.
+Events are sent again after an error and in a new attempt, so a tracker must accept events that it already has. A tracker does this in one
+of three ways: it asks its server for the newest step of each value, it writes its records under keys, or it rewrites its files. The number
+of sent events is not stored. Otherwise, a process that is killed after sending events and before storing this number would cause
+duplicates.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class TrackerError(Exception):
 
 
 class TrackedRun(BaseModel):
-    """What every tracker knows about the run."""
+    """The data about the run that every tracker gets."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -58,7 +59,7 @@ class TrackedRun(BaseModel):
 
 
 class FileStorage(Protocol):
-    """Where trackers that write files store them."""
+    """Storage for trackers that write files."""
 
     def put_file(self, path: Path, key: str) -> None:
         """Store a file, unless a later attempt has begun. `key`: relative to the job's folder."""
@@ -76,7 +77,7 @@ class Tracker(Protocol):
         """Send events. Events that the tracker already has are skipped or replaced."""
 
     def flush(self) -> None:
-        """Store what `send` has only buffered. Called at intervals and after the last event."""
+        """Send or store the events that `send` has only buffered. Called at intervals and after the last event."""
 
     def explain(self, error: Exception) -> TrackerError:
         """Return the TrackerError for an exception of the tracker's library."""
@@ -87,7 +88,7 @@ class Tracker(Protocol):
 
 
 def logged_values(entry: LogEntry) -> dict[str, float]:
-    """The numbers of a logged line, without its step and time. Numbers that are not finite are left out."""
+    """Return the numbers of a logged line, without its step and time. Numbers that are not finite are left out."""
     return {
         name: float(value)
         for name, value in entry.to_wire().items()
@@ -96,13 +97,13 @@ def logged_values(entry: LogEntry) -> dict[str, float]:
 
 
 def without_password(uri: str) -> str:
-    """The scheme, host and port of an address, without user, password, path and query."""
+    """Return the scheme, host and port of an address, without user, password, path and query."""
     match = re.match(r"^([\w+.-]+://)?(?:[^/@]*@)?([^/?#]*)", uri)
     return f"{match[1] or ''}{match[2]}" if match else "the server"
 
 
 def connection_error(tracker: str, address: str, error: Exception) -> TrackerError:
-    """The error for a server that does not answer. The exception's text only selects one of three reasons."""
+    """Return the error for a server that does not answer. The exception's text is not shown; it only selects one of three reasons."""
     text = str(error).lower()
     if "refused" in text:
         reason = "the connection was refused"
@@ -114,5 +115,5 @@ def connection_error(tracker: str, address: str, error: Exception) -> TrackerErr
 
 
 def rejected_error(tracker: str, address: str, hint: str) -> TrackerError:
-    """The error for credentials that the server does not accept."""
+    """Return the error for credentials that the server does not accept."""
     return TrackerError(Reason.TRACKER_CREDENTIALS_REJECTED, f"{tracker} at {without_password(address)} does not accept the credentials; {hint}")

@@ -111,7 +111,7 @@ _EVENT: TypeAdapter[Any] = TypeAdapter(Annotated[Event, Field(discriminator="kin
 
 
 def event_line(event: Event) -> str:
-    """The event as one line of the file."""
+    """Return the event as one line of the file."""
     return event.model_dump_json(exclude_none=True) + "\n"
 
 
@@ -144,5 +144,5 @@ class EventReader:
         return [_EVENT.validate_json(line) for line in complete]
 
     def confirm(self) -> None:
-        """Record that the events of the last `read` are handled."""
+        """Record that the events of the last `read` were handled."""
         self.position = self._next_position

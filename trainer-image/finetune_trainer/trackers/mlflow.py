@@ -1,8 +1,8 @@
 """Sends a run to an MLflow server: a parent run for the job, and a child run for each phase.
 
-The runs are found by the tag with the FineTuneJob's uid, so another attempt continues them, even if the answer to their creation was lost.
-MLflow keeps every value that it receives. Before values are sent, the server is asked for the newest step of each metric, and older steps
-are skipped. If a resumed attempt measures another value for a step that was sent before, MLflow keeps the first value.
+The runs are found by the tag with the FineTuneJob's uid, so another attempt continues them, even if the server's answer to the create
+request was lost. MLflow keeps every value that it receives. Before values are sent, the server is asked for the newest step of each metric,
+and older steps are skipped. If a resumed attempt measures another value for a step that was sent before, MLflow keeps the first value.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ PARENT = "job"
 SUFFIXES = {TrackedPhase.TRAIN: "_finetuning", TrackedPhase.INFER: "_inferencing", TrackedPhase.EVALUATE: "_evaluation"}
 """Suffixes of the names of child runs."""
 STATUSES = {RunEnd.FINISHED: "FINISHED", RunEnd.FAILED: "FAILED", RunEnd.KILLED: "KILLED", RunEnd.INTERRUPTED: "SCHEDULED"}
-"""MLflow's status after the end of an attempt. A run that waits for its next attempt is scheduled."""
+"""Status of the MLflow run after an attempt has ended. SCHEDULED: the job waits for its next attempt."""
 ENDED_STATUSES = ("FINISHED", "FAILED", "KILLED")
 
 
@@ -99,7 +99,7 @@ class Mlflow:
         self._send_metrics(metrics)
 
     def flush(self) -> None:
-        """Nothing is buffered."""
+        """Do nothing, because nothing is buffered."""
 
     def explain(self, error: Exception) -> TrackerError:
         from mlflow.exceptions import MlflowException
@@ -123,7 +123,7 @@ class Mlflow:
         if experiment is None:
             try:
                 return str(self._client.create_experiment(self._experiment))
-            except MlflowException as error:  # another run has created it in the meantime
+            except MlflowException as error:  # Another run has created the experiment in the meantime.
                 experiment = self._client.get_experiment_by_name(self._experiment)
                 if experiment is None:
                     raise error
@@ -155,7 +155,7 @@ class Mlflow:
         status, end_time = STATUSES[event.end], int(event.time * 1000)
         for part, remote in self._runs.items():
             if part != PARENT and remote.status in ENDED_STATUSES:
-                continue  # the phase has ended before
+                continue  # This phase ended earlier, with its own status.
             if event.end is RunEnd.INTERRUPTED:
                 self._client.update_run(remote.id, status=status)
             else:
@@ -169,7 +169,7 @@ class Mlflow:
             self._send_metrics(metrics)
 
     def _find_started_phases(self) -> None:
-        """Find the child runs again that this process has not used since it connected."""
+        """Find child runs on the server that this process has not used since it connected."""
         condition = f"tags.`finetune.uid` = '{self._run.uid}'"
         for run in self._client.search_runs([self._experiment_id], filter_string=condition, max_results=10):
             self._runs.setdefault(run.data.tags.get("finetune.part", PARENT), _RemoteRun(run))
@@ -177,7 +177,7 @@ class Mlflow:
     # ---- values ----
 
     def _log_parameters(self, parent: _RemoteRun) -> None:
-        """Log the parameters. MLflow refuses other values of a parameter, so a value that an adaptation has changed becomes a tag."""
+        """Log the parameters. MLflow refuses to change a parameter, so a value that an adaptation has changed is logged as a tag."""
         from mlflow.entities import Param
 
         values = {_key(name): value[:MAX_PARAMETER_LENGTH] for name, value in self._run.parameters.items()}
@@ -247,6 +247,6 @@ def _summary_values(entry: LogEntry) -> dict[str, float]:
 
 
 def _key(name: str) -> str:
-    """The name with characters that MLflow accepts."""
+    """Return the name without characters that MLflow rejects."""
     return re.sub(r"[^\w./ -]", "_", name)
 

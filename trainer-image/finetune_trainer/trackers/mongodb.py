@@ -1,6 +1,6 @@
 """Writes a run to MongoDB: `training_runs` has one document per job, `step_metrics` one per logged line, `final_metrics` the results.
 
-Each document has a key that follows from its content, so documents that are sent again replace themselves. The lines of steps that an
+The key of each document is computed from its content, so a document that is sent again replaces its first copy. The lines of steps that an
 attempt repeats are removed when the attempt begins. Lines are sent in order, so lines before the newest stored one are skipped.
 """
 
@@ -72,7 +72,7 @@ class Mongodb:
         self._last_steps = {kind: self._newest_step(kind) for kind in LineKind}
 
     def _newest_step(self, kind: LineKind) -> int:
-        """The largest step among the stored lines of a kind; -1 if no line is stored."""
+        """Return the largest step among the stored lines of a kind, or -1 if no line is stored."""
         found = self._collection("step_metrics").find_one({"run_id": self._run.uid, "kind": str(kind)}, sort=[("step", -1)])
         return -1 if found is None else int(found["step"])
 
@@ -100,7 +100,7 @@ class Mongodb:
         self._write(documents)
 
     def flush(self) -> None:
-        """Nothing is buffered."""
+        """Do nothing, because nothing is buffered."""
 
     def explain(self, error: Exception) -> TrackerError:
         from pymongo.errors import ConfigurationError, InvalidURI, OperationFailure
@@ -141,5 +141,5 @@ def _time(unix_time: float | None) -> datetime | None:
 
 
 def _without_dots(values: dict[str, Any]) -> dict[str, Any]:
-    """The values with names that MongoDB and tools for it accept without escapes."""
+    """Return the values under names that MongoDB and its tools accept without escapes."""
     return {name.replace(".", "_").replace("$", "_"): value for name, value in values.items()}

@@ -1,7 +1,8 @@
 """The process that sends a run to its trackers: `finetune-trainer track FOLDER`.
 
 The supervisor of rank 0's pod starts it. It reads `task.json` and follows the events in the folder, and writes `state.json` with the state of
-each tracker. It ends when the end of the attempt is sent. The libraries of trackers are imported only here, never by ranks.
+each tracker. The process ends after all trackers have received the end event. The libraries of trackers are imported only here, never by
+ranks.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ PARENT_POLL_SECONDS = 1.0
 SAMPLE_SECONDS = 15.0
 UPLOAD_SECONDS = 60.0
 UPLOAD_BYTES = 4 * 1024 * 1024
-"""The pause between uploads grows by `UPLOAD_SECONDS` with each such part of the file, which is always uploaded as a whole."""
+"""The file is always uploaded as a whole. So the pause between uploads grows by `UPLOAD_SECONDS` for each `UPLOAD_BYTES` of the file."""
 NICENESS = 10
 
 
@@ -50,7 +51,7 @@ class TrackerState(WireModel):
 
     address: str | None = Field(default=None, description="Address or id of the run in the tracker.")
     sent: int = Field(default=0, description="Events that were sent by this attempt.")
-    has_ended: bool = Field(default=False, description="Everything is sent, also the end of the attempt.")
+    has_ended: bool = Field(default=False, description="Whether all events were sent, including the end of the attempt.")
     reason: Reason | None = Field(default=None, description="Kind of the problem.")
     problem: str | None = Field(default=None, description="Why events cannot be sent at present.")
 
@@ -109,7 +110,7 @@ class SystemMetrics:
 
 
 def build_trackers(config: RunConfig, run: TrackedRun, folder: Path, storage: RunStorage) -> list[Tracker]:
-    """The trackers of `tracking.reportTo`. Their libraries are imported when they are opened."""
+    """Return the trackers of `tracking.reportTo`. Their libraries are imported when they are opened."""
     from finetune_trainer.trackers.mlflow import Mlflow
     from finetune_trainer.trackers.mongodb import Mongodb
     from finetune_trainer.trackers.tensorboard import TensorBoard
@@ -152,7 +153,8 @@ def main(arguments: list[str]) -> int:
 def _end_with_supervisor(supervisor: int) -> None:
     """End this process when the supervisor ends.
 
-    PR_SET_PDEATHSIG does not help: the kernel sends that signal when the thread ends that has started this process.
+    PR_SET_PDEATHSIG does not help: the kernel sends that signal when the thread that started this process ends, even if the supervisor
+    still runs.
     """
 
     def watch() -> None:

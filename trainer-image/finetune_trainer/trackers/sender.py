@@ -1,4 +1,4 @@
-"""Sends the events of a run to one tracker, in a thread of its own, until the attempt has ended."""
+"""Sends the events of a run to one tracker, in a separate thread, until the attempt has ended."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Sender:
                 threading.Event().wait(POLL_SECONDS)
 
     def step(self, *, is_ending: bool = False) -> None:
-        """Send the waiting events, unless the pause after an error is not over. When the attempt begins to end, the pause is skipped."""
+        """Send the waiting events, but not during the pause after an error. When the attempt starts to end, the pause is skipped."""
         if is_ending and not self._is_ending:
             self._is_ending, self._failures, self._next_try = True, 0, self._clock()
         if self._clock() < self._next_try:

@@ -20,7 +20,7 @@ class SystemSampler:
         psutil.cpu_percent(None)  # the first call only starts the measurement
 
     def sample(self) -> dict[str, float]:
-        """Return the values since the last call, by name."""
+        """Return the usage since the last call: values by name."""
         used, total = container_memory()
         values = {
             "system/cpu_utilization_percentage": psutil.cpu_percent(None),

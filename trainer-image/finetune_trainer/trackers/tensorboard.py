@@ -1,7 +1,7 @@
 """Writes TensorBoard event files and stores them below `tracking/tensorboard/` in the job's folder.
 
 An attempt writes the files of the whole run again, from the logged lines up to its checkpoint. The stored files therefore contain each step
-once, also if an attempt repeats steps. A file that has reached `SEGMENT_BYTES` is closed and not uploaded again.
+once, even if an attempt repeats steps. A file that has reached `SEGMENT_BYTES` is closed and not uploaded again.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class TensorBoard:
         return f"{self._run.storage_uri}/{self._key_folder}"
 
     def open(self) -> None:
-        """Start the first file. Further calls continue the files, because what was written is complete."""
+        """Start the first file. Later calls do nothing: after an error, the writing of the existing files continues."""
         if self._is_open:
             return
         shutil.rmtree(self._folder, ignore_errors=True)
@@ -102,7 +102,7 @@ class TensorBoard:
             self._not_uploaded.append(path)
 
     def _segment(self) -> Path:
-        """The current file. Names sort in the order of writing, as TensorBoard reads them."""
+        """Return the current file. TensorBoard reads files in the order of their names, so later files have later names."""
         path = self._path(self._number)
         if path.exists() and path.stat().st_size >= SEGMENT_BYTES:
             self._number += 1
@@ -126,7 +126,7 @@ def _text_event(time: float, tag: str, text: str) -> Any:
 
 
 def _tag(name: str, entry: LogEntry) -> str:
-    """The tag of a logged value, such as `train/loss` and `eval/loss`: TensorBoard groups its charts by the text before the slash."""
+    """Return the tag of a logged value, such as `train/loss` and `eval/loss`: TensorBoard groups its charts by the text before the slash."""
     for prefix in ("eval", "test"):
         if name.startswith(f"{prefix}_"):
             return f"{prefix}/{name.removeprefix(f'{prefix}_')}"

@@ -1,8 +1,8 @@
 """Sends a run to Weights & Biases, or writes its files below `tracking/wandb/` if `WANDB_MODE` is offline.
 
-The id of the run is the FineTuneJob's uid, so another attempt continues the run. W&B accepts only rising steps; the lines of one step form
-one row. Online, the server returns the step from which a resumed run continues. Offline, an attempt writes the whole run again, and
-`wandb sync` uploads the files.
+The id of the run is the FineTuneJob's uid, so another attempt continues the run. W&B accepts steps only in increasing order; all lines of
+one step form one row. Online, the server returns the step from which a resumed run continues. Offline, an attempt writes the whole run
+again, and `wandb sync` uploads the files.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ DEFAULT_URL = "https://api.wandb.ai"
 
 
 def is_offline(environment: Mapping[str, str]) -> bool:
-    """Whether the variables of `placement.env` ask for files instead of a server."""
+    """Whether `WANDB_MODE` selects files instead of a server. `environment`: the variables of `placement.env`."""
     return environment.get("WANDB_MODE") in OFFLINE_MODES
 
 
@@ -100,9 +100,9 @@ class Wandb:
         import wandb
 
         if end is RunEnd.INTERRUPTED and not self._is_offline:
-            self._remote.mark_preempting()  # W&B then shows the run as preempted, not as failed
+            self._remote.mark_preempting()  # W&B then shows the run as preempted instead of failed.
         self._remote.finish(exit_code=0 if end is RunEnd.FINISHED or (end is RunEnd.INTERRUPTED and self._is_offline) else 1)
-        wandb.teardown()  # the library's process still writes the file after `finish`; this waits until the process has ended
+        wandb.teardown()  # After `finish`, the library's process still writes the file. This call waits until that process has ended.
         self._is_finished = True
 
     def flush(self) -> None:

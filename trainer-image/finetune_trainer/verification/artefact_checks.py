@@ -31,14 +31,14 @@ ALL_LINEAR = "all-linear"
 
 @dataclass(frozen=True)
 class Fault:
-    """A fault because of which an artefact cannot be served as it was trained."""
+    """A fault that makes a served artefact differ from the trained model."""
 
     code: str
     message: str
 
 
 class _FaultFound(Exception):
-    """Ends the checks, because the later checks would read the faulty data."""
+    """Raised to end the checks, because later checks would read the faulty data."""
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)
@@ -117,7 +117,7 @@ def _check_lora(
     trained = reference.adapter if reference is not None else None
     if trained is not None:
         _check_scaling(parts, config, trained.scaling)
-    # With values of the training, the comparison of the values also finds this fault if the trainer could not measure the effect.
+    # If there are reference values, comparing them also finds this fault when the trainer could not measure the effect.
     was_changed = trained is None or trained.changes_output or (trained.changes_output is None and not (reference and reference.rows))
     is_zero = all(part["B"].is_zero() for part in parts.values() if "B" in part)
     only_lora = all(LORA_PART.search(name) for name in tensors)
@@ -126,7 +126,7 @@ def _check_lora(
 
 
 def _lora_parts(tensors: Mapping[str, StoredTensor]) -> dict[str, dict[str, StoredTensor]]:
-    """The matrices A and B of each adapted module, by the module's name in the base model. Embeddings have other layouts and are left out."""
+    """Return the matrices A and B of each adapted module, by the module's name in the base model. Embeddings have other layouts and are left out."""
     parts: dict[str, dict[str, StoredTensor]] = {}
     for name, tensor in tensors.items():
         match = LORA_PART.search(name)
@@ -136,7 +136,7 @@ def _lora_parts(tensors: Mapping[str, StoredTensor]) -> dict[str, dict[str, Stor
 
 
 def _check_known_names(tensors: Mapping[str, StoredTensor], config: Mapping[str, Any], expected: re.Pattern[str]) -> None:
-    """Refuse names of tensors that the configuration does not explain."""
+    """Refuse tensors whose names do not follow from the configuration."""
     saved = tuple(config.get("modules_to_save") or ())
     has_tokens, has_bias = bool(config.get("trainable_token_indices")), config.get("bias") not in (None, "none")
     for name in tensors:
@@ -160,7 +160,7 @@ def _check_pairs(parts: Mapping[str, Mapping[str, StoredTensor]]) -> None:
 
 
 def _adapted_embeddings(tensors: Mapping[str, StoredTensor]) -> set[str]:
-    """The embeddings with an adapter, by the name of the module in the base model."""
+    """Return the embeddings with an adapter, by the name of the module in the base model."""
     found = ((name, LORA_PART.search(name)) for name in tensors)
     return {name[: match.start()].removeprefix(PREFIX) for name, match in found if match and "embedding" in match.group(1)}
 
@@ -230,7 +230,7 @@ def _check_scaling(parts: Mapping[str, Any], config: Mapping[str, Any], trained:
 
 
 def _setting(config: Mapping[str, Any], module: str, name: str, pattern_name: str) -> float:
-    """A setting of the module: that of the first matching pattern, else that of the adapter."""
+    """Return a setting of the module: the value of the first matching pattern or, if none matches, the adapter's value."""
     patterns: Mapping[str, float] = config.get(pattern_name) or {}
     value = next((value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", module)), config.get(name))
     return float(value) if isinstance(value, int | float) and value > 0 else math.nan
@@ -252,7 +252,7 @@ def _check_model(folder: Path) -> None:
 
 
 def _check_tokenizer(folder: Path, reference: ReferenceValues | None) -> None:
-    """Compare the tokenizer with that of the training. Only the format of the library `tokenizers` can be read."""
+    """Compare the tokenizer with the tokenizer of the training. Only the format of the library `tokenizers` can be read."""
     if reference is None:
         return
     size = _vocabulary_size(folder)
@@ -266,7 +266,7 @@ def _check_tokenizer(folder: Path, reference: ReferenceValues | None) -> None:
 
 
 def _vocabulary_size(folder: Path) -> int | None:
-    """Number of tokens in tokenizer.json; None without a readable file."""
+    """Return the number of tokens in tokenizer.json, or None without a readable file."""
     tokenizer = _read_json(folder / "tokenizer.json")
     vocabulary = (tokenizer or {}).get("model", {}).get("vocab")
     if tokenizer is None or not isinstance(vocabulary, dict | list):
@@ -276,7 +276,7 @@ def _vocabulary_size(folder: Path) -> int | None:
 
 
 def _chat_template(folder: Path) -> str | None:
-    """The chat template of the folder: the file chat_template.jinja, or the entry in tokenizer_config.json."""
+    """Return the chat template of the folder: the file chat_template.jinja, or the entry in tokenizer_config.json."""
     file = folder / "chat_template.jinja"
     if file.exists():
         return file.read_text(encoding="utf-8")
@@ -295,7 +295,7 @@ def _read_tensors(folder: Path, name: str, code: str) -> dict[str, StoredTensor]
 
 
 def _read_base(base: Path) -> dict[str, StoredTensor]:
-    """The tensors of the base model; empty if its files have another format."""
+    """Return the tensors of the base model. Empty if its files have another format."""
     try:
         return read_folder(base)
     except (DamagedFileError, OSError):

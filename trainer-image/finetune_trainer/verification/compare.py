@@ -13,25 +13,33 @@ from finetune_trainer.verification.reference import ReferenceValues
 EXACT_TOLERANCE = 1e-3
 """Largest accepted difference of any token in 32 bits, in nats."""
 SPREAD_FACTOR = 2.0
-"""Other formats: accepted difference, as a multiple of the difference between two batch layouts of the trainer."""
+"""In other formats: accepted difference, as a multiple of the trainer's own difference between two batch layouts."""
 SMALLEST_TOLERANCE = 5e-3
-"""Other formats: smallest accepted difference, in nats. Two batch layouts can agree by chance."""
+"""In other formats: minimum of the accepted difference, in nats. This minimum is needed because two batch layouts can agree by chance."""
 ROUNDED_TOLERANCE = 4e-2
-"""Smallest accepted difference of a merged model with 16-bit weights, in nats. An H200 computed differences from 0.0023 to 0.0182 for eight
-correctly merged models with 2 to 24 layers, because the sum of base weight and adapter is rounded. A batch layout does not show this rounding."""
+"""Minimum of the accepted difference for a merged model with 16-bit weights, in nats. An H200 computed differences from 0.0023 to 0.0182
+for eight correctly merged models with 2 to 24 layers, because the sum of base weight and adapter is rounded. The difference between two
+batch layouts does not include this rounding.
+"""
 SHARE_OF_CHANGE = 0.1
-"""Other formats: share of the change from the base model that is accepted, up to `ROUNDED_TOLERANCE`. Training computes with autocast, with FSDP or
-with DeepSpeed, and a fresh model without them, so that both round differently: on an H200, correct models with 12 layers differed by 0.0057 to 0.0091."""
+"""In other formats: a difference up to this share of the change by training is accepted, but at most `ROUNDED_TOLERANCE`.
+
+Training uses autocast, FSDP or DeepSpeed, and a freshly loaded model does not, so the two round differently: on an H200, correct models
+with 12 layers differed by 0.0057 to 0.0091.
+"""
 SHARE_OF_DOUBT, SMALLEST_DOUBT = 0.5, 1e-4
-"""A difference above this share of the change by training is not verified, even if it is within the tolerance: an artefact without a part of
-the change could differ as much. Differences below `SMALLEST_DOUBT` nats are rounding in 32 bits."""
+"""A difference above this share of the change by training gives the result "not verified", even if it is within the tolerance: an artefact
+that lacks a part of the change could differ as much.
+
+Differences below `SMALLEST_DOUBT` nats are rounding in 32 bits.
+"""
 MERGED = "merged"
 """Name of the merged model in the status."""
 SEVERITY = (VerificationOutcome.VERIFIED, VerificationOutcome.NOT_VERIFIED, VerificationOutcome.FAILED)
 
 
 def root_mean_square(first: Sequence[float], second: Sequence[float]) -> float:
-    """Root mean square of the differences. NaN if a value is not finite."""
+    """Return the root mean square of the differences. NaN if a value is not finite."""
     squares = [(one - other) ** 2 for one, other in zip(first, second, strict=True)]
     return math.sqrt(math.fsum(squares) / len(squares)) if all(map(math.isfinite, squares)) else math.nan
 
@@ -57,7 +65,7 @@ def difference_and_tolerance(
 
 
 def with_values(reference: ReferenceValues, values: Sequence[float]) -> ReferenceValues:
-    """Return reference values with other values, which were computed without quantisation and in one batch layout only."""
+    """Return a copy of the reference with other values. They were computed without quantisation and in only one batch layout."""
     rest = iter(values)
     rows = [row.model_copy(update={"values": list(islice(rest, len(row.values)))}) for row in reference.rows]
     rows = [row.model_copy(update={"batched_values": row.values}) for row in rows]
@@ -77,8 +85,8 @@ def judge(
         artefact=name, result=VerificationOutcome.VERIFIED, difference=_finite(difference), tolerance=_rounded(tolerance), change_from_base=_finite(change)
     )
     changed_in_training = reference.adapter.changes_output if reference.adapter is not None else None
-    smallest_loss = 0.0 if changed_in_training else tolerance  # if the trainer could not measure the effect, rounding also explains small differences
-    if change == 0 and changed_in_training is not False and difference > smallest_loss:
+    rounding_limit = 0.0 if changed_in_training else tolerance  # If the trainer could not measure the effect, rounding can also explain small differences.
+    if change == 0 and changed_in_training is not False and difference > rounding_limit:
         return _failed(result, "AdapterHasNoEffect", "the stored adapter does not change the values of the base model")
     if math.isnan(difference):
         return _failed(result, "ValuesNotFinite", "the stored model computes values that are not finite")
@@ -113,12 +121,12 @@ def summarise(artefacts: Sequence[ArtefactVerification], reference: ReferenceVal
 
 
 def failed(name: str, code: str, reason: str) -> ArtefactVerification:
-    """The result of an artefact that is damaged or cannot be loaded."""
+    """Return the result for an artefact that is damaged or cannot be loaded."""
     return ArtefactVerification(artefact=name, result=VerificationOutcome.FAILED, code=code, reason=reason)
 
 
 def not_verified(name: str, code: str, reason: str) -> ArtefactVerification:
-    """The result of an artefact whose values could not be compared."""
+    """Return the result for an artefact whose values could not be compared."""
     return ArtefactVerification(artefact=name, result=VerificationOutcome.NOT_VERIFIED, code=code, reason=reason)
 
 

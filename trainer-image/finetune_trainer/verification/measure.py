@@ -1,4 +1,7 @@
-"""Computes the log-probabilities or scores of rows with a model. Trainer and stage use the same code, but models that are loaded in different ways."""
+"""Computes the log-probabilities or scores of rows with a model.
+
+The trainer and the stage use the same code, but load the model in different ways.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from finetune_trainer.data.vision import VisionProcessor
 from finetune_trainer.verification.reference import ReferenceRow, counted_values
 
 POSITIONS_PER_CHUNK = 64
-"""Positions whose log-probabilities are computed at the same time. The float32 copy of all logits would not fit into memory."""
+"""Number of positions whose log-probabilities are computed at the same time. A float32 copy of all logits would not fit into memory."""
 
 
 def row_values(
@@ -41,13 +44,13 @@ def batch_values(
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False, **{name: value.to(device) for name, value in inputs.items()}).logits
     if head == "reward":
         return [[float(score)] for score in logits[:, 0].float()]
-    logits = logits[:, -longest:]  # without the virtual tokens of prompt tuning
+    logits = logits[:, -longest:]  # Remove the virtual tokens of prompt tuning.
     values = [_log_probabilities(logits[index, : len(row.ids) - 1], ids[index, 1 : len(row.ids)]) for index, row in enumerate(rows)]
     return counted_values(values, rows)
 
 
 def _log_probabilities(logits: torch.Tensor, tokens: torch.Tensor) -> list[float]:
-    """The log-probability of each token. `logits`: shape (positions, vocabulary size)."""
+    """Return the log-probability of each token. `logits`: shape (positions, vocabulary size)."""
     values: list[float] = []
     for start in range(0, len(tokens), POSITIONS_PER_CHUNK):
         part = slice(start, start + POSITIONS_PER_CHUNK)

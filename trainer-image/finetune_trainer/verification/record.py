@@ -1,7 +1,7 @@
 """Computes the reference values with the trained model in memory, after the final model has been saved.
 
-The computation cannot change the run: all weights are saved already, no random numbers are drawn, and the mode of the model is restored. A failure
-here does not fail the run. The file then contains the reason instead of values.
+The computation cannot change the run: all weights are already saved, no random numbers are drawn, and the mode of the model is restored. A
+failure does not fail the run; the file then contains the reason instead of values.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ MAX_ROW_TOKENS = 256
 """Eight rows of 256 tokens need 0.6 GB for the logits of a vocabulary of 150 000 tokens in 16 bits."""
 MIN_ROW_TOKENS = 2
 MAX_IMAGE_BYTES = 4 * 2**20
-"""Size of all images together. They are stored with the reference values."""
+"""Maximum total size of the images, which are stored with the reference values."""
 
 
 def choose_rows(datasets: Sequence[Any], tokenizer: Any) -> list[ReferenceRow]:
@@ -48,7 +48,7 @@ def choose_rows(datasets: Sequence[Any], tokenizer: Any) -> list[ReferenceRow]:
 
 
 def _choose_rows_with_images(dataset: Any) -> list[ReferenceRow]:
-    """The first rows that are short enough. A row is not cut, because its images need all of their tokens."""
+    """Return the first rows that are short enough. A row is not cut, because an image needs all of its tokens."""
     rows: list[ReferenceRow] = []
     longest = size = 0
     for number in range(min(len(dataset), 4 * MAX_ROWS)):
@@ -64,7 +64,7 @@ def _choose_rows_with_images(dataset: Any) -> list[ReferenceRow]:
 
 
 def _rows_of(columns: Mapping[str, Any], tokenizer: Any) -> list[ReferenceRow]:
-    """The token rows of one example, by the columns of its objective. Rows without a counted token are left out."""
+    """Return the token rows of one example. The columns depend on the objective. Rows without a counted token are left out."""
     if "input_ids" in columns:
         ids, labels = list(columns["input_ids"]), list(columns.get("labels", columns["input_ids"]))
         found = [(ids, [label != IGNORED_LABEL for label in labels])]
@@ -82,7 +82,7 @@ def _rows_of(columns: Mapping[str, Any], tokenizer: Any) -> list[ReferenceRow]:
 
 
 def _prompt_ids(prompt: Any, tokenizer: Any) -> list[int]:
-    """The tokens of a prompt without an answer. `prompt`: a text, or messages."""
+    """Return the tokens of a prompt without an answer. `prompt`: a text, or messages."""
     if isinstance(prompt, str):
         return list(tokenizer(prompt, add_special_tokens=False)["input_ids"])
     if not prompt:
@@ -119,7 +119,7 @@ def record_values(
 def _measure(
     trainer: Any, run: RunConfig, hardware: Hardware, found: ReferenceValues, *, is_sharded: bool, vision: VisionProcessor | None
 ) -> ReferenceValues:
-    """Compute the values of the rows in two layouts, and whether the adapter changes them."""
+    """Compute the values of the rows in two batch layouts, and whether the adapter changes the values."""
     model = trainer.model_wrapped if is_sharded else trainer.model
     was_training = model.training
     options: dict[str, Any] = {"head": found.head, "pad_token_id": found.pad_token_id, "device": hardware.device, "vision": vision}
@@ -142,12 +142,12 @@ def _measure(
 
 
 def _kept_random_states() -> Any:
-    """Restore torch's random states afterwards, in case a model draws random numbers in its forward pass."""
+    """Restore torch's random states at the end, because a model may draw random numbers in its forward pass."""
     return torch.random.fork_rng()
 
 
 def _dtype_of(base: Any) -> str:
-    """Number format in which the base model's weights must be loaded."""
+    """Return the number format in which the base model's weights must be loaded."""
     return str(getattr(base, "dtype", torch.float32)).removeprefix("torch.")
 
 
@@ -163,7 +163,7 @@ def _rounds_to_tf32() -> bool:
 
 
 def _describe_adapter(model: Any) -> TrainedAdapter | None:
-    """The settings of the adapter as its layers apply them, not as its configuration states them."""
+    """Return the settings of the adapter that its layers apply. They may differ from its configuration."""
     if not hasattr(model, "peft_config"):
         return None
     name = model.active_adapter

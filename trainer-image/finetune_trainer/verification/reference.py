@@ -1,4 +1,4 @@
-"""The file of reference values: log-probabilities of some rows, as the trained model computed them in memory."""
+"""The file of reference values: log-probabilities of some rows, which the trained model computed in memory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from finetune_trainer.data.rows import ImageFile
 FILE_NAME = "reference-values.json"
 """Name of the file in the trainer's output folder."""
 MANIFEST_KEY = "referenceValues"
-"""Name of the file's sha256 among the additional values of the model's manifest."""
+"""Key of the file's sha256 in the additional values of the model's manifest."""
 STORED_KEY = "run/reference-values-{digest}.json"
 """Key in storage. The file is not part of the model's folder, because it contains rows of the user's data."""
 
@@ -46,10 +46,10 @@ class TrainedAdapter(LenientModel):
 
 
 class ReferenceValues(LenientModel):
-    """`reference-values.json`: what the stage `verifying` needs, besides the stored model and the base model."""
+    """`reference-values.json`: the data that the stage `verifying` needs besides the stored model and the base model."""
 
     version: int = 1
-    reason: str | None = Field(default=None, description="Why there are no values. None if there are.")
+    reason: str | None = Field(default=None, description="Why there are no values. None if there are values.")
     head: str = Field(default="causal", description="causal: log-probabilities of tokens. reward: one score for each row.")
     dtype: str = Field(default="float32", description="Number format of the base model's weights.")
     autocast: str | None = Field(default=None, description="Number format of torch's autocast; None without autocast.")
@@ -57,7 +57,7 @@ class ReferenceValues(LenientModel):
     quantization: dict[str, Any] | None = Field(default=None, description="Quantisation of the base model, as in its config.json.")
     is_tf32: bool = Field(default=False, description="Whether matrix products in 32 bits rounded their inputs to TF32.")
     pad_token_id: int = 0
-    tokenizer_length: int = Field(default=0, description="Number of tokens of the tokenizer, with added tokens.")
+    tokenizer_length: int = Field(default=0, description="Number of tokens in the tokenizer, including added tokens.")
     chat_template_sha256: str | None = Field(default=None, description="sha256 of the tokenizer's chat template; None without a template.")
     architecture: str = Field(default="", description="Class of the base model.")
     reads_images: bool = Field(default=False, description="Whether the model is a vision-language model.")
@@ -78,12 +78,12 @@ class ReferenceValues(LenientModel):
         return [value for row in self.rows for value in row.batched_values]
 
     def to_bytes(self) -> bytes:
-        """The content of the file. Its sha256 is the name of the file in storage."""
+        """Return the content of the file. Its sha256 is the file's name in storage."""
         return json.dumps(self.to_wire(), sort_keys=True, separators=(",", ":")).encode()
 
 
 def text_sha256(text: str | None) -> str | None:
-    """Return the sha256 (hex) of a text, without white space at its ends. None for no text."""
+    """Return the sha256 (hex) of a text after removing white space at both ends. None if there is no text."""
     return None if not text else hashlib.sha256(text.strip().encode()).hexdigest()
 
 
@@ -93,5 +93,5 @@ def stored_key(digest: str) -> str:
 
 
 def counted_values(values: Sequence[Sequence[float]], rows: Sequence[ReferenceRow]) -> list[list[float]]:
-    """Keep only the values of counted tokens. `values`: one value for each token after the first, for each row."""
+    """Return only the values of counted tokens. `values`: one value for each token after the first, for each row."""
     return [[value for value, is_counted in zip(of_row, row.is_counted[1:], strict=True) if is_counted] for of_row, row in zip(values, rows, strict=True)]

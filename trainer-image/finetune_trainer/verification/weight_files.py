@@ -12,7 +12,7 @@ LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 EXPONENT_MASKS = {"F64": 0x7FF0000000000000, "F32": 0x7F800000, "F16": 0x7C00, "BF16": 0x7F80}
-"""Bit mask of the exponent. A number is infinite or NaN exactly if all bits of its exponent are set."""
+"""Bit mask of the exponent. A number is infinite or NaN if and only if all bits of its exponent are set."""
 CHUNK_ITEMS = 1 << 22
 
 
@@ -82,9 +82,10 @@ def _tensor(path: Path, name: str, entry: Any, data_start: int) -> StoredTensor:
 
 
 def read_folder(folder: Path, single: str = "model.safetensors") -> dict[str, StoredTensor]:
-    """Return all tensors of a model's folder: those of the file `single`, or of the files in its index. Empty without safetensors files.
+    """Return all tensors of a model's folder: the tensors of the file `single`, or of all files in its index. Empty without safetensors
+    files.
 
-    Errors: DamagedFileError, also for a missing file of the index.
+    Errors: DamagedFileError, for example if a file in the index is missing.
     """
     if (folder / single).exists():
         return read_header(folder / single)

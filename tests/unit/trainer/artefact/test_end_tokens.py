@@ -1,4 +1,4 @@
-"""The end tokens that training data teaches, and the files that contain them."""
+"""The end tokens that a model learns from training data, and the files that contain these tokens."""
 
 from __future__ import annotations
 

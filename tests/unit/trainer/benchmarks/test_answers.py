@@ -1,4 +1,4 @@
-"""Generated answers of benchmarks end where training has taught the model to end."""
+"""Generated answers of benchmarks end at the end tokens that the model learned in training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rating sheets: hidden order of the models, and cells that no spreadsheet runs."""
+"""Rating sheets: hidden order of the models, and cells that a spreadsheet does not execute."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PROMPTS = [f"question {number}" for number in range(40)]
 TRAINED_ANSWERS, BASE_ANSWERS = [f"trained {number}" for number in range(40)], [f"base {number}" for number in range(40)]
 
 
-def test_the_order_of_the_models_is_random_and_only_the_key_tells_it() -> None:
+def test_the_order_of_the_models_is_random_and_only_the_key_contains_it() -> None:
     rows, models = sheet_rows(PROMPTS, TRAINED_ANSWERS, BASE_ANSWERS, seed=1)
     assert [row.model for row in rows] == ["A", "B"] * 40 and [row.number for row in rows] == list(range(1, 81))
     assert all(row.response.startswith(models[row.number]) and row.response.endswith(f" {row.prompt_number - 1}") for row in rows)

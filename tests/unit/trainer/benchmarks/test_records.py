@@ -1,4 +1,4 @@
-"""Records of finished tasks, and the results that they become."""
+"""Records of finished tasks, and the results that are computed from them."""
 
 from __future__ import annotations
 

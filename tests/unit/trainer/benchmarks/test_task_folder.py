@@ -1,4 +1,4 @@
-"""Task folders: what is refused before training, and the tables of names against the installed harness."""
+"""Task folders: the refusals before training, and a comparison of the tables of names with the installed harness."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_a_python_file_is_refused_because_a_metric_could_load_it(tmp_path: Path)
         ("data_files: {test: sums.jsonl}", "x: 1", "reads json files, but dataset_kwargs.data_files names none"),
     ],
 )
-def test_data_outside_the_folder_are_refused_also_if_code_is_allowed(old: str, new: str, message: str, tmp_path: Path) -> None:
+def test_data_outside_the_folder_are_refused_even_if_code_is_allowed(old: str, new: str, message: str, tmp_path: Path) -> None:
     path = write_task(tmp_path / "tasks", "sums")
     (tmp_path / "rows.jsonl").write_text("{}")
     (tmp_path / "tasks" / "https:" / "host").mkdir(parents=True)
@@ -170,7 +170,7 @@ def test_a_file_that_cannot_be_read_is_named(text: str, message: str, tmp_path: 
 
 
 def test_the_override_of_the_harness_s_templates_is_still_needed_and_works() -> None:
-    """The harness renders templates with an environment that lets them reach Python's classes. If this fails, the sandbox can go."""
+    """The harness renders templates with an environment that lets them reach Python's classes. If this test fails, the sandbox can be removed."""
     from finetune_trainer.benchmarks.harness import _sandboxed_templates
     from jinja2.exceptions import SecurityError
     from lm_eval import utils

@@ -63,12 +63,12 @@ def prediction(answer: str, reference: str | None = "Paris", question: str = "Ca
 
 
 def texts_of(body: dict[str, Any]) -> dict[str, str]:
-    """The texts that a request asks the judge about."""
+    """Return the texts in a request to the judge."""
     return json.loads(body["messages"][1]["content"])
 
 
 def claims_reply(supported: int, unsupported: int, found: int, missed: int) -> Reply:
-    """The judge's claims: of the answer supported and unsupported ones, of the correct answer found and missed ones."""
+    """Return the judge's claims: supported and unsupported claims of the answer, found and missed claims of the correct answer."""
     answer = [{"claim": "c", "supported": True}] * supported + [{"claim": "c", "supported": False}] * unsupported
     reference = [{"claim": "c", "supported": True}] * found + [{"claim": "c", "supported": False}] * missed
     return chat_reply(json.dumps({"answer_claims": answer, "reference_claims": reference}))
@@ -267,7 +267,7 @@ def test_a_closed_port_is_a_reason() -> None:
     [(401, CredentialsError, "JudgeCredentialsRefused"), (403, CredentialsError, "JudgeCredentialsRefused"), (404, NotFoundError, "JudgeNotFound")],
 )  # fmt: skip
 @pytest.mark.parametrize("parallel", [1, 4])
-def test_what_cannot_succeed_ends_the_evaluation_once(
+def test_a_permanent_error_ends_the_evaluation_after_one_request(
     endpoint: StubJudge, connect: Callable[..., Judge], caplog: pytest.LogCaptureFixture, status: int, kind: type[Any], code: str, parallel: int
 ) -> None:
     """The endpoint's text may contain the key. Neither the error nor the log does."""

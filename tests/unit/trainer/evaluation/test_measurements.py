@@ -58,7 +58,7 @@ def measure(rows: Rows) -> Measurements:
 
 
 def draw_rows(generator: np.random.Generator, count: int, skill: float, like: Rows | None = None) -> Rows:
-    """A model with more skill predicts more tokens. Rows and tokens are of different difficulty. `like`: rows of another model."""
+    """A model with more skill predicts more tokens. Rows and tokens differ in difficulty. `like`: rows of another model."""
     sizes = like.sizes if like else np.ceil(generator.lognormal(2.5, 0.5, count)).astype(int).tolist()
     wanted = np.array(like.labels) if like else generator.choice(40, size=sum(sizes), p=FREQUENCIES)
     difficulty = np.repeat(generator.normal(0, 0.1, count), sizes) + 0.2 * (wanted % 3 == 0)
@@ -120,7 +120,7 @@ def test_sums_of_bleu_contain_the_corpus_bleu() -> None:
     assert sums[2] == [0.0] * 10 and sums[0][:2] == [6.0, 7.0]
 
 
-def test_file_keeps_every_number_also_one_that_is_not_finite(tmp_path: Path) -> None:
+def test_file_keeps_every_number_even_if_it_is_not_finite(tmp_path: Path) -> None:
     values = {"loss": MetricValue(None, "the loss is not finite"), "rougeL": MetricValue(0.5, "1 of 2", [0.5, None])}
     found = Measurements(row_count=2, token_sums=[[math.inf, 3.0, 1.0, 0.5, 0.25]], answers=["a"], end_token_ids=[7]).with_values(values)
     found.write(tmp_path / "m.json")

@@ -1,4 +1,4 @@
-"""Text metrics against references that are written out here."""
+"""Text metrics, compared with references that this module computes."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_bleu_is_computed_over_the_corpus_on_a_scale_to_100() -> None:
     assert 40 < found.value < 90 and found.value != pytest.approx(sum(found.scores) / 3)
 
 
-def test_bleu_of_a_short_row_counts_the_orders_that_it_has() -> None:
+def test_bleu_of_a_short_row_uses_only_the_orders_that_it_has() -> None:
     """Two words have no sequence of four words."""
     assert bleu(as_predictions([("red mat", "red mat")])).rows == [100.0]
 
@@ -154,6 +154,6 @@ def test_rows_without_a_correct_answer_keep_their_place() -> None:
     assert bleu(rows).value == bleu(as_predictions(PAIRS)).value
 
 
-def test_the_cosine_of_vectors_that_have_none() -> None:
+def test_vectors_without_a_direction_have_no_cosine() -> None:
     assert cosine([1.0], [0.0]) is None and cosine([math.nan], [1.0]) is None and cosine([math.inf], [1.0]) is None
     assert cosine([1e200, 1e200], [1.0, 1.0]) == pytest.approx(1.0)

@@ -31,7 +31,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A page with texts that are long or an attack."""
+    """A page with long texts, and texts that try to inject code."""
     report = sample(
         attempts=(attempt(1, exit_code=65, code="X", message=LONG_WORD, hint=ATTACK, notes=[ATTACK, LONG_WORD]),),
         output=Output(uri=f"s3://{LONG_WORD}", sha256="f" * 64), further_results={"benchmarks": {LONG_WORD: LONG_WORD}},

@@ -83,7 +83,7 @@ def test_answers_are_side_by_side() -> None:
     ]
 
 
-def test_what_was_asked_is_separate_from_what_was_filled_in() -> None:
+def test_values_of_the_user_are_separate_from_filled_in_defaults() -> None:
     parsed = page()
     assert table(parsed, "Set by the user")[1:] == [["model.source", "org/base@main"], ["dataset.train", "s3://data/rows.jsonl"], ["training.epochs", "1"]]
     assert ["method.lora.rank", "16", "default"] in table(parsed, "Filled in")
@@ -130,14 +130,14 @@ def test_an_attempt_that_was_killed_counts_until_its_last_line() -> None:
         ({"exit_code": None}, False, "Not finished", "before the attempt ended"),
     ],
 )  # fmt: skip
-def test_a_run_that_did_not_complete_says_why(last: dict[str, Any], has_model: bool, badge: str, sentence: str) -> None:
+def test_the_page_of_an_incomplete_run_says_why(last: dict[str, Any], has_model: bool, badge: str, sentence: str) -> None:
     report = sample(attempts=(attempt(1, **last),))
     parsed = parse(render(report if has_model else replace(report, output=None)))
     assert [element.full_text for element in parsed.all("span") if "badge" in element.attributes.get("class", "")] == [badge]
     assert sentence in parsed.all("section", **{"aria-label": "Outcome"})[0].full_text
 
 
-def test_a_run_that_recorded_nothing_has_a_page_of_reasons() -> None:
+def test_the_page_of_a_run_without_records_gives_reasons() -> None:
     report = sample()
     text = render(RunReport(run=report.run, config_sha256="c0ffee", written_at=report.written_at))
     parsed = parse(text)
@@ -161,7 +161,7 @@ def test_every_text_of_a_user_is_escaped() -> None:
     assert parsed.full_text.count(ATTACK) >= 11
 
 
-def test_the_page_refers_to_nothing_outside() -> None:
+def test_the_page_loads_nothing_from_outside() -> None:
     text = render(sample())
     links = re.findall(r"""(?:href|src|srcset|action)\s*=\s*["']([^"']*)""", text) + re.findall(r"url\(([^)]*)\)|@import", text)
     assert links and all(link.startswith("#") or link == "data:," for link in links)

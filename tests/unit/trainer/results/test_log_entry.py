@@ -25,7 +25,7 @@ def entries(*lines: dict[str, Any]) -> list[LogEntry]:
         ({"epoch": 1.0}, LineKind.OTHER),
     ],
 )
-def test_the_names_of_the_values_tell_the_kind_of_a_line(values: dict[str, Any], kind: LineKind) -> None:
+def test_the_names_of_the_values_show_the_kind_of_a_line(values: dict[str, Any], kind: LineKind) -> None:
     assert LogEntry(step=1, **values).kind is kind
 
 

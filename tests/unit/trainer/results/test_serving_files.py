@@ -1,4 +1,4 @@
-"""Manifests with which servers serve the final model."""
+"""Manifests for servers of the final model."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_vllm_serves_a_complete_model_from_storage() -> None:
 
 
 @pytest.mark.parametrize(("settings", "rank"), [({"r": 8}, 8), ({"r": 8, "rank_pattern": {"q_proj": 64}}, 64)])
-def test_the_highest_rank_of_the_stored_adapter_counts(settings: dict[str, Any], rank: int, tmp_path: Path) -> None:
+def test_the_highest_rank_of_the_stored_adapter_is_used(settings: dict[str, Any], rank: int, tmp_path: Path) -> None:
     from finetune_api.spec.enums import OutputKind
 
     from tests.support.learning import make_run

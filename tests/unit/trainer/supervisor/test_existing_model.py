@@ -1,4 +1,4 @@
-"""The model that `phases.from` names: found, checked and downloaded, or refused with what to write."""
+"""The model that `phases.from` names: it is found, checked and downloaded, or refused with a hint what to write."""
 
 from __future__ import annotations
 

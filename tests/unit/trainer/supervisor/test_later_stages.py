@@ -1,4 +1,4 @@
-"""The stages after training: each runs once per model, and an attempt continues with the first open stage."""
+"""The stages after training: each runs once per model, and an attempt continues with the first unfinished stage."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ def test_a_part_that_cannot_be_stored_adds_a_note(tmp_path: Path, output: Output
     assert attempt.state.report().resolved.notes == ["some results of finished tasks were not stored: StorageFailed"]
 
 
-def test_an_unexpected_failure_keeps_what_earlier_stages_have_found(
+def test_an_unexpected_failure_keeps_the_results_of_earlier_stages(
     tmp_path: Path, output: Output, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     uri = "file:///merged"
@@ -233,7 +233,7 @@ def test_a_failed_gate_ends_the_job_after_the_other_results_and_without_a_copy(
         assert report.output == output.model_copy(update={"promoted": False}) and attempt.tree.store.get(MARKER) is None
 
 
-def test_a_failed_gate_decides_also_if_a_later_stage_fails(tmp_path: Path, output: Output, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_gate_is_the_failure_even_if_a_later_stage_fails(tmp_path: Path, output: Output, monkeypatch: pytest.MonkeyPatch) -> None:
     later, attempt = gated(tmp_path, 1, {Stage.EVALUATING: decided([FAILED]), Stage.VERIFYING: DataError("Bad", "broken")}, monkeypatch)
     report = later.run(output)
     assert report.failure is not None and (report.failure.stage, report.failure.error.code) == (Stage.EVALUATING, "GateFailed")

@@ -1,4 +1,4 @@
-"""The lineage statement: what it names, when it is written, and that a failure ends no run."""
+"""The lineage statement: its content, when it is written, and that a failure to write it does not end a run."""
 
 from __future__ import annotations
 

@@ -188,7 +188,7 @@ def test_only_rank_0s_pod_reports_the_abilities_of_the_store(
     assert (needs, resolved.notes, resolved.storage is not None) == ([node_rank == 0], notes, node_rank == 0)
 
 
-def test_a_resumed_run_reports_its_step_and_what_is_not_exact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_run_reports_its_step_and_why_it_is_not_exact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     results = [
         RestoreResult(manifest=Manifest(step=7, incarnation="a1-0", files=[]), path=tmp_path, uri="u", is_exact=False, inexact_reason="other seed",
                       changed_inputs=["tokenizer", "adapter"], damage_messages=["step 9 is damaged"]),

@@ -1,4 +1,4 @@
-"""The report of a run: made from storage, at the end of each attempt, and never the reason of a failure."""
+"""The report of a run: it is made from storage at the end of each attempt, and never causes a failure."""
 
 from __future__ import annotations
 

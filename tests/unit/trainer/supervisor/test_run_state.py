@@ -151,7 +151,7 @@ def test_a_checkpoint_problem_makes_the_run_unhealthy_until_it_is_cleared() -> N
     assert (state.report().health.healthy, state.checkpoint_problem) == (True, None)
 
 
-def test_of_checkpoints_with_the_same_loss_the_earlier_one_is_the_best() -> None:
+def test_the_earlier_of_two_checkpoints_with_equal_loss_is_the_best() -> None:
     losses = {9: None, 8: 0.5, 7: 0.5, 6: 0.5, 5: 0.5, 4: 0.25, 3: 0.0, 2: 0.0, 1: None}
     checkpoints = [Checkpoint(step=step, uri="u", eval_loss=loss) for step, loss in losses.items()]
     assert [one.step for one in newest_and_best(checkpoints)] == [9, 8, 7, 6, 5, 2]

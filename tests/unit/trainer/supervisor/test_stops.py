@@ -43,7 +43,7 @@ def output(tmp_path: Path) -> Output:
 
 @pytest.fixture
 def hang(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., list[str]]]:
-    """Returns a function that lets the first call of a method with a matching argument hang until the end of the test.
+    """Return a function that makes the first call of a method with a matching argument hang until the end of the test.
 
     The call first runs `before`, for example to request a stop. The function returns a list that the matching argument is added to.
     """
@@ -209,7 +209,7 @@ def test_a_file_of_the_copy_that_has_changed_is_copied_again(tmp_path: Path, out
 
 
 @pytest.mark.parametrize("listed", ["another model", "not JSON"])
-def test_a_list_that_does_not_fit_is_ignored(listed: str, tmp_path: Path, output: Output, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unusable_list_of_copied_files_is_ignored(listed: str, tmp_path: Path, output: Output, monkeypatch: pytest.MonkeyPatch) -> None:
     copy_until(1, tmp_path, output, monkeypatch, files=2)
     if listed == "not JSON":
         (tmp_path / "store" / "run" / "copied.json").write_text("{")
@@ -264,7 +264,7 @@ def test_a_stop_during_optional_work_ends_the_wait(supervisor: Supervisor) -> No
         supervisor._facts.stop_requested_at = time.monotonic() - 1000
         may_end.wait()
 
-    supervisor._clean_up(request_stop_and_hang)  # would wait for 60 seconds
+    supervisor._clean_up(request_stop_and_hang)  # Without the stop request, this call would wait for 60 seconds.
     may_end.set()
 
 

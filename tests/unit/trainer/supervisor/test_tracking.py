@@ -1,4 +1,4 @@
-"""What the supervisor gives to the tracker process, and how it handles the end and crashes of the process."""
+"""The data that the tracker process gets from the supervisor, and how the supervisor handles the end and crashes of the process."""
 
 from __future__ import annotations
 

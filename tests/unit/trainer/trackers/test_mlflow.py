@@ -1,4 +1,4 @@
-"""MLflow: parent and child runs, continued across attempts. The store is MLflow's own file store; a server is used in `tests/faults/trackers`."""
+"""MLflow: parent and child runs, which later attempts continue. These tests use MLflow's own file store; `tests/faults/trackers` uses a server."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_a_killed_attempt_is_continued_in_the_same_runs_and_repeated_steps_are_s
 @pytest.mark.parametrize(
     ("end", "status"), [(RunEnd.INTERRUPTED, "SCHEDULED"), (RunEnd.FAILED, "FAILED"), (RunEnd.KILLED, "KILLED")]
 )
-def test_the_status_after_an_attempt_and_in_the_next(store: str, end: RunEnd, status: str) -> None:
+def test_the_status_after_an_attempt_and_during_the_next_one(store: str, end: RunEnd, status: str) -> None:
     first = Mlflow(tracked_run(), store, "experiment")
     first.open()
     first.send([*start_events(), *log_events(1, 3), *end_events(3, end=end, reason="DatasetEmpty" if end is RunEnd.FAILED else None)])

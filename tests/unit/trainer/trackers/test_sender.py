@@ -1,4 +1,4 @@
-"""Senders: nothing is lost or sent twice while a tracker is down, and the end is sent last."""
+"""Senders: no event is lost or sent twice while a tracker is down, and the end event is sent last."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Each sabotage of a good adapter or model is found and named; the good one passes."""
+"""Each damage to a good adapter or model is found and named. An undamaged adapter or model passes."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ SABOTAGES: dict[str, tuple[Callable[[Path], None], str, str]] = {
 
 
 def test_zero_b_of_a_training_that_was_not_measured_is_left_to_the_comparison_of_values(adapter: Path, base: Path) -> None:
-    """One step of a warmup has the learning rate 0, so the trained matrices are zero, too."""
+    """One step of a warmup has the learning rate 0, so the matrices are still zero after training."""
     SABOTAGES["zero B"][0](adapter)
     trained = reference().adapter
     assert trained is not None
@@ -175,7 +175,7 @@ def test_a_good_adapter_passes(adapter: Path, base: Path) -> None:
 
 
 @pytest.mark.parametrize("name", SABOTAGES)
-def test_each_sabotage_of_an_adapter_is_refused_with_its_code(name: str, adapter: Path, base: Path) -> None:
+def test_each_damage_of_an_adapter_is_refused_with_its_code(name: str, adapter: Path, base: Path) -> None:
     damage, code, words = SABOTAGES[name]
     damage(adapter)
     fault = find_fault(adapter, base, reference(), is_adapter=True)
@@ -192,7 +192,7 @@ def test_the_wrong_base_is_refused_by_its_shapes_and_by_its_architecture(adapter
 
 
 def test_an_adapter_that_training_did_not_change_is_not_refused(adapter: Path, base: Path) -> None:
-    """The stored file is what was trained. The comparison of the values names the useless training."""
+    """The stored file equals the trained adapter. The comparison of the values reports that training had no effect."""
     SABOTAGES["zero B"][0](adapter)
     unchanged = TrainedAdapter(peft_type="LORA", scaling={}, changes_output=False)
     assert find_fault(adapter, base, reference(adapter=unchanged), is_adapter=True) is None
@@ -209,7 +209,7 @@ MODEL_SABOTAGES: dict[str, tuple[Callable[[Path], None], str]] = {
 
 
 @pytest.mark.parametrize("name", MODEL_SABOTAGES)
-def test_each_sabotage_of_a_model_is_refused_with_its_code(name: str, base: Path, tmp_path: Path) -> None:
+def test_each_damage_of_a_model_is_refused_with_its_code(name: str, base: Path, tmp_path: Path) -> None:
     model = Path(shutil.copytree(base, tmp_path / "model"))
     assert find_fault(model, base, reference(adapter=None), is_adapter=False) is None
     damage, code = MODEL_SABOTAGES[name]

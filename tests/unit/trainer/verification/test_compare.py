@@ -1,4 +1,4 @@
-"""The result of a verification follows from the values: exact in 32 bits, else within twice the spread of two batch layouts."""
+"""The result of a verification follows from the values: exact in 32 bits, otherwise within twice the difference of two batch layouts."""
 
 from __future__ import annotations
 

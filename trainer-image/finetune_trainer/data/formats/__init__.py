@@ -30,7 +30,7 @@ FORMATS: tuple[Format, ...] = (
 
 
 def format_named(name: DatasetFormat) -> Format:
-    """The format with this value of `dataset.format`."""
+    """Return the format with this value of `dataset.format`."""
     return next(form for form in FORMATS if form.name is name)
 
 

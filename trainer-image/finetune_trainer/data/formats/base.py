@@ -18,14 +18,14 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """The options of `spec.dataset` that decide how a row is read."""
+    """The options of `spec.dataset` that affect how a row is read."""
 
     columns: Columns = field(default_factory=Columns)
     system_prompt: str | None = None
     template: str | None = None
     include_options: bool = True
     needs_answer: bool = True
-    """Whether a conversation without an answer is a bad row. False if all tokens are trained on."""
+    """Whether a conversation without an answer is a bad row. If all tokens are trained on, it is not."""
 
 
 class Format(ABC):

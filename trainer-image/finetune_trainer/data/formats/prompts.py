@@ -90,7 +90,10 @@ class PairedPreference(Format):
 
 
 class UnpairedPreference(Format):
-    """One answer to a prompt, labelled good (true) or bad (false). One column may hold the whole conversation; its first answer is then the answer."""
+    """One answer to a prompt, labelled good (true) or bad (false).
+
+    If one column holds the whole conversation, its first answer is the labelled answer.
+    """
 
     name = DatasetFormat.UNPAIRED_PREFERENCE
     answer = ColumnRole("answer", ("completion", "response", "answer"))
@@ -146,7 +149,7 @@ def _parse_turns_or_text(value: Any, column: str) -> TurnsOrText:
 
 
 def _messages_of_object(value: Mapping[str, Any], column: str) -> list[Any]:
-    """The messages of a prompt `{messages, tools, ...}`, the layout of OpenAI's preference files. Errors: RowError for tools."""
+    """Return the messages of a prompt `{messages, tools, ...}`, the layout of OpenAI's preference files. Errors: RowError if there are tools."""
     if value.get("tools"):
         raise RowError(
             "DatasetRowInvalid", f"`{column}` holds tools, but only `messages` rows of sft support tools",
@@ -186,7 +189,7 @@ def _split_shared_beginning(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
         if a != b:
             break
         shared += 1
-    if isinstance(chosen, str) and 0 < shared < len(chosen):  # split between words, not inside a word
+    if isinstance(chosen, str) and 0 < shared < len(chosen):  # Split between words, not inside a word.
         shared = max(chosen.rfind(" ", 0, shared), chosen.rfind("\n", 0, shared)) + 1
     if shared == 0 or type(chosen) is not type(rejected):
         raise RowError(

@@ -23,7 +23,7 @@ IMAGE_KEYS = ("image", "image_url", "path", "url", "base64", "bytes")
 
 
 def parse_json_column(text: str) -> Any:
-    """Parse the JSON of a text column, as in CSV and Parquet files. Errors: RowError DatasetRowInvalid."""
+    """Parse the value of a text column that contains JSON, as in CSV and Parquet files. Errors: RowError DatasetRowInvalid."""
     try:
         return json.loads(text)
     except ValueError:
@@ -46,7 +46,7 @@ def parse_conversation(messages: Any, options: ReadOptions, *, system: str | Non
 
 
 def parse_turns(messages: Sequence[Any]) -> tuple[Turn, ...]:
-    """One turn per message. Errors: RowError."""
+    """Return one turn for each message. Errors: RowError."""
     return tuple(_parse_turn(message, number) for number, message in enumerate(messages, start=1))
 
 
@@ -86,7 +86,7 @@ def _parse_turn(message: Any, number: int) -> Turn:
 
 
 def _parse_content(content: Any, number: int) -> tuple[str | GivenImage, ...]:
-    """The texts and images of a message. Errors: RowError DatasetRowInvalid."""
+    """Return the texts and images of a message. Errors: RowError DatasetRowInvalid."""
     if content is None:
         return ()
     if isinstance(content, str):
@@ -99,7 +99,7 @@ def _parse_content(content: Any, number: int) -> tuple[str | GivenImage, ...]:
 
 
 def _parse_part(part: Mapping[str, Any], number: int) -> str | GivenImage:
-    """One part of a message's content. Parquet files give every part the columns of all parts; absent values are null."""
+    """Parse one part of a message's content. In Parquet files, every part has the columns of all parts; absent values are null."""
     kind = part.get("type") or "text"
     if kind == "text":
         return str(part.get("text") or "")
