@@ -23,7 +23,7 @@ from finetune_operator.settings import OperatorConfig
 Schema = dict[str, Any]
 
 VALUES_FILE = Path(__file__).resolve().parent.parent / "helm/finetune-operator/values.yaml"
-FIELDS_SET_BY_CHART = ("namespaces", "trainer", "storage", "resources", "nodePools", "policy", "leaderElection", "log", "http")
+FIELDS_SET_BY_CHART = ("namespaces", "trainer", "storage", "resources", "prepare", "nodePools", "policy", "leaderElection", "log", "http")
 """Fields of the operator's configuration that users cannot set below `settings`. The chart sets them from other values or to a constant."""
 
 
@@ -233,6 +233,7 @@ def make_values_schema() -> Schema:
         "openshift": BOOLEAN,
         "trainer": trainer_schema(settings),
         "storage": settings.field_schema("storage"),
+        "prepare": settings.field_schema("prepare"),
         "nodePools": settings.field_schema("nodePools"),
         "policy": policy_schema(settings),
         "settings": closed_object_schema(settings.schemas_inside_settings()),

@@ -14,8 +14,8 @@ from finetune_cli.cluster import event_time
 BAR_WIDTH = 30
 SPARK_BLOCKS = "▁▂▃▄▅▆▇█"
 STAGE_PHASES = (
-    (Phase.PENDING, Phase.VALIDATING, Phase.QUEUED), (Phase.STARTING,), (Phase.RUNNING, Phase.RECOVERING), (Phase.EVALUATING,), (Phase.UPLOADING,),
-    (Phase.SUCCEEDED,),
+    (Phase.PENDING, Phase.PREPARING, Phase.VALIDATING, Phase.QUEUED), (Phase.STARTING,), (Phase.RUNNING, Phase.RECOVERING), (Phase.EVALUATING,),
+    (Phase.UPLOADING,), (Phase.SUCCEEDED,),
 )  # fmt: skip
 STAGE_NAMES = ("accepted", "started", "trained", "evaluated", "uploaded", "done")
 

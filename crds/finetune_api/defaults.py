@@ -52,6 +52,10 @@ class PlatformDefaults:
     memory: str | None = None
     ephemeral_storage: str | None = None
     shared_memory: str | None = None
+    prepare_strategy: str | None = None
+    prepare_cpu: str | None = None
+    prepare_memory: str | None = None
+    prepare_ephemeral_storage: str | None = None
 
 
 @dataclass(frozen=True)
@@ -115,6 +119,10 @@ def _computed_defaults(spec: FineTuneJobSpec, platform_defaults: PlatformDefault
         "resources.memory": platform_defaults.memory,
         "resources.ephemeralStorage": platform_defaults.ephemeral_storage,
         "resources.sharedMemory": platform_defaults.shared_memory,
+        "prepare.strategy": platform_defaults.prepare_strategy,
+        "prepare.resources.cpu": platform_defaults.prepare_cpu,
+        "prepare.resources.memory": platform_defaults.prepare_memory,
+        "prepare.resources.ephemeralStorage": platform_defaults.prepare_ephemeral_storage,
         "distributed.strategy": "ddp" if world_size(spec) > 1 else "none",
         "evaluation.strategy": "steps" if has_validation_set(spec) else "no",
         "evaluation.batchSizePerDevice": spec.training.batch_size_per_device or 4,

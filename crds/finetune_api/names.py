@@ -52,7 +52,7 @@ class Label(StrEnum):
     JOB_UID = f"{GROUP}/uid"
     """uid of the FineTuneJob that the object belongs to. A later FineTuneJob of the same name has another uid."""
     ATTEMPT = f"{GROUP}/attempt"
-    """Number of the attempt; the first attempt has number 1."""
+    """Number of the attempt; the first attempt has number 1. The Jobs and pods of a preparation have number 0."""
     QUEUE = "kueue.x-k8s.io/queue-name"
     """Kueue's queue label, set from `placement.queueName`."""
 
@@ -240,6 +240,8 @@ class Phase(StrEnum):
 
     PENDING = "Pending"
     """The job has not started: it waits for resources or objects in the cluster."""
+    PREPARING = "Preparing"
+    """A pod without GPUs checks storage, model and data before the first attempt."""
     VALIDATING = "Validating"
     """The spec, the model and the data are being checked."""
     QUEUED = "Queued"
@@ -276,6 +278,8 @@ class Condition(StrEnum):
 
     ACCEPTED = "Accepted"
     """The spec passed every check that needs neither model nor data."""
+    PREPARED = "Prepared"
+    """A pod without GPUs has checked storage, model and data. This condition exists only for jobs with a preparation."""
     QUOTA_RESERVED = "QuotaReserved"
     """The queue has reserved quota for the job. This condition exists only for jobs with a queue."""
     PODS_READY = "PodsReady"
@@ -318,6 +322,13 @@ class Reason(StrEnum):
     """The spec differs from the spec of the first attempt, usually because an older CRD removed a field. The job waits until the spec is restored."""
     STORAGE_NOT_CONFIGURED = "StorageNotConfigured"
     """Neither the spec nor the operator's configuration sets storage.uri."""
+    # Preparation
+    PREPARING = "Preparing"
+    """A pod without GPUs checks storage, model and data."""
+    PREPARED = "Prepared"
+    """The preparation pod has checked storage, model and data. The first attempt can start."""
+    PREPARATION_SKIPPED = "PreparationSkipped"
+    """The preparation pod got no node or could not run. The training pods check storage, model and data at their start."""
     # Waiting
     QUEUED = "Queued"
     """The job waits for quota in a queue."""
@@ -508,6 +519,11 @@ def attempt_of_folder(name: str) -> int | None:
 
 
 _ATTEMPT_FOLDER = "attempt-"
+
+
+def preparation_job_name(name: str, number: int) -> str:
+    """Return the name of a preparation's Job. The first preparation has number 1."""
+    return f"{name}-prepare-{number}"
 
 
 def attempt_job_name(name: str, attempt: int) -> str:

@@ -19,7 +19,16 @@ from finetune_api.base import ReportModel, WireModel, fields_with_since, remove_
 from finetune_api.names import CONTRACT_VERSION, MAX_TERMINATION_BYTES, OLDEST_TRAINER, FailureClass, Origin
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.enums import AddressingStyle, EncryptionType
-from finetune_api.status import Checkpoint, EvaluationResult, Metrics, Output, Progress, ResolvedConfig, Stage
+from finetune_api.status import (
+    Checkpoint,
+    DataReport,
+    EvaluationResult,
+    Metrics,
+    Output,
+    Progress,
+    ResolvedConfig,
+    Stage,
+)
 
 
 class StoreTarget(WireModel):
@@ -126,6 +135,7 @@ class RunConfig(WireModel):
         """Return the dict for JSON. Spec fields that trainer 0.1.0 does not know are omitted if their origin is `default`."""
         value = super().to_wire()
         required_releases = {value.pop("minTrainerVersion")}
+        value["spec"].pop("prepare", None)  # trainer 0.1.0 does not know the group, and only the operator reads it
         for path, release in fields_with_since(FineTuneJobSpec).items():
             if self.origin(path) is Origin.DEFAULT:
                 remove_path(value["spec"], path)
@@ -253,6 +263,7 @@ class TerminationMessage(ReportModel):
     )
     output: Output | None = None
     evaluation: EvaluationResult | None = None
+    data: DataReport | None = Field(default=None, description="Counts of the data, from a preparation.")
     metrics: Metrics | None = None
     progress: Progress | None = None
     checkpoints: list[Checkpoint] = Field(default_factory=list)

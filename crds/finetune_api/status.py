@@ -82,6 +82,37 @@ class Attempt(ReportModel):
     counted: bool | None = status_field("Whether the attempt counts against policy.retries.", example=True)
 
 
+class Preparation(ReportModel):
+    """The check of storage, model and data in a pod without GPUs, before the first attempt."""
+
+    number: int = status_field(
+        "Number of the newest preparation. Its Job is `<name>-prepare-<number>`.", default=1, example=1, prompt=PromptWrite.WHEN_VALUE_CHANGES
+    )
+    failures: int = status_field("Number of failed preparations. The limit is policy.retries.", default=0, example=1, prompt=PromptWrite.WHEN_VALUE_CHANGES)
+    start_time: Time | None = status_field("Start of the first preparation.", example="2026-03-01T12:00:00Z")
+    end_time: Time | None = status_field("End of the last ended preparation.", example="2026-03-01T12:02:00Z", prompt=PromptWrite.WHEN_VALUE_CHANGES)
+    reason: str | None = status_field(
+        "Why no further preparation follows, in one word. Absent until then.", example="Prepared", prompt=PromptWrite.WHEN_VALUE_CHANGES
+    )
+    message: str | None = status_field("Why the last preparation failed or was skipped.", example="no node could take the pod within 300 s")
+
+
+class DataReport(ReportModel):
+    """Counts of the data, measured before the first step."""
+
+    rows: dict[str, int] | None = status_field("Usable rows by split.", example={"train": 900, "validation": 100})
+    bad_rows: int | None = status_field("Rows that were left out because they are bad.", example=2)
+    duplicates: int | None = status_field("Rows that were left out because they equal an earlier row. Absent without dataset.checks.", example=3)
+    personal_data: dict[str, int] | None = status_field(
+        "Number of rows with personal data, by kind. Absent without dataset.checks.", example={"email": 4}
+    )
+    tokens: int | None = status_field("Tokens of the training rows.", example=412345)
+    trained_tokens: int | None = status_field("Tokens of the training rows that are trained on.", example=198765)
+    median_length: int | None = status_field("Median length of the training rows, in tokens.", example=310)
+    longest: int | None = status_field("Length of the longest training row, in tokens.", example=2048)
+    truncated: int | None = status_field("Training rows that were cut at the maximum sequence length.", example=12)
+
+
 class Progress(ReportModel):
     """Progress of training."""
 
@@ -377,6 +408,10 @@ class FineTuneJobStatus(ReportModel):
         example=7200, prompt=PromptWrite.WHEN_VALUE_CHANGES,
     )  # fmt: skip
     attempts: list[Attempt] = status_field("The newest ten attempts.", default_factory=list, prompt=PromptWrite.WHEN_VALUE_CHANGES)
+    preparation: Preparation | None = status_field(
+        "The preparation of the job in a pod without GPUs. Absent for jobs without a preparation.", prompt=PromptWrite.WHEN_VALUE_CHANGES
+    )
+    data: DataReport | None = status_field("Counts of the data. Present after a preparation.", prompt=PromptWrite.WHEN_VALUE_CHANGES)
     progress: Progress | None = status_field("Progress of training.")
     metrics: Metrics | None = status_field("Latest values of the training metrics.")
     checkpoints: list[Checkpoint] = status_field(

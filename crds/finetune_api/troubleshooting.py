@@ -223,6 +223,7 @@ FAILURE_REMEDIES: dict[str, tuple[Remedy, ...]] = {
         ("RowInvalid", "Prompt and answer of a row have different types.", "Write both as text, or both as messages."),
         ("RowTooLong", "A row has more tokens than `dataset.maxSequenceLength`.", "Raise `maxSequenceLength`, or write `dataset.overflow: truncate` or `drop`."),
         ("SplitEmpty", "`dataset.split` leaves no row for one of its parts.", "Give more rows, change the ratio, or give separate files."),
+        ("TemplateInvalid", "The chat template is not valid Jinja.", "Correct the line in the message."),
         ("TemplateRefusedRow", "The chat template refuses a conversation.", "Write the turns in the order that the template expects."),
         ("TemplateSpansUnknown", "The chat template does not show where an answer begins and ends.", "Give a template with `{% generation %}` markers, or write `dataset.responseOnly.enabled: false`."),
         ("TemplateTooSlow", "The chat template did not end within a minute for one row.", "Remove loops from the template: it needs one loop over the messages."),
@@ -409,6 +410,10 @@ CURE_OF_REASON: dict[Reason, str] = {
     Reason.OPERATOR_TOO_OLD: "Upgrade the operator to the version of the CRD.",
     Reason.SPEC_CHANGED: "Install the CRD of the newer version again. Or create a new job whose `checkpoint.resume` names the newest checkpoint.",
     Reason.STORAGE_NOT_CONFIGURED: "Write `spec.storage.uri`, or let the platform team set `storage.uri` in the chart's values.",
+    Reason.PREPARING: NO_ACTION,
+    Reason.PREPARED: NO_ACTION,
+    Reason.PREPARATION_SKIPPED: "The job runs as without a preparation. If preparations shall run: give the cluster a node without GPUs that has room for "
+    "`prepare.resources`, or set `prepare.nodeSelector` and `prepare.tolerations` in the chart's values.",
     Reason.QUEUED: "Wait for quota. `kubectl describe workload` shows what the queue waits for.",
     Reason.CHILDREN_CONFLICT: "Delete or rename the object in the message, or give the job another name.",
     Reason.QUOTA_EXCEEDED: "Free or raise the ResourceQuota in the message, or lower `resources`.",
@@ -470,6 +475,7 @@ CURE_OF_REASON: dict[Reason, str] = {
 
 CURE_OF_CONDITION: dict[Condition, str] = {
     Condition.ACCEPTED: "If it is False, the reason says whether the spec or the installation must change.",
+    Condition.PREPARED: "If it is False with another reason than `Preparing`, the message says why the preparation failed or was skipped.",
     Condition.QUOTA_RESERVED: "If it is False for long, look at the queue with `kubectl describe workload`.",
     Condition.PODS_READY: "If it is False for long, the message contains the words of the scheduler, the kubelet or the API server.",
     Condition.SUSPENDED: "If it is True and you did not suspend the job, find out who set `spec.suspend`.",

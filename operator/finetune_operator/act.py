@@ -6,12 +6,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 
 from finetune_api.errors import FineTuneError
 from finetune_api.names import Label, Reason
 from finetune_api.pod import RunConfig
 
-from finetune_operator.builders.job import build_job, build_service
+from finetune_operator.builders.job import build_job, build_preparation_job, build_service
 from finetune_operator.builders.run_config import build_run_config
 from finetune_operator.facts import Facts
 from finetune_operator.killpoints import KillPoint, kill_if_requested
@@ -68,6 +71,9 @@ class PlanExecutor:
             kill_if_requested(KillPoint.AFTER_POD_DELETE)
         if plan.create_attempt is not None:
             return await self._create_attempt(facts, plan.create_attempt, deleted_count)
+        if plan.create_preparation is not None:
+            result = await self._create_job(facts, 1, _build_preparation(facts, plan.create_preparation, self._config), deleted_count)
+            return replace(result, created_job=None, created_preparation=result.created_job)
         current_job, blocking_condition = facts.current_job, None
         if current_job is not None and facts.nodes > 1 and not current_job.is_finished and not current_job.is_deleting:
             blocking_condition = await self._ensure_service(current_job)
@@ -77,7 +83,13 @@ class PlanExecutor:
         """Create the Job of an attempt and its Service."""
         if attempt > 1:
             await self._ensure_facts_are_current(facts, attempt)
-        body = _build_job_of_attempt(facts, attempt, self._config)
+        result = await self._create_job(facts, attempt, _build_job_of_attempt(facts, attempt, self._config), deleted_count)
+        if result.created_job is None or facts.nodes == 1:
+            return result
+        return replace(result, blocking_condition=await self._ensure_service(result.created_job))
+
+    async def _create_job(self, facts: Facts, attempt: int, body: Object, deleted_count: int) -> ActionResult:
+        """Create a Job unless it exists. `attempt`: number of the attempt; 1 for a preparation. Errors: KubeError, SpecRejected."""
         name = body["metadata"]["name"]
         kill_if_requested(KillPoint.BEFORE_JOB_CREATE)
         warnings: tuple[str, ...] = ()
@@ -100,8 +112,7 @@ class PlanExecutor:
         if created_job is None or not created_job.is_owned or created_job.owner_uid != facts.job.uid:
             message = f"Job {name} exists and belongs to another object"
             return ActionResult(blocking_condition=BlockingCondition(Reason.CHILDREN_CONFLICT, message), deleted_count=deleted_count)
-        blocking_condition = await self._ensure_service(created_job) if facts.nodes > 1 else None
-        return ActionResult(created_job, blocking_condition, deleted_count=deleted_count, warnings=warnings)
+        return ActionResult(created_job, deleted_count=deleted_count, warnings=warnings)
 
     async def _ensure_facts_are_current(self, facts: Facts, attempt: int) -> None:
         """Compare the facts with the API server before creating any attempt after the first. Errors: StaleFacts.
@@ -146,15 +157,35 @@ class PlanExecutor:
 
 def _build_job_of_attempt(facts: Facts, attempt: int, config: OperatorConfig) -> Object:
     """Build the Job of an attempt. Errors: SpecRejected if a value of the spec cannot be used."""
-    accepted_spec = facts.acceptance
-    assert isinstance(accepted_spec, AcceptedSpec)  # noqa: S101 -- `decide` creates attempts of accepted specs only
+    accepted_spec = _accepted_spec(facts)
+    with _spec_rejected_on_error(facts, attempt):
+        return build_job(facts.job, _build_run(facts, accepted_spec, attempt), accepted_spec.pool, config)
+
+
+def _build_preparation(facts: Facts, number: int, config: OperatorConfig) -> Object:
+    """Build the Job of a preparation. Its pod gets the run configuration of the first attempt. Errors: SpecRejected."""
+    with _spec_rejected_on_error(facts, 1):
+        return build_preparation_job(facts.job, _build_run(facts, _accepted_spec(facts), 1), number, facts.spec.prepare.resources, config)
+
+
+def _accepted_spec(facts: Facts) -> AcceptedSpec:
+    assert isinstance(facts.acceptance, AcceptedSpec)  # noqa: S101 -- `decide` creates Jobs of accepted specs only
+    return facts.acceptance
+
+
+def _build_run(facts: Facts, accepted_spec: AcceptedSpec, attempt: int) -> RunConfig:
+    return build_run_config(
+        facts.job, facts.spec, attempt, defaults=accepted_spec.defaults,
+        committed_step=facts.newest_committed_step, max_step=facts.max_start_step, rolled_back_attempt=facts.rolled_back_attempt,
+        before_adaptation=original_values(accepted_spec.spec, facts.job.status.adaptations),
+    )  # fmt: skip
+
+
+@contextmanager
+def _spec_rejected_on_error(facts: Facts, attempt: int) -> Iterator[None]:
+    """Convert a FineTuneError to SpecRejected. The refusal is final if it concerns the first attempt."""
     try:
-        run: RunConfig = build_run_config(
-            facts.job, facts.spec, attempt, defaults=accepted_spec.defaults,
-            committed_step=facts.newest_committed_step, max_step=facts.max_start_step, rolled_back_attempt=facts.rolled_back_attempt,
-            before_adaptation=original_values(accepted_spec.spec, facts.job.status.adaptations),
-        )  # fmt: skip
-        return build_job(facts.job, run, accepted_spec.pool, config)
+        yield
     except FineTuneError as error:
         refusal = RefusedSpec(Reason.REJECTED, clean(error.message), clean(error.hint or ""), attempt == 1, facts.spec)
         raise SpecRejected(refusal) from error

@@ -15,6 +15,7 @@ from finetune_operator.phase import phase_of_pods
 from finetune_operator.plan import JobEnd, Outcome, Situation
 from finetune_operator.policies.acceptance import RefusedSpec
 from finetune_operator.policies.timeouts import seconds_between
+from finetune_operator.preparation import describe_preparation
 from finetune_operator.status_input import StatusInput
 from finetune_operator.text import clean
 
@@ -33,8 +34,8 @@ TRACKER_PROBLEMS = {reason.value: reason for reason in (Reason.TRACKER_UNAVAILAB
 def compute_conditions(inputs: StatusInput, latest_checkpoint: str | None) -> list[Condition]:
     """Return all conditions, in a fixed order."""
     new_conditions = [
-        _accepted_condition(inputs), _quota_reserved_condition(inputs), _pods_ready_condition(inputs), _suspended_condition(inputs),
-        _checkpoints_healthy_condition(inputs, latest_checkpoint), _trackers_reachable_condition(inputs),
+        _accepted_condition(inputs), _prepared_condition(inputs), _quota_reserved_condition(inputs), _pods_ready_condition(inputs),
+        _suspended_condition(inputs), _checkpoints_healthy_condition(inputs, latest_checkpoint), _trackers_reachable_condition(inputs),
         _succeeded_condition(inputs), _finished_condition(inputs), _reconciling_condition(inputs), _stalled_condition(inputs),
     ]  # fmt: skip
     old_by_type = {condition.type: condition for condition in inputs.old_status.conditions}
@@ -78,6 +79,22 @@ def _accepted_condition(inputs: StatusInput) -> Condition:
     return _make_condition(Kind.ACCEPTED, "True", Reason.ACCEPTED, "the spec passed all checks")
 
 
+def _prepared_condition(inputs: StatusInput) -> Condition | None:
+    record = inputs.plan.preparation or inputs.old_status.preparation
+    if record is None:
+        return None
+    if record.reason is None:
+        return _make_condition(Kind.PREPARED, "False", *describe_preparation(record, inputs.blocking_condition if _is_preparing(inputs) else None))
+    if record.reason == Reason.PREPARED:
+        return _make_condition(Kind.PREPARED, "True", Reason.PREPARED, "storage, model and data passed all checks that need no GPU")
+    reason = Reason(record.reason) if record.reason in list(Reason) else Reason.FAILED
+    return _make_condition(Kind.PREPARED, "False", reason, record.message or record.reason)
+
+
+def _is_preparing(inputs: StatusInput) -> bool:
+    return inputs.plan.situation is Situation.PREPARING
+
+
 def _quota_reserved_condition(inputs: StatusInput) -> Condition | None:
     name = inputs.facts.spec.placement.queue_name
     if not name and not inputs.is_queued and inputs.facts.condition(Kind.QUOTA_RESERVED) is None:
@@ -100,6 +117,8 @@ def _pods_ready_condition(inputs: StatusInput) -> Condition:
         return _make_condition(Kind.PODS_READY, "False", Reason.PODS_NOT_READY, "the job is finished")
     if ready_pods >= total:
         return _make_condition(Kind.PODS_READY, "True", Reason.PODS_READY, f"all {total} pods are ready")
+    if _is_preparing(inputs):
+        return _make_condition(Kind.PODS_READY, "False", Reason.PODS_NOT_READY, "the preparation has not ended; no pod of an attempt exists")
     if inputs.blocking_condition is not None:
         message = f"waiting for {total - ready_pods} of {total} pods: {inputs.blocking_condition.message}"
         return _make_condition(Kind.PODS_READY, "False", inputs.blocking_condition.reason, message)
@@ -177,6 +196,9 @@ def _describe_activity(inputs: StatusInput) -> tuple[Reason, str]:
     plan, facts = inputs.plan, inputs.facts
     if plan.refusal is not None:
         return plan.refusal.reason, plan.refusal.message
+    preparation = plan.preparation or facts.job.status.preparation
+    if _is_preparing(inputs) and preparation is not None:
+        return describe_preparation(preparation, inputs.blocking_condition)
     if inputs.termination_reason is not None:
         record = facts.attempt_record
         recorded_message = (record.message if record else "") or inputs.termination_reason
@@ -215,7 +237,7 @@ def _stalled_condition(inputs: StatusInput) -> Condition | None:
     limit = start_timeout_seconds(facts)
     if waits_since is None or seconds_between(waits_since, facts.now) < limit:
         return None
-    is_blocked_start = plan.situation in (Situation.STARTING, Situation.BLOCKED) and inputs.blocking_condition is not None
+    is_blocked_start = plan.situation in (Situation.PREPARING, Situation.STARTING, Situation.BLOCKED) and inputs.blocking_condition is not None
     is_running = plan.situation is Situation.ACTIVE and plan.termination is None and not inputs.is_queued
     if not (plan.refusal is not None or is_blocked_start or (is_running and inputs.ready_pods < facts.nodes)):
         return None

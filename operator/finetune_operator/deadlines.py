@@ -45,7 +45,10 @@ def waiting_since(facts: Facts) -> datetime | None:
     if facts.is_true(Condition.SUSPENDED):
         return None  # the job is resumed in this reconcile: time spent suspended does not count as waiting
     suspended_condition, (_, backoff_end) = facts.condition(Condition.SUSPENDED), backoff_interval(facts)
-    other_starts = [suspended_condition.last_transition_time if suspended_condition else None, backoff_end]
+    preparation = facts.job.status.preparation
+    other_starts = [
+        suspended_condition.last_transition_time if suspended_condition else None, backoff_end, preparation.end_time if preparation else None
+    ]  # fmt: skip
     return max([pods_ready.last_transition_time, *(start for start in other_starts if start is not None)])
 
 

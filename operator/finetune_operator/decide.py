@@ -1,9 +1,9 @@
 """Computes the plan for a job from the facts. `decide` is a pure function: the same facts always produce the same plan.
 
 The checks have this order. Is the job finished? Does the current attempt have a Job, and must the attempt be ended? Has the attempt
-ended, and does another attempt follow? May the next attempt start? One reconcile makes one of these decisions. Two decisions are written
-to the status before they are carried out: why an attempt is ended (`termination`), and the number of the next attempt (`attempt_end`).
-A restarted operator reads these decisions from the status and continues.
+ended, and does another attempt follow? Must the job be prepared? May the next attempt start? One reconcile makes one of these decisions.
+These decisions are written to the status before they are carried out: why an attempt is ended (`termination`), the number of the next
+attempt (`attempt_end`), and the end of a preparation (`preparation`). A restarted operator reads these decisions from the status and continues.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from finetune_operator.policies import timeouts
 from finetune_operator.policies.blocking import BlockingCondition, blocking_condition_of_pods
 from finetune_operator.policies.cause import cause_of
 from finetune_operator.policies.verdict import RefusedSpec
+from finetune_operator.preparation import plan_preparation
 from finetune_operator.views import JobView, PodView
 
 
@@ -68,6 +69,9 @@ def _plan_before_attempt(facts: Facts) -> Plan:
     refusal = facts.acceptance if isinstance(facts.acceptance, RefusedSpec) else None
     if refusal is not None and refusal.is_final:
         return _plan_refusal(refusal)
+    preparation_plan = plan_preparation(facts)
+    if preparation_plan is not None:
+        return preparation_plan
     ending_plan = _end_earlier_attempts(facts)
     if ending_plan is not None:
         return ending_plan

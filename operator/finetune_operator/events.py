@@ -59,7 +59,7 @@ class EventDraft:
 
 def draft_events(old_status: FineTuneJobStatus, new_status: FineTuneJobStatus) -> list[EventDraft]:
     """Return the events for the change from `old_status` to `new_status`, in the order in which these events occur in a run."""
-    steps = (_acceptance_events, _attempt_events, _waiting_events, _training_events, _end_events)
+    steps = (_acceptance_events, _preparation_events, _attempt_events, _waiting_events, _training_events, _end_events)
     return [draft for events_of_step in steps for draft in events_of_step(old_status, new_status)]
 
 
@@ -83,6 +83,20 @@ def _acceptance_events(old_status: FineTuneJobStatus, new_status: FineTuneJobSta
         yield EventDraft(Reason.ACCEPTED, new_condition.message, action="Accept")
     elif new_condition.status == "False" and (old_condition.status != "False" or old_condition.reason != new_condition.reason):
         yield EventDraft(Reason(new_condition.reason), new_condition.message, "Warning", "Accept")
+
+
+def _preparation_events(old_status: FineTuneJobStatus, new_status: FineTuneJobStatus) -> Iterator[EventDraft]:
+    old, new = old_status.preparation, new_status.preparation
+    if new is None:
+        return
+    condition = _condition_state(new_status, Kind.PREPARED)
+    if old is None:
+        yield EventDraft(Reason.PREPARING, f"created the Job of preparation {new.number}", action="Prepare")
+    elif new.number > old.number:
+        yield EventDraft(Reason.RETRYING, f"preparation {new.number} follows: {new.message}", "Warning", "Prepare")
+    if new.reason is not None and (old is None or old.reason is None) and not _is_finished(new_status):
+        is_prepared = new.reason == Reason.PREPARED
+        yield EventDraft(Reason(condition.reason), condition.message, "Normal" if is_prepared else "Warning", "Prepare")
 
 
 def _attempt_events(old_status: FineTuneJobStatus, new_status: FineTuneJobStatus) -> Iterator[EventDraft]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
 
-from finetune_api.names import Condition, Reason, attempt_job_name, attempt_of_uri
+from finetune_api.names import Condition, Reason, attempt_job_name, attempt_of_uri, preparation_job_name
 from finetune_api.pod import ProgressReport, TerminationMessage
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import Attempt, Checkpoint, Stage
@@ -132,6 +132,29 @@ class Facts:
     def attempt_record(self) -> Attempt | None:
         """The entry of the current attempt in `status.attempts`."""
         return next((record for record in self.job.status.attempts if record.number == self.attempt), None)
+
+    # The preparation
+
+    @cached_property
+    def preparation_number(self) -> int:
+        """Number of the newest preparation, from the status or, if the status lacks the preparation, from the names of the Jobs."""
+        record, prefix = self.job.status.preparation, preparation_job_name(self.job.name, 0)[:-1]
+        numbers = [job.name.removeprefix(prefix) for job in self.owned_jobs if job.name.startswith(prefix)]
+        return record.number if record is not None else max((int(number) for number in numbers if number.isdecimal()), default=1)
+
+    @cached_property
+    def preparation_job(self) -> JobView | None:
+        """The Job of the newest preparation, unless the status says that no further preparation follows."""
+        record, name = self.job.status.preparation, preparation_job_name(self.job.name, self.preparation_number)
+        if record is not None and record.reason is not None:
+            return None
+        return next((job for job in self.owned_jobs if job.name == name), None)
+
+    @cached_property
+    def preparation_pods(self) -> tuple[PodView, ...]:
+        """Pods of `preparation_job`, including deleted pods."""
+        job = self.preparation_job
+        return tuple(pod for pod in self.owned_pods if pod.job_uid == job.uid) if job is not None else ()
 
     @property
     def nodes(self) -> int:

@@ -17,7 +17,7 @@ from finetune_operator.objects import JOB, POD
 from finetune_operator.policies.acceptance import FirstAttempt, RefusedSpec, accept, read_first_attempt
 from finetune_operator.scrape import ProgressScraper
 from finetune_operator.settings import OperatorConfig
-from finetune_operator.views import JobObject, read_job, read_pod
+from finetune_operator.views import JobObject, JobView, read_job, read_pod
 from finetune_operator.workqueue import Key
 
 
@@ -47,7 +47,7 @@ class JobObserver:
         job = entry.finetunejob
         if job is None:
             return None
-        state = self._update_state(key, job, has_job=any(other.is_owned and other.owner_uid == job.uid for other in entry.jobs.values()))
+        state = self._update_state(key, job, has_job=any(other.is_owned and other.owner_uid == job.uid and other.attempt > 0 for other in entry.jobs.values()))
         facts = Facts(
             job=job,
             acceptance=state.acceptance,
@@ -95,9 +95,10 @@ class JobObserver:
 
     async def _read_pods(self, key: Key, facts: Facts) -> bool:
         """Read the pods of a finished Job if the cache does not show how they ended. Returns whether a request was sent."""
-        if not pods_lag_behind_job(facts):
+        job = job_ahead_of_pods(facts)
+        if job is None:
             return False
-        selector = f"{Label.JOB_UID}={facts.job.uid},{Label.ATTEMPT}={facts.attempt}"
+        selector = f"{Label.JOB_UID}={facts.job.uid},{Label.ATTEMPT}={job.attempt}"
         listing = await self._kube.list(POD, key.namespace, labels=selector)
         listed_uids = set()
         for body in listing.items:
@@ -105,8 +106,8 @@ class JobObserver:
             if view is not None:
                 listed_uids.add(view.uid)
                 self._cache.put_pod(view)
-        for pod in facts.attempt_pods:
-            if pod.uid not in listed_uids and not pod.is_deleted:
+        for pod in facts.owned_pods:
+            if pod.attempt == job.attempt and pod.uid not in listed_uids and not pod.is_deleted:
                 self._cache.mark_pod_deleted(pod)
         return True
 
@@ -124,11 +125,10 @@ class JobObserver:
         self.states[key].acceptance = SPEC_NOT_NEEDED
 
 
-def pods_lag_behind_job(facts: Facts) -> bool:
-    """Whether the Job is finished, but the cache does not yet show the end of all pods of the Job."""
-    current_job = facts.current_job
-    if current_job is None or not current_job.is_finished:
-        return False
-    pods = facts.newest_pods
-    return len(pods) < facts.nodes or any(not pod.is_finished for pod in pods)
-
+def job_ahead_of_pods(facts: Facts) -> JobView | None:
+    """Return the Job of the attempt or of the preparation if it is finished, but the cache does not yet show the end of all its pods."""
+    candidates = ((facts.current_job, facts.newest_pods, facts.nodes), (facts.preparation_job, facts.preparation_pods, 1))
+    for job, pods, count in candidates:
+        if job is not None and job.is_finished and (len(pods) < count or any(not pod.is_finished for pod in pods)):
+            return job
+    return None

@@ -58,6 +58,8 @@ def compute_phase(inputs: StatusInput) -> Phase:
     match plan.situation:
         case Situation.REFUSED:
             return Phase.PENDING
+        case Situation.PREPARING:
+            return Phase.PREPARING
         case Situation.BLOCKED:
             return Phase.SUSPENDING if facts.suspend_requested else Phase.RECOVERING if in_recovery else Phase.PENDING
         case Situation.BACKING_OFF | Situation.ENDED:

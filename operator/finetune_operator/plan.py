@@ -8,7 +8,7 @@ from enum import StrEnum
 
 from finetune_api.names import Reason
 from finetune_api.pod import TerminationMessage
-from finetune_api.status import Adaptation, Failure
+from finetune_api.status import Adaptation, Failure, Preparation
 
 from finetune_operator.policies.blocking import BlockingCondition
 from finetune_operator.policies.verdict import RefusedSpec
@@ -24,6 +24,8 @@ class Situation(StrEnum):
     """The operator cannot run the spec, or cannot run it yet."""
     SUSPENDED = "suspended"
     """The user suspended the job, and all of its pods have ended."""
+    PREPARING = "preparing"
+    """A pod without GPUs checks storage, model and data before the first attempt."""
     BLOCKED = "blocked"
     """The next attempt waits until the Jobs and pods of earlier attempts are gone, or until a Job of another owner is gone."""
     BACKING_OFF = "backing off"
@@ -90,6 +92,12 @@ class Plan:
     situation: Situation
     create_attempt: int | None = None
     """Number of the attempt whose Job this reconcile creates, or None."""
+    create_preparation: int | None = None
+    """Number of the preparation whose Job this reconcile creates, or None."""
+    preparation: Preparation | None = None
+    """The new record of the preparation, or None if the record does not change."""
+    preparation_message: TerminationMessage | None = None
+    """The termination message of a preparation that has succeeded."""
     delete_jobs: tuple[JobView, ...] = ()
     delete_pods: tuple[PodView, ...] = ()
     """Pods without a Job that this reconcile deletes with their grace period."""
@@ -107,12 +115,21 @@ class Plan:
     is_clean: bool = False
     """Whether the job is finished and this reconcile deletes none of its Jobs and pods."""
 
+    @property
+    def writes_decision(self) -> bool:
+        """Whether this reconcile writes a decision to the status that the next reconcile carries out."""
+        ends_preparation = self.preparation is not None and self.create_preparation is None
+        return ends_preparation or self.termination is not None or self.attempt_end is not None or self.job_end is not None
+
 
 @dataclass(frozen=True)
 class ActionResult:
     """The result of carrying out a plan."""
 
     created_job: JobView | None = None
+    """The Job of an attempt."""
+    created_preparation: JobView | None = None
+    """The Job of a preparation."""
     blocking_condition: BlockingCondition | None = None
     """Why the operator could not create the Job or its Service."""
     deleted_count: int = 0

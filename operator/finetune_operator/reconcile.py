@@ -29,6 +29,7 @@ from finetune_operator.policies.timeouts import seconds_between
 from finetune_operator.scrape import ProgressScraper, Target
 from finetune_operator.settings import OperatorConfig
 from finetune_operator.status_writer import StatusWriter
+from finetune_operator.views import JobView
 from finetune_operator.workqueue import Key, WorkQueue
 
 logger = logging.getLogger(__name__)
@@ -121,6 +122,8 @@ class Reconciler:
                 self._observer.states[key].acceptance = error.refusal
                 self._queue.add(key)
                 return
+        if result.created_preparation is not None:
+            self._cache_created(result.created_preparation, result)
         if result.created_job is not None and self._record_created(key, result):
             return
         # 4. Report
@@ -130,16 +133,19 @@ class Reconciler:
     def _record_created(self, key: Key, result: ActionResult) -> bool:
         """Cache the created Job. Returns True if the first status is deferred because other FineTuneJobs still wait for their Jobs."""
         assert result.created_job is not None  # noqa: S101 -- the caller checks
-        self._cache.put_job(result.created_job)
-        logger.info("created Job %s", result.created_job.name)
+        self._cache_created(result.created_job, result)
+        return self._writer.defer_first_status(key, self._observer.states[key])
+
+    def _cache_created(self, job: JobView, result: ActionResult) -> None:
+        self._cache.put_job(job)
+        logger.info("created Job %s", job.name)
         for warning in result.warnings:
             logger.warning("API server warning: %s", warning)
-        return self._writer.defer_first_status(key, self._observer.states[key])
 
     def _schedule_next(self, key: Key, facts: Facts, plan: Plan, result: ActionResult) -> None:
         """Start or stop reading the job's progress reports, and queue the next reconcile."""
         self._schedule_scrape(key, facts, plan)
-        if plan.termination is not None or plan.attempt_end is not None or plan.job_end is not None:
+        if plan.writes_decision:
             self._queue.add(key)
         elif result.blocking_condition is not None:
             blocked_seconds = seconds_between(waiting_since(facts), facts.now)

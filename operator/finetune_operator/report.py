@@ -78,6 +78,8 @@ def compute_status(facts: Facts, plan: Plan, result: ActionResult) -> FineTuneJo
         retries_used=counters.retries_used,
         active_seconds=counters.active_seconds,
         attempts=_compute_attempts(inputs),
+        preparation=plan.preparation or old_status.preparation,
+        data=(plan.preparation_message.data if plan.preparation_message else None) or old_status.data,
         progress=_compute_progress(inputs),
         metrics=metrics,
         checkpoints=checkpoints.kept_checkpoints,
@@ -121,6 +123,8 @@ def reduced_status(new_status: FineTuneJobStatus, stored_status: FineTuneJobStat
         retries_used=new_status.retries_used,
         active_seconds=new_status.active_seconds,
         attempts=_reduced_attempts(new_status.attempts, stored_status.attempts),
+        preparation=new_status.preparation,
+        data=stored_status.data,
         progress=stored_status.progress,
         metrics=stored_status.metrics,
         checkpoints=stored_status.checkpoints,
@@ -414,7 +418,8 @@ def _compute_resolved(inputs: StatusInput) -> ResolvedConfig:
         config_sha256=(job.config_sha256 if job else None) or None,
         image_digest=next((pod.image_id for pod in facts.attempt_pods if pod.image_id), None),
     )
-    trainer_values = [last_report.resolved if last_report else None, message.resolved if message else None]
+    prepared_values = inputs.plan.preparation_message.resolved if inputs.plan.preparation_message else None
+    trainer_values = [prepared_values, last_report.resolved if last_report else None, message.resolved if message else None]
     return merge_fields(inputs.old_status.resolved or ResolvedConfig(), from_spec, observed_values, *trainer_values)
 
 

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import yaml
 from finetune_api.base import WireModel
 from finetune_api.spec.cluster import LabelKey, StorageRoot
+from finetune_api.spec.enums import PrepareStrategy
 from finetune_api.tenancy import Platform, PlatformPolicy, Pool
 from pydantic import Field, ValidationError, model_validator
 
@@ -115,6 +116,19 @@ class ResourceSettings(PodResources):
     )
 
 
+class PrepareSettings(WireModel):
+    """`prepare`: the preparation pods. They check storage, model and data before the first attempt, and have no GPUs."""
+
+    strategy: PrepareStrategy = Field(
+        default=PrepareStrategy.NEVER, description="Whether jobs without spec.prepare.strategy are prepared: auto, always or never."
+    )
+    cpu: PlatformQuantity = Field(default="1", description="CPU request of a preparation pod.")
+    memory: PlatformQuantity = Field(default="4Gi", description="Memory request and limit of a preparation pod.")
+    ephemeral_storage: PlatformQuantity = Field(default="20Gi", description="Local disk request and limit of a preparation pod.")
+    node_selector: NodeLabels = Field(default={}, description="Labels of the nodes for preparation pods.")
+    tolerations: tuple[PlatformToleration, ...] = Field(default=(), description="Tolerations of preparation pods.")
+
+
 class NodePool(WireModel):
     """`nodePools[]`: a group of equal nodes. Users select the pool with its name in `resources.nodePool`."""
 
@@ -211,6 +225,7 @@ class OperatorConfig(WireModel):
         default=StorageRoot(), description="Default storage for jobs that do not set spec.storage. The fields are those of spec.storage."
     )
     resources: ResourceSettings = ResourceSettings()
+    prepare: PrepareSettings = PrepareSettings()
     node_pools: tuple[NodePool, ...] = ()
     policy: PlatformPolicy = Field(
         default=PlatformPolicy(), description="What the FineTuneJobs of each namespace may use. Started jobs are not affected by a new rule."

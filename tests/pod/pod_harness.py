@@ -81,6 +81,7 @@ class Pod:
     folder: Path
     env: dict[str, str] = field(default_factory=dict)
     node_rank: int = 0
+    command: str = "supervise"
     process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> Pod:
@@ -98,7 +99,7 @@ class Pod:
         }  # fmt: skip
         self.log = (self.folder / "log").open("wb")
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "finetune_trainer", "supervise"], env=env, stdout=self.log, stderr=self.log,
+            [sys.executable, "-m", "finetune_trainer", self.command], env=env, stdout=self.log, stderr=self.log,
             start_new_session=True,
         )  # fmt: skip
         return self

@@ -1,5 +1,7 @@
-"""Entry point of the trainer image: `supervise` runs as PID 1 of a pod, `agent` starts the pod's ranks, `train` runs one rank, `stage` runs a
-stage after training, `track` sends a run to its trackers, `compare-weights` compares the weights of two models for `finetune replay`.
+"""Entry point of the trainer image. `supervise` and `prepare` run as PID 1 of a pod; the other commands are processes of such a pod.
+
+`agent` starts the pod's ranks, `train` runs one rank, `check` is the process of a preparation, `stage` runs a stage after training, `track`
+sends a run to its trackers, `compare-weights` compares the weights of two models for `finetune replay`.
 
 This module imports only light packages, because the pod must answer HTTP within a second of its start.
 """
@@ -27,6 +29,10 @@ def main(arguments: list[str] | None = None) -> int:
             from finetune_trainer import agent
 
             return agent.main(options)
+        case "check":
+            from finetune_trainer import check_run
+
+            return check_run.main()
         case "stage":
             from finetune_trainer.stages import process
 
@@ -39,9 +45,9 @@ def main(arguments: list[str] | None = None) -> int:
             from finetune_trainer import compare_weights
 
             return compare_weights.main(options)
-        case "supervise" | "run":
+        case "supervise" | "run" | "prepare":
             return _supervise(command, options)
-    print(f"finetune-trainer: unknown command {command!r}; use supervise, run, train, agent, stage, track or compare-weights", file=sys.stderr)
+    print(f"finetune-trainer: unknown command {command!r}; use supervise, run, prepare, train, agent, check, stage, track or compare-weights", file=sys.stderr)
     return 64
 
 
@@ -56,11 +62,13 @@ def _supervise(command: str, arguments: list[str]) -> int:
     logging.getLogger("botocore.credentials").setLevel(logging.WARNING)  # botocore logs the source of the credentials for every connection
     try:
         from finetune_trainer.settings import Settings
+        from finetune_trainer.supervisor.preparation_pod import prepare
         from finetune_trainer.supervisor.supervise import supervise
     except ImportError as error:
         return _exit_code_of_failed_import(error)
 
-    code = supervise(Settings.from_env(run_file=options.run_file, work=options.work_dir, port=options.port), stop_requests)
+    run_pod = prepare if command == "prepare" else supervise
+    code = run_pod(Settings.from_env(run_file=options.run_file, work=options.work_dir, port=options.port), stop_requests)
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -21,7 +21,7 @@ def logs(
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Print new lines until the pods end.")] = False,
     rank: Annotated[int | None, typer.Option(metavar="N", min=0, help="Only the pod with this rank.")] = None,
     attempt: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Number of the attempt. Default: the newest.")
+        int | None, typer.Option(metavar="N", min=0, help="Number of the attempt; 0: the preparation. Default: the newest.")
     ] = None,
     all_attempts: Annotated[bool, typer.Option("--all", help="Include the pods of all attempts.")] = False,
     tail: Annotated[int | None, typer.Option(metavar="N", min=0, help="Only the last N lines of each pod.")] = None,

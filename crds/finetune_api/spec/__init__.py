@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import Field
 
 from finetune_api.base import Group
-from finetune_api.spec.cluster import Placement, Policy, Resources, StorageRoot
+from finetune_api.spec.cluster import Placement, Policy, Prepare, Resources, StorageRoot
 from finetune_api.spec.dataset import Dataset
 from finetune_api.spec.method import Method
 from finetune_api.spec.model import Model
@@ -73,6 +73,11 @@ class FineTuneJobSpec(Group):
     resources: Resources = Field(
         default_factory=Resources,
         description="Pods, ranks, and the resources of each pod. Default: one pod with one GPU. Example: `{gpusPerNode: 8}`.",
+    )
+    prepare: Prepare = Field(
+        default_factory=Prepare,
+        description="The check of spec, model and data in a pod without GPUs, before the first attempt. Default: the operator's configuration. "
+        "Example: `{strategy: always}`.",
     )
     placement: Placement = Field(
         default_factory=Placement,

@@ -9,7 +9,7 @@ from pydantic import Field, StringConstraints
 from finetune_api.base import CelRule, Group, spec_field
 from finetune_api.quantities import CPU_KIND, SIZE_KIND
 from finetune_api.spec.common import ObjectName, SecretKeyRef, ShortText, StorageConnection, StringMap
-from finetune_api.spec.enums import OnDivergence, OnOutOfMemory
+from finetune_api.spec.enums import OnDivergence, OnOutOfMemory, PrepareStrategy
 
 CpuQuantity = Annotated[str | int, Field(json_schema_extra=CPU_KIND.schema, union_mode="left_to_right")]
 SizeQuantity = Annotated[str | int, Field(json_schema_extra=SIZE_KIND.schema, union_mode="left_to_right")]
@@ -73,6 +73,32 @@ class Resources(Group):
         "Size of /dev/shm per pod. The memory limit of the pod includes /dev/shm.",
         default_text="the operator's configuration",
         example="8Gi",
+    )
+
+
+class PrepareResources(Group):
+    """`spec.prepare.resources`: resources of the preparation pod."""
+
+    cpu: CpuQuantity | None = spec_field("CPUs of the preparation pod (request).", default_text="the operator's configuration, or 1", example="4", since="0.2.0")
+    memory: SizeQuantity | None = spec_field(
+        "Memory of the preparation pod (request and limit).", default_text="the operator's configuration, or 4Gi", example="16Gi", since="0.2.0"
+    )
+    ephemeral_storage: SizeQuantity | None = spec_field(
+        "Local disk of the preparation pod for the data (request and limit).",
+        default_text="the operator's configuration, or 20Gi", example="100Gi", since="0.2.0",
+    )  # fmt: skip
+
+
+class Prepare(Group):
+    """`spec.prepare`: the check of spec, model and data in a pod without GPUs, before the first attempt."""
+
+    strategy: PrepareStrategy | None = spec_field(
+        "Whether a pod without GPUs checks storage, model and data before the first attempt.",
+        default_text="the operator's configuration", example="always", since="0.2.0",
+    )  # fmt: skip
+    resources: PrepareResources = Field(
+        default_factory=PrepareResources,
+        description="Resources of the preparation pod. Default: the operator's configuration. Example: `{memory: 16Gi}`.",
     )
 
 

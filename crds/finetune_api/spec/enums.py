@@ -308,6 +308,15 @@ class Device(StrEnum):
     """Apple GPU. Only in local runs."""
 
 
+class PrepareStrategy(StrEnum):
+    AUTO = "auto"
+    """A pod without GPUs prepares every job that trains on GPUs. If this pod gets no node within five minutes or cannot run, the job starts without it."""
+    ALWAYS = "always"
+    """A pod without GPUs prepares every job that trains. The job does not start before the preparation has succeeded."""
+    NEVER = "never"
+    """The training pods check spec, model and data at their start, while their GPUs are idle."""
+
+
 class StrategyType(StrEnum):
     NONE = "none"
     """No distribution: the job has a single rank."""

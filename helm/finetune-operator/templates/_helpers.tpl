@@ -129,6 +129,7 @@ path: /metrics
 {{- $_ := set $config "log" .Values.log -}}
 {{- with .Values.watchNamespaces -}}{{- $_ := set $config "namespaces" . -}}{{- end -}}
 {{- with .Values.storage -}}{{- $_ := set $config "storage" . -}}{{- end -}}
+{{- $_ := set $config "prepare" .Values.prepare -}}
 {{- with .Values.nodePools -}}{{- $_ := set $config "nodePools" . -}}{{- end -}}
 {{- $_ := set $config "policy" (omit .Values.policy "validatingAdmissionPolicy") -}}
 {{- toYaml $config -}}

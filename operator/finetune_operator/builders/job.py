@@ -13,7 +13,7 @@ from finetune_api.exits import codes_that_fail_the_job
 from finetune_api.names import Annotation, Env, Label
 from finetune_api.pod import RunConfig
 from finetune_api.spec import FineTuneJobSpec
-from finetune_api.spec.cluster import EnvVar
+from finetune_api.spec.cluster import EnvVar, PrepareResources
 from finetune_api.spec.common import SecretKeyRef, SecretRef, StorageConnection
 
 from finetune_operator.builders.mounts import build_mounts
@@ -24,6 +24,10 @@ from finetune_operator.views import INDEX_ANNOTATION, JOB_NAME_LABEL, JobObject,
 
 ZONE_KEY = "topology.kubernetes.io/zone"
 HOST_KEY = "kubernetes.io/hostname"
+MAX_PREPARATION_SECONDS = 6 * 3600
+"""Longest running time of a preparation pod. The Job controller ends a pod that hangs."""
+PREPARATION_GRACE_SECONDS = 30
+"""Grace period of a preparation pod. It has nothing to save."""
 
 
 def build_job(job: JobObject, run: RunConfig, pool: NodePool | None, config: OperatorConfig) -> Object:
@@ -59,6 +63,59 @@ def build_job(job: JobObject, run: RunConfig, pool: NodePool | None, config: Ope
     if queue:
         body["spec"]["suspend"] = True
     return body
+
+
+def build_preparation_job(job: JobObject, run: RunConfig, number: int, resources: PrepareResources, config: OperatorConfig) -> Object:
+    """Return the Job of a preparation. `run` describes the first attempt; the Job has one pod without GPUs."""
+    spec = run.spec
+    labels = child_labels(job, 0)
+    data = run.to_bytes()
+    run_sha256 = run.sha256(data)
+    return {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": {
+            "name": names.preparation_job_name(job.name, number),
+            "namespace": job.namespace,
+            "labels": {**_job_labels(spec), **labels},
+            "annotations": {**(spec.placement.annotations or {}), Annotation.RUN_CONFIG_SHA256.value: run_sha256},
+            "ownerReferences": [_owner_reference(names.API_VERSION, names.KIND, job.name, job.uid)],
+        },
+        "spec": {
+            "completions": 1,
+            "parallelism": 1,
+            "completionMode": "Indexed",
+            "backoffLimit": 0,
+            "podReplacementPolicy": "Failed",
+            "activeDeadlineSeconds": MAX_PREPARATION_SECONDS,
+            "podFailurePolicy": {"rules": _failure_rules()},
+            "template": {
+                "metadata": _template_metadata(labels, spec, config, data),
+                "spec": _build_preparation_pod(run, run_sha256, resources, config),
+            },
+        },
+    }
+
+
+def _build_preparation_pod(run: RunConfig, run_sha256: str, resources: PrepareResources, config: OperatorConfig) -> Object:
+    """The pod of a preparation: the container of a trainer pod with another command, without GPUs and without the placement of training pods."""
+    settings = config.prepare
+    pod_run = run.model_copy(update={
+        "world": run.world.model_copy(update={"nodes": 1, "gpus_per_node": 0}),
+        "grace_seconds": PREPARATION_GRACE_SECONDS,
+        "spec": run.spec.with_values({
+            "resources.gpusPerNode": 0, "resources.cpu": resources.cpu or settings.cpu, "resources.memory": resources.memory or settings.memory,
+            "resources.ephemeralStorage": resources.ephemeral_storage or settings.ephemeral_storage,
+            "placement.nodeSelector": {}, "placement.tolerations": [], "placement.nodeAffinity": [],
+        }),
+    })  # fmt: skip
+    pod = _build_pod_spec("", pod_run, run_sha256, None, config)
+    pod["containers"][0]["args"] = ["prepare"]
+    if settings.node_selector:
+        pod["nodeSelector"] = dict(settings.node_selector)
+    if settings.tolerations:
+        pod["tolerations"] = [toleration.to_wire() for toleration in settings.tolerations]
+    return pod
 
 
 def build_service(job: JobView) -> Object:

@@ -17,6 +17,7 @@ from finetune_api.names import (
 )
 from finetune_api.pod import ResumeConfig, RunConfig, StoreTarget, World
 from finetune_api.spec import FineTuneJobSpec
+from finetune_api.spec.cluster import Prepare
 from finetune_api.spec.common import StorageConnection
 
 from finetune_operator.builders.mounts import CA_FILES
@@ -36,11 +37,14 @@ def build_run_config(
 ) -> RunConfig:  # fmt: skip
     """Return the run configuration of an attempt.
 
-    `spec` is resolved, and all adaptations are applied. `committed_step` is the newest step that is known to be in storage, or 0.
+    `spec` is resolved, and all adaptations are applied. Its group `prepare` is omitted, because only the operator reads it.
+    `committed_step` is the newest step that is known to be in storage, or 0.
     `max_step` is the newest step that the attempt may start from; None means no limit. It does not apply to checkpoints of
     `rolled_back_attempt` and later attempts: the operator may not know their newest checkpoint. `before_adaptation` holds the original values
     of adapted fields, by path.
     """
+    spec = spec.model_copy(update={"prepare": Prepare()})
+    defaults = {path: value for path, value in defaults.items() if not path.startswith("prepare.")}
     root = f"{(spec.storage.uri or '').rstrip('/')}"
     publish_uri = f"{root}/{spec.output.dir.strip('/')}" if spec.output.dir else None
     return RunConfig(

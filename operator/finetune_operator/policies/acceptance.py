@@ -186,5 +186,9 @@ def _platform_defaults(spec: FineTuneJobSpec, config: OperatorConfig, pool: Node
         storage=config.storage if config.storage.uri else None,
         gpu_resource=pool.gpu_resource if pool else "nvidia.com/gpu",
         node_pool=pool.name if pool else None,
+        prepare_strategy=config.prepare.strategy,
+        prepare_cpu=str(config.prepare.cpu),
+        prepare_memory=str(config.prepare.memory),
+        prepare_ephemeral_storage=str(config.prepare.ephemeral_storage),
         **default_resources(spec, config, pool, first_attempt.defaults),
     )

@@ -1,4 +1,4 @@
-"""Invalid storage, models and data fail before training, in a real pod, with a code, a location and a hint, and without retries."""
+"""Invalid storage, models and data of GPU jobs fail in a real preparation pod, with a code, a location and a hint, before any pod asks for a GPU."""
 
 from __future__ import annotations
 
@@ -103,7 +103,8 @@ def failing_jobs(installation: Installation, shared_namespace: JobNamespace) -> 
     for key, body in DATASET_FILES.items():
         installation.store.put_object(Bucket="datasets", Key=key, Body=body)
     shared_namespace.secret("wrong-keys", {"AWS_ACCESS_KEY_ID": "nobody", "AWS_SECRET_ACCESS_KEY": "nothing"})
-    shared_namespace.apply(*(job(name, **case(installation).spec) for name, case in INVALID_INPUTS.items()))
+    on_gpu: dict[str, Any] = {"resources": {"gpusPerNode": 1}, "prepare": {"strategy": "always"}}
+    shared_namespace.apply(*(job(name, **on_gpu, **case(installation).spec) for name, case in INVALID_INPUTS.items()))
     return shared_namespace
 
 
@@ -122,10 +123,12 @@ def test_failure_has_its_code_before_training(failing_jobs: JobNamespace, name: 
 
 
 @pytest.mark.parametrize("name", INVALID_INPUTS)
-def test_failure_is_not_retried(failing_jobs: JobNamespace, name: str) -> None:
+def test_failure_is_not_retried_and_no_pod_asks_for_a_gpu(failing_jobs: JobNamespace, name: str) -> None:
     status = failing_jobs.wait_finished(name, Phase.FAILED)
-    assert not status.restarts, status.attempts
+    assert (status.attempts, status.attempt, condition_status(status, Condition.PREPARED)) == ([], None, "False")
     (pod,) = failing_jobs.pods(name)
+    assert pod["metadata"]["name"].startswith(f"{name}-prepare-1-")
+    assert "nvidia.com/gpu" not in pod["spec"]["containers"][0]["resources"]["limits"]
     (state,) = pod["status"]["containerStatuses"]
     assert state["state"]["terminated"]["exitCode"] == INVALID_INPUTS[name](failing_jobs.installation).exit_code
 

@@ -57,10 +57,10 @@ SKEW_CASES = [
     ("spec.training.effectiveBatchSize", 64, ["training.effectiveBatchSize", "#plan training.effectiveBatchSize"], "effectiveBatchSize"),
     ("spec.training.effectiveBatchSize", 64, ["training.effectiveBatchSize", "#platform training.effectiveBatchSize"], "effectiveBatchSize"),
     ("spec.training.effectiveBatchSize", 64, ["training.effectiveBatchSize", "#policy training.effectiveBatchSize"], "effectiveBatchSize"),
-    ("spec.prepare", {"strategy": "auto", "ttlDays": 7}, ["prepare.strategy", "prepare.ttlDays"], IGNORED),
-    ("spec.prepare", {"strategy": "always", "ttlDays": 7}, ["prepare.ttlDays"], "spec.prepare.strategy"),
-    ("spec.prepare", {"resources": {"cpu": "8"}}, ["prepare.strategy"], "spec.prepare.resources.cpu"),
-    ("spec.prepare", {}, [], IGNORED),
+    ("spec.budget", {"strategy": "auto", "ttlDays": 7}, ["budget.strategy", "budget.ttlDays"], IGNORED),
+    ("spec.budget", {"strategy": "always", "ttlDays": 7}, ["budget.ttlDays"], "spec.budget.strategy"),
+    ("spec.budget", {"limits": {"cpu": "8"}}, ["budget.strategy"], "spec.budget.limits.cpu"),
+    ("spec.budget", {}, [], IGNORED),
     ("spec.dataset.filters", ["a"], ["dataset.filters"], IGNORED),
     ("spec.dataset.filters", ["a"], [], "spec.dataset.filters"),
     ("spec.trainer.rewards.0.cache", True, [], "spec.trainer.rewards[0].cache"),
@@ -171,7 +171,7 @@ def test_run_config_keeps_the_origin_of_every_value() -> None:
     ("change", "unknown"),
     [
         ({}, ()),
-        ({"prepare": {"strategy": "auto"}}, ("prepare",)),
+        ({"budget": {"strategy": "auto"}}, ("budget",)),
         ({"training": {"effectiveBatchSize": 64, "epochs": 2}}, ("training.effectiveBatchSize",)),
         ({"method": {"type": "galore"}}, ("method.type",)),
         ({"evaluation": {"metrics": ["accuracy", "vibes", "f1", "charm"]}}, ("evaluation.metrics[3]", "evaluation.metrics[1]")),
@@ -236,8 +236,8 @@ def test_unknown_enumeration_value_in_a_termination_message_drops_only_its_field
 
 
 def test_unknown_condition_in_a_status_drops_only_that_condition() -> None:
-    conditions = [{"type": "Prepared", "status": "True"}, {"type": "Finished", "status": "True"}]
-    status = FineTuneJobStatus.model_validate({"phase": "Preparing", "attempt": 2, "conditions": conditions})
+    conditions = [{"type": "Budgeted", "status": "True"}, {"type": "Finished", "status": "True"}]
+    status = FineTuneJobStatus.model_validate({"phase": "Pricing", "attempt": 2, "conditions": conditions})
     assert (status.phase, status.attempt, [condition.type for condition in status.conditions]) == (None, 2, ["Finished"])
 
 

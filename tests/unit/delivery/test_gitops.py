@@ -53,6 +53,7 @@ SITUATIONS = {
     "created": Situation(facts(), Phase.PENDING),
     "unknown pool": Situation(facts(spec=spec(resources={"nodePool": "x", "gpusPerNode": 1})), Phase.PENDING),
     "quota": Situation(facts(), Phase.PENDING, result=ActionResult(blocking_condition=BlockingCondition(Reason.QUOTA_EXCEEDED, "no"))),
+    "preparing": Situation(facts(spec=spec(prepare={"strategy": "always"})), Phase.PREPARING),
     "queued": Situation(facts(spec=QUEUED_SPEC, jobs=[job(is_suspended=True, started_at=None, queue="q")]), Phase.QUEUED),
     "starting": Situation(facts(status=status(**RUNNING), jobs=[job()], pods=[pod(is_ready=False)]), Phase.STARTING),
     "start timeout": Situation(facts(status=status(**RUNNING), jobs=[job()], pods=[pod(is_ready=False)], now=at(2000)), Phase.STARTING),

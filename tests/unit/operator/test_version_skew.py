@@ -21,7 +21,7 @@ STARTED_ATTEMPT: dict[str, Any] = {"number": 1, "startTime": at(0).isoformat()}
 RUNNING_STATUS = status(attempt=1, attempts=[STARTED_ATTEMPT], phase="Running")
 NEWER_GROUPS = {
     "unknown field": {"training": {"momentum": 0.9}},
-    "unknown group": {"prepare": {"strategy": "auto"}},
+    "unknown group": {"budget": {"strategy": "auto"}},
     "unknown enum value": {"policy": {"onDivergence": "Restart"}},
     "unknown value in a list": {"placement": {"tolerations": [{"key": "a"}, {"key": "b", "operator": "Gt"}]}},
     "wider bounds": {"policy": {"retries": 100000}},

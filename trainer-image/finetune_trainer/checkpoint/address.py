@@ -5,7 +5,7 @@ To find one checkpoint or the model, no listing is needed: the key of its marker
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,12 +69,13 @@ def _get_committed_step(tree: CheckpointTree, step: int | None) -> CommittedChec
 
 
 def download_committed(
-    tree: CheckpointTree, checkpoint: CommittedCheckpoint, folder: Path, *, byte_counter: ByteCounter | None = None, check_space: ByteCounter | None = None
-) -> str | None:
-    """Call `check_space` with the size in bytes, then download and verify the files. Return the first problem, or None."""
+    tree: CheckpointTree, checkpoint: CommittedCheckpoint, folder: Path, *, byte_counter: ByteCounter | None = None, check_space: ByteCounter | None = None,
+    is_needed: Callable[[str], bool] = lambda path: True,
+) -> str | None:  # fmt: skip
+    """Call `check_space` with the size in bytes, then download and verify the files that are needed. Return the first problem, or None."""
     manifest = tree.read_manifest(checkpoint)
     if manifest is None:
         return f"{tree.uri(join(checkpoint.folder, Storage.MANIFEST))} is missing or is not the manifest that was committed"
     if check_space:
-        check_space(manifest.total_bytes)
-    return fetch_verified(tree, checkpoint.folder, manifest, folder, lambda path: True, byte_counter)
+        check_space(sum(file.size for file in manifest.files if is_needed(file.path)))
+    return fetch_verified(tree, checkpoint.folder, manifest, folder, is_needed, byte_counter)

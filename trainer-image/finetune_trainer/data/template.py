@@ -63,7 +63,10 @@ class RenderOptions:
 
 
 def render(example: Example, options: RenderOptions) -> Rendered:
-    """Render one example. Errors: RowError TemplateRefusedRow, MarkerAbsent, FormatMismatch; ConfigError TemplateSpansUnknown, TemplateTooSlow."""
+    """Render one example.
+
+    Errors: RowError TemplateRefusedRow, MarkerAbsent, FormatMismatch; ConfigError TemplateSpansUnknown, TemplateInvalid, TemplateTooSlow.
+    """
     match example:
         case Text(text):
             rendered = Rendered(text, ((0, len(text)),), False)
@@ -242,7 +245,7 @@ def _spans_from_markers(rendered: Rendered, turn_markers: tuple[str, str]) -> Re
 def _apply_template(
     options: RenderOptions, turns: tuple[Turn, ...], tools: Sequence[Any], *, add_generation_prompt: bool = False
 ) -> str:
-    """Render the turns with the chat template. Errors: RowError TemplateRefusedRow with the template's own message; ConfigError TemplateTooSlow."""
+    """Render the turns. Errors: RowError TemplateRefusedRow with the template's message; ConfigError TemplateInvalid, TemplateTooSlow."""
     messages: list[Mapping[str, Any]] = [turn.message(has_parts=options.has_parts) for turn in turns]
     try:
         with time_limit(TEMPLATE_SECONDS):
@@ -256,6 +259,11 @@ def _apply_template(
             "TemplateTooSlow", f"the chat template did not end within {TEMPLATE_SECONDS:g} s for a row with {len(turns)} turns",
             hint="remove loops from dataset.chatTemplate or from the template of the tokenizer: a template needs one loop over the messages",
         ) from None  # fmt: skip
+    except jinja2.TemplateSyntaxError as error:
+        raise ConfigError(
+            "TemplateInvalid", f"the chat template is not valid Jinja: line {error.lineno}: {error.message}",
+            hint="correct dataset.chatTemplate, or leave it out to use the template of the tokenizer",
+        ) from error  # fmt: skip
     except jinja2.TemplateError as error:
         raise RowError(
             "TemplateRefusedRow", f"the chat template refuses the conversation: {error}",

@@ -7,10 +7,11 @@ that refuses access, 69 for a store that cannot be reached.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlsplit
 
@@ -55,10 +56,21 @@ class SourceKind:
     failure_class: FailureClass
     patterns: tuple[str, ...]
     repo_type: str
+    skipped_endings: tuple[str, ...] = ()
+    """Files with these endings are not downloaded."""
+
+    def skips(self, name: str) -> bool:
+        """Whether the file with this name or key is not downloaded."""
+        return name.lower().endswith(self.skipped_endings) if self.skipped_endings else False
 
 
+WEIGHT_ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
+LOADABLE_WEIGHTS = (".safetensors", ".bin")
+WEIGHT_INDEX = "model.safetensors.index.json"
 MODEL_SOURCE = SourceKind("model", "Model", FailureClass.MODEL, MODEL_FILES, "model")
 DATA_SOURCE = SourceKind("data set", "Dataset", FailureClass.DATA, DATA_FILES, "dataset")
+MODEL_WITHOUT_WEIGHTS = replace(MODEL_SOURCE, skipped_endings=WEIGHT_ENDINGS)
+"""A model of which only configuration and tokenizer are needed."""
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 """File extensions of images. A folder with data files may also contain images."""
 IMAGE_FILES = tuple(f"*{suffix}" for ending in IMAGE_SUFFIXES for suffix in (ending, ending.upper()))
@@ -74,22 +86,44 @@ class FetchedSource:
     files: list[Path]
     hub_revision: str | None = None
     """Commit of a hub repository; None for other sources."""
+    skipped_names: frozenset[str] = frozenset()
+    """Files of the source that were not downloaded, relative to `path`."""
 
 
 class Fetcher:
     """Fetches the sources of one run. `byte_counter` is called with the number of bytes of each downloaded chunk."""
 
-    def __init__(self, run: RunConfig, work: Path, *, byte_counter: ByteCounter | None = None, digests: FileDigests | None = None) -> None:
-        """`digests` receives the sha256 of each file downloaded from a store. The hub's client does not compute one."""
-        self.run, self.work, self.byte_counter = run, work, byte_counter
+    def __init__(
+        self, run: RunConfig, work: Path, *, byte_counter: ByteCounter | None = None, digests: FileDigests | None = None,
+        model_kind: SourceKind = MODEL_SOURCE,
+    ) -> None:  # fmt: skip
+        """`digests` receives the sha256 of each file downloaded from a store. The hub's client does not compute one.
+
+        `model_kind`: MODEL_SOURCE, or MODEL_WITHOUT_WEIGHTS if the weights of models are not needed.
+        """
+        self.run, self.work, self.byte_counter, self._model_kind = run, work, byte_counter, model_kind
         self.digests = FileDigests() if digests is None else digests
 
     def model(self, text: str, path: str, name: str) -> FetchedSource:
-        """Fetch a folder with a model, tokenizer or adapter. `path` is the spec field, `name` the folder to download into.
+        """Fetch a folder with a model. `path` is the spec field, `name` the folder to download into.
 
-        Errors: NotFoundError ModelNotFound, ModelGated, ModelInvalid (66); storage errors.
+        Errors: NotFoundError ModelNotFound, ModelGated, ModelInvalid (66), ModelIncomplete if weights are skipped and missing; storage errors.
         """
-        fetched = self._fetch(text, path, self.work / "fetched" / name, MODEL_SOURCE)
+        fetched = self._fetch_model(text, path, name, self._model_kind)
+        if self._model_kind.skipped_endings:
+            _require_weights(fetched, path, redact_source(text))
+        return fetched
+
+    def tokenizer(self, text: str, path: str, name: str) -> FetchedSource:
+        """Fetch a folder with a tokenizer, without the weights of its model. Arguments and errors are those of `model`."""
+        return self._fetch_model(text, path, name, MODEL_WITHOUT_WEIGHTS)
+
+    def adapter(self, text: str, path: str, name: str) -> FetchedSource:
+        """Fetch a folder with an adapter and its weights. Arguments and errors are those of `model`."""
+        return self._fetch_model(text, path, name, MODEL_SOURCE)
+
+    def _fetch_model(self, text: str, path: str, name: str, kind: SourceKind) -> FetchedSource:
+        fetched = self._fetch(text, path, self.work / "fetched" / name, kind)
         if not fetched.path.is_dir():
             raise NotFoundError(
                 "ModelInvalid", f"{path} is {redact_source(text)}, which is a file: a folder with config.json and weights is needed",
@@ -160,14 +194,15 @@ class Fetcher:
     # ---- S3 ----
 
     def _open_store(self, bucket: str, kind: SourceKind, **options: float) -> S3Store:
-        own_store = self.run.model_store if kind is MODEL_SOURCE else self.run.dataset_store
+        own_store = self.run.model_store if kind.code == MODEL_SOURCE.code else self.run.dataset_store
         base = own_store or (self.run.storage if self.run.storage.uri.startswith("s3://") else StoreTarget(uri=""))
         return S3Store(base.model_copy(update={"uri": f"s3://{bucket}"}), **options)  # type: ignore[arg-type] # mixed numbers
 
     def _fetch_s3(self, source: S3Source, path: str, target: Path, kind: SourceKind) -> FetchedSource:
         store = self._open_store(source.bucket, kind)
         try:
-            objects = self._list_with_short_timeouts(source, kind)
+            listed = self._list_with_short_timeouts(source, kind)
+            objects = [stat for stat in listed if not kind.skips(stat.key)]
             if not objects:
                 raise self._missing_error(
                     kind, path, str(source), "does not exist: there is no object at this key or below it"
@@ -189,7 +224,8 @@ class Fetcher:
         finally:
             store.close()
         files = [file for _, file in jobs]
-        return FetchedSource(files[0] if is_single_object else target, files)
+        skipped_names = frozenset(_relative_path(stat.key, folder) for stat in listed if kind.skips(stat.key))
+        return FetchedSource(files[0] if is_single_object else target, files, skipped_names=skipped_names)
 
     def _list_with_short_timeouts(self, source: S3Source, kind: SourceKind) -> list[ObjectStat]:
         """List the source with short timeouts, so that wrong settings fail within seconds. The downloads retry longer."""
@@ -211,8 +247,8 @@ class Fetcher:
     def _fetch_web(self, source: HttpsSource, path: str, target: Path, kind: SourceKind) -> FetchedSource:
         try:
             return (
-                self._fetch_committed_model(source, path, target)
-                if kind is MODEL_SOURCE
+                self._fetch_committed_model(source, path, target, kind)
+                if kind.code == MODEL_SOURCE.code
                 else self._fetch_web_file(source, path, target, kind)
             )
         except FineTuneError as error:
@@ -239,7 +275,7 @@ class Fetcher:
         self.digests.add_download(file, digest)
         return FetchedSource(file, [file])
 
-    def _fetch_committed_model(self, source: HttpsSource, path: str, target: Path) -> FetchedSource:
+    def _fetch_committed_model(self, source: HttpsSource, path: str, target: Path, kind: SourceKind) -> FetchedSource:
         """Download a model or checkpoint that a job committed. Its manifest lists the files, because a web server has no listing."""
         if not source.is_job_result:
             raise NotFoundError(
@@ -255,11 +291,13 @@ class Fetcher:
             problem = "holds no _COMMITTED object"
             if committed is not None:
                 problem = download_committed(
-                    tree, committed, target, byte_counter=self.byte_counter, check_space=lambda size: self.require_space(size, path)
-                )
+                    tree, committed, target, byte_counter=self.byte_counter, check_space=lambda size: self.require_space(size, path),
+                    is_needed=lambda name: not kind.skips(name),
+                )  # fmt: skip
                 manifest = tree.read_manifest(committed) if problem is None else None
                 for entry in manifest.files if manifest is not None else ():
-                    self.digests.add_download(target / entry.path, entry.sha256)  # The downloaded files were compared with the manifest.
+                    if not kind.skips(entry.path):
+                        self.digests.add_download(target / entry.path, entry.sha256)  # The downloaded files were compared with the manifest.
         finally:
             store.close()
         if committed is None:
@@ -269,11 +307,12 @@ class Fetcher:
                 "ModelInvalid", f"{path} is {redact_source(source.url)}, which is damaged: {problem}",
                 hint="upload the model again", failure_class=MODEL_SOURCE.failure_class,
             )  # fmt: skip
-        return FetchedSource(target, _data_files(target))
+        skipped_names = frozenset(entry.path for entry in manifest.files if kind.skips(entry.path)) if manifest is not None else frozenset()
+        return FetchedSource(target, _data_files(target), skipped_names=skipped_names)
 
     def _open_web_store(self, uri: str, kind: SourceKind) -> WebStore:
         """Open a web store with the CA bundle of the configured connection."""
-        store = (self.run.model_store if kind is MODEL_SOURCE else self.run.dataset_store) or self.run.storage
+        store = (self.run.model_store if kind.code == MODEL_SOURCE.code else self.run.dataset_store) or self.run.storage
         return WebStore(StoreTarget(uri=uri, ca_bundle=store.ca_bundle))
 
     def _fetch_hub(self, source: HubSource, path: str, target: Path, kind: SourceKind) -> FetchedSource:
@@ -284,8 +323,10 @@ class Fetcher:
         try:
             folder = huggingface_hub.snapshot_download(
                 source.repo, repo_type=kind.repo_type, revision=source.revision, cache_dir=self.work / "hub",
-                token=os.environ.get(Env.HF_TOKEN) or False, allow_patterns=list(kind.patterns), max_workers=DOWNLOAD_THREADS,
+                token=os.environ.get(Env.HF_TOKEN) or False, allow_patterns=list(kind.patterns),
+                ignore_patterns=[f"*{ending}" for ending in kind.skipped_endings] or None, max_workers=DOWNLOAD_THREADS,
             )  # fmt: skip
+            skipped_names = self._skipped_names_of_hub(source, kind, Path(folder).name)
         except hub.GatedRepoError as error:
             raise NotFoundError(
                 f"{kind.code}Gated", f"{path} is {repository}, which is gated: its owner must grant access first",
@@ -298,7 +339,16 @@ class Fetcher:
         except Exception as error:  # The hub's client does not convert the exceptions of its HTTP library.
             raise _hub_unreachable_error(kind, path, repository, error) from error
         local = Path(folder)
-        return FetchedSource(local, _data_files(local), hub_revision=local.name)
+        return FetchedSource(local, _data_files(local), hub_revision=local.name, skipped_names=skipped_names)
+
+    def _skipped_names_of_hub(self, source: HubSource, kind: SourceKind, revision: str) -> frozenset[str]:
+        if not kind.skipped_endings:
+            return frozenset()
+        import huggingface_hub
+
+        token = os.environ.get(Env.HF_TOKEN) or False
+        listed = huggingface_hub.list_repo_files(source.repo, revision=revision, repo_type=kind.repo_type, token=token)
+        return frozenset(name for name in listed if kind.skips(name))
 
     # ---- shared ----
 
@@ -334,6 +384,23 @@ def _hub_unreachable_error(kind: SourceKind, path: str, repository: str, error: 
 def _relative_path(key: str, root: str) -> str:
     relative = key[len(root) :].lstrip("/")
     return "/".join(part for part in relative.split("/") if part not in ("", ".", ".."))
+
+
+def _require_weights(fetched: FetchedSource, path: str, shown: str) -> None:
+    """Check by their names that a model has weight files. Errors: NotFoundError ModelIncomplete."""
+    index = fetched.path / WEIGHT_INDEX
+    try:
+        needed = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else set()
+    except (ValueError, KeyError, AttributeError):
+        needed = set()  # the process `check` or the training pod names the problem
+    present = fetched.skipped_names | {file.relative_to(fetched.path).as_posix() for file in fetched.path.rglob("*") if file.is_file()}
+    missing = sorted(needed - present)
+    if not missing and any(name.endswith(LOADABLE_WEIGHTS) for name in present):
+        return
+    problem = f"lacks {missing[0]}, which {WEIGHT_INDEX} lists" if missing else "holds no weights (*.safetensors or *.bin)"
+    raise NotFoundError(
+        "ModelIncomplete", f"{path} is {shown}, which {problem}", hint="upload all files of the model again", failure_class=MODEL_SOURCE.failure_class
+    )
 
 
 def _data_files(folder: Path) -> list[Path]:

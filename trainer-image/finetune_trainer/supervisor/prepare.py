@@ -37,7 +37,14 @@ from finetune_trainer.supervisor.existing_model import (
     find_existing_model,
     require_same_base,
 )
-from finetune_trainer.supervisor.fetch import Fetcher, combined_digest, fingerprint, sizes_digest
+from finetune_trainer.supervisor.fetch import (
+    MODEL_SOURCE,
+    Fetcher,
+    SourceKind,
+    combined_digest,
+    fingerprint,
+    sizes_digest,
+)
 from finetune_trainer.supervisor.file_digests import FileDigests
 from finetune_trainer.supervisor.hub import require_token
 from finetune_trainer.supervisor.run_state import RunState
@@ -60,8 +67,11 @@ RECORDED_PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "deep
 class Preparation:
     """Prepares one pod. The public methods are listed in the order in which the supervisor calls them."""
 
-    def __init__(self, run: RunConfig, config_sha256: str, settings: Settings, run_state: RunState, digests: FileDigests) -> None:
-        """`digests` receives the sha256 of the downloaded files."""
+    def __init__(
+        self, run: RunConfig, config_sha256: str, settings: Settings, run_state: RunState, digests: FileDigests, model_kind: SourceKind = MODEL_SOURCE
+    ) -> None:
+        """`digests` receives the sha256 of the downloaded files. `model_kind`: MODEL_SOURCE, or MODEL_WITHOUT_WEIGHTS if no model is loaded."""
+        self._model_kind = model_kind
         self._run, self._sha256, self._work, self._digests = run, config_sha256, settings.work, digests
         self._node_rank, self._state = settings.node_rank, run_state
         self._config_maps = settings.config_maps
@@ -167,7 +177,10 @@ class Preparation:
         return restore_result
 
     def _fetch(self) -> Inputs:
-        spec, fetcher = self._run.spec, Fetcher(self._run, self._work, byte_counter=self._count_downloaded_bytes, digests=self._digests)
+        spec = self._run.spec
+        fetcher = Fetcher(
+            self._run, self._work, byte_counter=self._count_downloaded_bytes, digests=self._digests, model_kind=self._model_kind
+        )
         data = spec.dataset
         source = spec.model.source or ""
         model = fetcher.model(source, "model.source", "model")
@@ -183,10 +196,10 @@ class Preparation:
         bertscore, similarity = (metric_models.bertscore, metric_models.semantic_similarity) if metric_models else (None, None)
         return Inputs(
             model=model.path,
-            tokenizer=fetcher.model(tokenizer, "model.tokenizer", "tokenizer").path
+            tokenizer=fetcher.tokenizer(tokenizer, "model.tokenizer", "tokenizer").path
             if tokenizer and tokenizer != source
             else None,
-            adapter=fetcher.model(adapter, "method.adapter.source", "adapter").path if adapter else None,
+            adapter=fetcher.adapter(adapter, "method.adapter.source", "adapter").path if adapter else None,
             reference=fetcher.model(reference, "trainer.dpo.referenceModel", "reference").path if reference else None,
             bertscore_model=fetcher.model(bertscore, "evaluation.metricModels.bertscore", "bertscore").path if bertscore else None,
             similarity_model=fetcher.model(similarity, "evaluation.metricModels.semanticSimilarity", "similarity").path if similarity else None,
@@ -216,8 +229,9 @@ class Preparation:
         folders = []
         for number, item in enumerate((self._run.spec.output.combine_adapters or []) if self._node_rank == 0 else []):
             field = f"output.combineAdapters[{number}].source"
-            folder = fetcher.model(item.source, field, f"combined-adapter-{number}").path
-            require_combinable(folder, base, field, item.source)
+            folder = fetcher.adapter(item.source, field, f"combined-adapter-{number}").path
+            if not self._model_kind.skipped_endings:
+                require_combinable(folder, base, field, item.source)
             folders.append(folder)
         return folders
 

@@ -1,0 +1,160 @@
+"""Decides about the preparation: a Job without GPUs that checks storage, model and data before the first attempt.
+
+A preparation that finds a mistake of the user ends the job before a pod asks for a GPU. A preparation that fails for another reason is
+repeated. With `prepare.strategy: auto`, a preparation that gets no node or cannot run is skipped, and the training pods check everything
+themselves, as without a preparation. The record in `status.preparation` holds all decisions, so a restarted operator continues.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+from finetune_api.exits import RetryPolicy
+from finetune_api.names import Condition, Reason
+from finetune_api.spec.enums import PrepareStrategy
+from finetune_api.status import Preparation
+
+from finetune_operator.deadlines import add_seconds
+from finetune_operator.facts import Facts
+from finetune_operator.plan import JobEnd, Outcome, Plan, Situation
+from finetune_operator.policies import timeouts
+from finetune_operator.policies.blocking import BlockingCondition, blocking_condition_of_pods
+from finetune_operator.policies.cause import cause_of
+from finetune_operator.policies.retry import DEFAULT_RETRIES, FailureCause
+from finetune_operator.policies.verdict import AcceptedSpec
+from finetune_operator.text import clean
+from finetune_operator.views import JobView, PodView
+
+PLACEMENT_SECONDS = 300.0
+"""With strategy auto, a preparation whose pod cannot start within this time is skipped."""
+DEADLINE_REASON = "DeadlineExceeded"
+"""Reason of a failed Job whose `activeDeadlineSeconds` passed."""
+
+
+def plan_preparation(facts: Facts) -> Plan | None:
+    """Return the plan of a job that must be prepared before its first attempt. None: no preparation is needed, or an earlier one must end first."""
+    if not _needs_preparation(facts):
+        return None
+    record = facts.job.status.preparation or Preparation(number=facts.preparation_number, start_time=facts.now)
+    job = facts.preparation_job
+    if job is None:
+        has_running_pods = any(not pod.is_finished for pod in facts.owned_pods)
+        return None if has_running_pods else _plan_start(facts, record)
+    if job.is_deleting:
+        return None
+    if job.completed_at is not None:
+        return _plan_success(record, job.completed_at, facts.preparation_pods)
+    if job.failed_at is not None:
+        return _plan_failure(facts, record, job, facts.preparation_pods)
+    return _plan_running(facts, record, job, facts.preparation_pods)
+
+
+def _needs_preparation(facts: Facts) -> bool:
+    """Whether the job must be prepared and no preparation has succeeded, was skipped or ended the job."""
+    if facts.attempt > 1 or facts.attempt_record is not None or facts.suspend_requested or not isinstance(facts.acceptance, AcceptedSpec):
+        return False
+    record, strategy = facts.job.status.preparation, facts.spec.prepare.strategy
+    if record is not None and record.reason is not None:
+        return False
+    if strategy is None or strategy is PrepareStrategy.NEVER or facts.spec.phases.train is False:
+        return False
+    return strategy is PrepareStrategy.ALWAYS or facts.spec.resources.gpus_per_node != 0
+
+
+def _plan_start(facts: Facts, record: Preparation) -> Plan:
+    """Create the Job of the preparation, after the pause that follows a failure."""
+    start = _start_time(facts, record)
+    if start > facts.now:
+        return Plan(Situation.PREPARING, reconcile_at=timeouts.next_reconcile_at(facts.now, start))
+    if _is_auto(facts) and facts.now >= add_seconds(start, PLACEMENT_SECONDS):
+        return _plan_skip(record, facts.now, f"no Job could be created for {PLACEMENT_SECONDS:.0f} s")
+    is_new = facts.job.status.preparation is None
+    return Plan(
+        Situation.PREPARING, create_preparation=record.number, preparation=record if is_new else None,
+        reconcile_at=timeouts.next_reconcile_at(facts.now, add_seconds(start, PLACEMENT_SECONDS)),
+    )  # fmt: skip
+
+
+def _start_time(facts: Facts, record: Preparation) -> datetime:
+    """When the preparation could start: at the job's start, after the pause that follows a failure, or after a suspension."""
+    suspended, ended_at = facts.condition(Condition.SUSPENDED), record.end_time
+    retry = facts.config.retry
+    pause = min(retry.base_seconds * 2 ** min(record.failures - 1, 20), retry.max_seconds) if record.failures else 0.0
+    times = [record.start_time, add_seconds(ended_at, pause) if ended_at else None]
+    if suspended is not None:
+        times.append(facts.now if suspended.status == "True" else suspended.last_transition_time)
+    return max(time for time in times if time is not None)
+
+
+def _plan_running(facts: Facts, record: Preparation, job: JobView, pods: tuple[PodView, ...]) -> Plan:
+    if timeouts.pods_of_lost_nodes(pods, facts.config.lost_node_seconds, facts.now):
+        return Plan(Situation.PREPARING, delete_jobs=(job,))
+    blocking_condition = blocking_condition_of_pods(pods)
+    is_waiting = blocking_condition is not None or not any(pod.node for pod in pods)
+    limit = add_seconds(job.created_at, PLACEMENT_SECONDS)
+    if is_waiting and _is_auto(facts) and facts.now >= limit:
+        problem = blocking_condition.message if blocking_condition else "no node could take the pod"
+        return _plan_skip(record, facts.now, f"the pod of the preparation did not start within {PLACEMENT_SECONDS:.0f} s: {problem}")
+    deletion_times = [pod.deletion_timestamp for pod in pods if pod.deletion_timestamp]
+    lost_at = add_seconds(min(deletion_times), facts.config.lost_node_seconds + 1) if deletion_times else None
+    return Plan(
+        Situation.PREPARING, blocking_condition=blocking_condition,
+        reconcile_at=timeouts.next_reconcile_at(facts.now, limit if is_waiting else None, lost_at),
+    )  # fmt: skip
+
+
+def _plan_success(record: Preparation, ended_at: datetime, pods: tuple[PodView, ...]) -> Plan:
+    message = next((message for pod in pods if (message := pod.termination_message) is not None), None)
+    ended = record.model_copy(update={"end_time": ended_at, "reason": Reason.PREPARED.value, "message": None})
+    return Plan(Situation.PREPARING, preparation=ended, preparation_message=message)
+
+
+def _plan_failure(facts: Facts, record: Preparation, job: JobView, pods: tuple[PodView, ...]) -> Plan:
+    """End the job, repeat the preparation or skip it."""
+    assert job.failed_at is not None  # noqa: S101 -- the caller checks
+    cause = cause_of(job, pods)
+    is_reported = any(pod.termination_message is not None for pod in pods)
+    is_final = cause.retry_policy is RetryPolicy.NEVER and is_reported
+    if not is_final and _may_repeat(facts, record, job, cause, is_reported=is_reported):
+        failures = record.failures + (cause.retry_policy is RetryPolicy.COUNTED)
+        repeated = Preparation(
+            number=record.number + 1, failures=failures, start_time=record.start_time, end_time=job.failed_at, message=clean(cause.failure.message)
+        )
+        return Plan(Situation.PREPARING, preparation=repeated)
+    if _is_auto(facts) and not is_final:
+        return _plan_skip(record, job.failed_at, f"the preparation failed: {cause.failure.message}")
+    failure, reason = cause.failure, cause.reason
+    if cause.retry_policy is RetryPolicy.ADAPT_MEMORY:
+        failure = failure.model_copy(update={"hint": "raise prepare.resources.memory"})
+    elif cause.retry_policy is RetryPolicy.COUNTED:
+        reason = Reason.RETRIES_EXHAUSTED
+    ended = record.model_copy(update={"end_time": job.failed_at, "reason": reason.value, "message": clean(failure.message)})
+    return Plan(Situation.PREPARING, preparation=ended, job_end=JobEnd(Outcome.FAILED, reason, failure))
+
+
+def _may_repeat(facts: Facts, record: Preparation, job: JobView, cause: FailureCause, *, is_reported: bool) -> bool:
+    """Whether another preparation may succeed. A trainer image without the command `prepare` writes no termination message."""
+    if job.failed_reason == DEADLINE_REASON or cause.retry_policy is RetryPolicy.ADAPT_MEMORY:
+        return False
+    if cause.retry_policy is RetryPolicy.NOT_COUNTED:
+        return True
+    retries = facts.spec.policy.retries if facts.spec.policy.retries is not None else DEFAULT_RETRIES
+    return is_reported and cause.retry_policy is RetryPolicy.COUNTED and record.failures < retries
+
+
+def _plan_skip(record: Preparation, ended_at: datetime, problem: str) -> Plan:
+    message = clean(f"{problem}; the training pods check storage, model and data instead")
+    skipped = record.model_copy(update={"end_time": ended_at, "reason": Reason.PREPARATION_SKIPPED.value, "message": message})
+    return Plan(Situation.PREPARING, preparation=skipped)
+
+
+def _is_auto(facts: Facts) -> bool:
+    return facts.spec.prepare.strategy is PrepareStrategy.AUTO
+
+
+def describe_preparation(record: Preparation, blocking_condition: BlockingCondition | None) -> tuple[Reason, str]:
+    """Return reason and message for the conditions of a job that is being prepared."""
+    if blocking_condition is not None:
+        return blocking_condition.reason, f"preparation {record.number} waits: {blocking_condition.message}"
+    earlier = f"; the preparation before it failed: {record.message}" if record.message else ""
+    return Reason.PREPARING, f"preparation {record.number} checks storage, model and data without a GPU{earlier}"

@@ -1,0 +1,318 @@
+"""The preparation of a job: when a preparation Job is created, repeated, skipped, and when it ends the FineTuneJob."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import datetime
+from typing import Any
+
+import pytest
+from finetune_api.names import Condition, ExitCode, FailureClass, Phase, Reason
+from finetune_api.pod import TerminationMessage
+from finetune_api.status import DataReport, FineTuneJobStatus, ResolvedConfig
+from finetune_operator.builders.job import build_preparation_job
+from finetune_operator.builders.run_config import build_run_config
+from finetune_operator.decide import decide
+from finetune_operator.events import draft_events
+from finetune_operator.facts import Facts
+from finetune_operator.objects import FINETUNEJOB, JOB
+from finetune_operator.plan import ActionResult, Outcome, Plan, Situation
+from finetune_operator.policies.acceptance import RefusedSpec
+from finetune_operator.report import compute_status, reduced_status
+from finetune_operator.settings import parse_config
+from finetune_operator.views import JobView, PodView, as_deleted, read_job
+
+from tests.unit.operator import samples
+from tests.unit.operator.fake_cluster import Process, new_server
+from tests.unit.operator.samples import CONFIG, accept_spec, at, end_pod, finetunejob, iso_time, pod, spec, status
+
+PREPARING = {"strategy": "auto"}
+CONFIG_WITH_PREPARATION = CONFIG.model_copy(update={"prepare": CONFIG.prepare.model_copy(update={"strategy": "auto", "node_selector": {"cpu": "yes"}})})
+RECORD = {"number": 1, "startTime": iso_time(0)}
+USER_MISTAKE = TerminationMessage(class_=FailureClass.DATA, code="DatasetEmpty", message="no rows", hint="add rows", exit_code=65)
+LOST_STORE = TerminationMessage(class_=FailureClass.STORAGE, code="EndpointUnreachable", message="no answer", exit_code=69)
+
+
+def gpu_spec(strategy: str = "auto", **groups: Any) -> dict[str, Any]:
+    return spec(**{"resources": {"gpusPerNode": 8, "nodes": 2}, "prepare": {"strategy": strategy}, **groups})
+
+
+def preparation_job(number: int = 1, **fields: Any) -> JobView:
+    return samples.job(0, **{"name": f"run-prepare-{number}", "uid": f"prepare-{number}", **fields})
+
+
+def preparation_pod(number: int = 1, **fields: Any) -> PodView:
+    return pod(0, **{"name": f"run-prepare-{number}-0-x", "uid": f"pod-prepare-{number}", "job_uid": f"prepare-{number}", **fields})
+
+
+def facts(
+    record: dict[str, Any] | None = None, job: JobView | None = None, pods: tuple[PodView, ...] = (), *, now: datetime | None = None,
+    strategy: str = "auto", known: dict[str, Any] | None = None, **groups: Any,
+) -> Facts:  # fmt: skip
+    fields = ({"preparation": record} if record else {}) | (known or {})
+    jobs = [job] if job is not None else []
+    return samples.facts(spec=gpu_spec(strategy, **groups), status=status(**fields), jobs=jobs, pods=pods, now=now or at(60))
+
+
+def failed(report: TerminationMessage | None, code: int, **fields: Any) -> tuple[JobView, tuple[PodView, ...]]:
+    ended = end_pod(preparation_pod(), code, report, **fields)
+    return preparation_job( failed_at=at(50), failed_reason="BackoffLimitExceeded"), (ended,)
+
+
+def status_of(observed: Facts, plan: Plan, result: ActionResult | None = None) -> FineTuneJobStatus:
+    return compute_status(observed, plan, result or ActionResult())
+
+
+# ---- which jobs are prepared ----
+
+
+@pytest.mark.parametrize(
+    ("groups", "is_prepared"),
+    [
+        ({}, True),
+        ({"prepare": {"strategy": "always"}, "resources": {"gpusPerNode": 0}}, True),
+        ({"resources": {"gpusPerNode": 0}}, False),
+        ({"prepare": {"strategy": "never"}}, False),
+        ({"phases": {"train": False, "from": "s3://models/x/model"}, "evaluation": {"metrics": ["perplexity"]}, "dataset": {"test": "s3://data/t"}}, False),
+        ({"suspend": True}, False),
+    ],
+)  # fmt: skip
+def test_jobs_that_are_prepared(groups: dict[str, Any], is_prepared: bool) -> None:
+    observed = facts(**groups)
+    assert not isinstance(observed.acceptance, RefusedSpec), observed.acceptance
+    plan = decide(observed)
+    assert (plan.situation is Situation.PREPARING, plan.create_preparation) == (is_prepared, 1 if is_prepared else None)
+    assert plan.create_attempt == (None if is_prepared or groups.get("suspend") else 1)
+
+
+def test_the_operators_configuration_chooses_the_strategy_of_jobs_that_leave_it_out() -> None:
+    written = spec(resources={"gpusPerNode": 1})
+    assert accept_spec(written).spec.prepare.strategy == "never"
+    accepted = accept_spec(written, CONFIG_WITH_PREPARATION)
+    assert accepted.spec.prepare.strategy == "auto"
+    assert accepted.defaults["prepare.resources.memory"] == "4Gi"
+
+
+def test_a_job_with_an_attempt_is_never_prepared() -> None:
+    ended = {"number": 1, "startTime": iso_time(0), "endTime": iso_time(10), "reason": "Preempted"}
+    assert decide(facts(known={"attempt": 2, "attempts": [ended]})).create_attempt == 2
+    running = samples.facts(spec=gpu_spec(), status=status(), jobs=[samples.job(1)], pods=[pod(1)])
+    assert decide(running).situation is Situation.ACTIVE
+
+
+# ---- the Job ----
+
+
+def test_the_job_of_a_preparation_has_no_gpu_and_no_placement_of_the_training_pods() -> None:
+    written = gpu_spec(
+        resources={"gpusPerNode": 8, "nodes": 2}, prepare={"strategy": "auto", "resources": {"cpu": "6", "memory": "12Gi"}},
+        placement={"nodeSelector": {"zone": "a"}, "queueName": "team-a", "env": [{"name": "A", "value": "b"}], "labels": {"cost": "x"}},
+    )  # fmt: skip
+    accepted = accept_spec(written, CONFIG_WITH_PREPARATION)
+    job = finetunejob(written)
+    run = build_run_config(job, accepted.spec, 1, defaults=accepted.defaults, committed_step=0, max_step=None)
+    body = build_preparation_job(job, run, 2, accepted.spec.prepare.resources, CONFIG_WITH_PREPARATION)
+    pod_spec = body["spec"]["template"]["spec"]
+    container = pod_spec["containers"][0]
+    assert (body["metadata"]["name"], body["spec"]["completions"], container["args"]) == ("run-prepare-2", 1, ["prepare"])
+    assert container["resources"] == {
+        "requests": {"cpu": "6", "memory": "12Gi", "ephemeral-storage": "20Gi"}, "limits": {"memory": "12Gi", "ephemeral-storage": "20Gi"},
+    }  # fmt: skip
+    assert pod_spec["nodeSelector"] == {"cpu": "yes"}
+    assert "tolerations" not in pod_spec and "subdomain" not in pod_spec and "suspend" not in body["spec"]
+    assert body["metadata"]["labels"]["cost"] == "x" and "kueue.x-k8s.io/queue-name" not in body["metadata"]["labels"]
+    assert {"name": "A", "value": "b"} in container["env"]
+    assert run.world.nodes == 2 and "prepare" not in run.to_wire()["spec"], "run.json is that of the first attempt, for every trainer release"
+    view = read_job(body | {"metadata": body["metadata"] | {"uid": "u", "creationTimestamp": iso_time(0)}})
+    assert view is not None and view.attempt == 0
+
+
+def test_a_preparation_job_that_lost_its_labels_is_found_by_its_owner() -> None:
+    owner = {"apiVersion": "v1", "kind": "FineTuneJob", "name": "run", "uid": samples.UID, "controller": True}
+    meta = {"name": "run-prepare-3", "namespace": "team", "uid": "u", "creationTimestamp": iso_time(0), "ownerReferences": [owner]}
+    view = read_job({"metadata": meta, "spec": {}})
+    assert view is not None and (view.job_name, view.attempt) == ("run", 0)
+
+
+# ---- success ----
+
+
+def test_a_prepared_job_starts_its_first_attempt() -> None:
+    message = TerminationMessage(exit_code=0, data=DataReport(tokens=12), resolved=ResolvedConfig(dataset_rows=3))
+    ended = end_pod(preparation_pod(), 0, message)
+    observed = facts(RECORD, preparation_job(completed_at=at(50)), (ended,))
+    plan = decide(observed)
+    new_status = status_of(observed, plan)
+    assert plan.writes_decision and plan.create_attempt is None
+    assert new_status.preparation is not None and new_status.preparation.reason == Reason.PREPARED
+    assert (new_status.data, new_status.resolved and new_status.resolved.dataset_rows) == (DataReport(tokens=12), 3)
+    prepared = new_status.condition(Condition.PREPARED)
+    assert prepared is not None and (prepared.status, prepared.reason) == ("True", "Prepared")
+    assert [draft.reason for draft in draft_events(observed.job.status, new_status)] == [Reason.ACCEPTED, Reason.PREPARED]
+    following = samples.facts(spec=gpu_spec(), status=new_status, jobs=observed.jobs, pods=observed.pods, now=at(61))
+    assert decide(following).create_attempt == 1
+
+
+def test_reduced_status_keeps_the_record() -> None:
+    prepared = status(preparation=RECORD | {"reason": "Prepared"})
+    assert reduced_status(prepared, status()).preparation == prepared.preparation
+
+
+# ---- failures ----
+
+
+def test_a_mistake_of_the_user_ends_the_job_before_any_attempt() -> None:
+    observed = facts(RECORD, *failed(USER_MISTAKE, 65))
+    plan = decide(observed)
+    assert plan.job_end is not None and plan.job_end.outcome is Outcome.FAILED
+    new_status = status_of(observed, plan)
+    assert (new_status.phase, new_status.reason, new_status.attempts, new_status.attempt) == (Phase.FAILED, "DatasetEmpty", [], None)
+    assert new_status.failure is not None and (new_status.failure.code, new_status.failure.hint) == ("DatasetEmpty", "add rows")
+    condition = new_status.condition(Condition.PREPARED)
+    assert condition is not None and (condition.status, condition.reason, condition.message) == ("False", "DataError", "no rows")
+    finished = samples.facts(spec=gpu_spec(), status=new_status, jobs=observed.jobs, pods=observed.pods, now=at(70))
+    assert decide(finished).situation is Situation.FINISHED
+
+
+@pytest.mark.parametrize(
+    ("message", "code", "fields", "failures"),
+    [
+        (LOST_STORE, 69, {}, 1),
+        (None, ExitCode.SIGTERM, {}, None),
+        (TerminationMessage(class_=FailureClass.PREEMPTED, code="StoppedSaved", exit_code=75), 75, {}, 0),
+    ],
+    ids=["store unreachable", "killed without a message", "stopped"],
+)  # fmt: skip
+def test_a_failure_that_may_pass_repeats_the_preparation(message: TerminationMessage | None, code: int, fields: Any, failures: int | None) -> None:
+    observed = facts(RECORD, *failed(message, code, **fields), now=at(50))
+    new_status = status_of(observed, decide(observed))
+    record = new_status.preparation
+    assert record is not None
+    if failures is None:  # no report: the image may lack the command
+        assert record.reason == Reason.PREPARATION_SKIPPED
+        return
+    assert (record.number, record.failures, record.reason, record.end_time) == (2, failures, None, at(50))
+    following = samples.facts(spec=gpu_spec(), status=new_status, jobs=observed.jobs, pods=observed.pods, now=at(51))
+    assert decide(following).create_preparation == (None if failures else 2)
+    later = replace(following, now=at(61))
+    assert decide(later).create_preparation == 2
+    assert [draft.reason for draft in draft_events(observed.job.status, new_status)] == [Reason.ACCEPTED, Reason.RETRYING]
+
+
+@pytest.mark.parametrize(
+    ("message", "code", "fields", "cause"),
+    [
+        (LOST_STORE, 69, {"record": {"failures": 3}}, "no answer"),
+        (None, 64, {"text": "finetune-trainer: unknown command 'prepare'"}, "unknown command 'prepare'"),
+        (None, 137, {"reason": "OOMKilled"}, "memory limit"),
+        (TerminationMessage(class_=FailureClass.INFRASTRUCTURE, code="TrainerTooOld", message="too old", exit_code=79), 79, {}, "too old"),
+        (None, 137, {"deadline": True}, "DeadlineExceeded"),
+    ],
+    ids=["retries used up", "old image", "memory", "too old", "hung"],
+)  # fmt: skip
+@pytest.mark.parametrize("strategy", ["auto", "always"])
+def test_other_failures_skip_an_automatic_preparation_and_end_a_required_one(
+    message: TerminationMessage | None, code: int, fields: dict[str, Any], cause: str, strategy: str
+) -> None:
+    job, pods = failed(message, code, reason=fields.get("reason", ""), message=fields.get("text", ""))
+    if fields.get("deadline"):
+        job, pods = replace(job, failed_reason="DeadlineExceeded", failed_message="DeadlineExceeded: the Job was active too long"), ()
+    observed = facts(RECORD | fields.get("record", {}), job, pods, strategy=strategy)
+    plan = decide(observed)
+    new_status = status_of(observed, plan)
+    assert new_status.preparation is not None
+    if strategy == "auto":
+        assert (plan.job_end, new_status.preparation.reason) == (None, Reason.PREPARATION_SKIPPED)
+        assert cause in (new_status.preparation.message or "")
+        following = samples.facts(spec=gpu_spec(), status=new_status, jobs=observed.jobs, pods=observed.pods, now=at(61))
+        assert decide(following).create_attempt == 1
+        assert draft_events(observed.job.status, new_status)[-1].reason is Reason.PREPARATION_SKIPPED
+    else:
+        assert plan.job_end is not None and plan.job_end.failure is not None and new_status.phase is Phase.FAILED
+        assert cause in plan.job_end.failure.message
+        assert code != 137 or fields.get("deadline") or plan.job_end.failure.hint == "raise prepare.resources.memory"
+
+
+# ---- waiting ----
+
+
+def test_an_automatic_preparation_without_a_node_is_skipped_after_five_minutes() -> None:
+    waiting = preparation_pod(phase="Pending", is_ready=False, node="", unschedulable_message="0/3 nodes are available")
+    observed = facts(RECORD, preparation_job(), (waiting,), now=at(299))
+    plan = decide(observed)
+    new_status = status_of(observed, plan)
+    assert (new_status.phase, new_status.reason, plan.reconcile_at) == (Phase.PREPARING, "Unschedulable", at(300))
+    reconciling = new_status.condition(Condition.RECONCILING)
+    assert reconciling is not None and "0/3 nodes" in reconciling.message
+    skipped = decide(replace(observed, now=at(300)))
+    assert skipped.preparation is not None and skipped.preparation.reason == Reason.PREPARATION_SKIPPED
+    following = samples.facts(spec=gpu_spec(), status=status_of(observed, skipped), jobs=observed.jobs, pods=observed.pods, now=at(301))
+    ending = decide(following)
+    assert (ending.situation, [job.name for job in ending.delete_jobs]) == (Situation.BLOCKED, ["run-prepare-1"])
+    required = decide(facts(RECORD, preparation_job(), (waiting,), now=at(9999), strategy="always"))
+    assert required.situation is Situation.PREPARING and required.preparation is None
+
+
+def test_a_pod_that_has_a_node_is_waited_for_and_its_stop_is_not_a_failure() -> None:
+    plan = decide(facts(RECORD, preparation_job(), (preparation_pod(),), now=at(9999)))
+    assert (plan.situation, plan.preparation, plan.delete_jobs) == (Situation.PREPARING, None, ())
+
+
+def test_an_automatic_preparation_whose_job_cannot_be_created_is_skipped_after_five_minutes() -> None:
+    assert decide(facts(RECORD, now=at(299))).create_preparation == 1
+    plan = decide(facts(RECORD, now=at(300)))
+    assert plan.create_preparation is None and plan.preparation is not None and plan.preparation.reason == Reason.PREPARATION_SKIPPED
+    resumed = [{"type": "Suspended", "status": "False", "reason": "Resumed", "lastTransitionTime": iso_time(5000)}]
+    assert decide(facts(RECORD, now=at(5010), known={"conditions": resumed})).create_preparation == 1, "suspended time does not count"
+
+
+def test_a_preparation_on_a_lost_node_is_deleted_and_starts_again() -> None:
+    lost = preparation_pod(deletion_timestamp=at(0))
+    plan = decide(facts(RECORD, preparation_job(), (lost,), now=at(61)))
+    assert [job.name for job in plan.delete_jobs] == ["run-prepare-1"]
+    deleting = decide(facts(RECORD, preparation_job(is_deleting=True), (lost,), now=at(62)))
+    assert deleting.force_delete_pods == (lost,) and deleting.create_preparation is None
+    gone = decide(facts(RECORD, None, (as_deleted(lost),), now=at(63)))
+    assert gone.create_preparation == 1
+
+
+@pytest.mark.parametrize(("change", "situation"), [({"suspend": True}, Situation.BLOCKED), ({"cancel": True}, Situation.FINISHED)])
+def test_suspend_and_cancel_end_a_running_preparation(change: dict[str, Any], situation: Situation) -> None:
+    plan = decide(facts(RECORD, preparation_job(), (preparation_pod(),), **change))
+    assert plan.situation is situation and plan.preparation is None
+    if situation is Situation.BLOCKED:
+        assert [job.name for job in plan.delete_jobs] == ["run-prepare-1"]
+    else:
+        assert plan.job_end is not None and plan.job_end.outcome is Outcome.CANCELLED
+
+
+def test_the_number_of_a_preparation_is_found_if_the_status_is_lost() -> None:
+    plan = decide(facts(None, preparation_job(3), (preparation_pod(3),)))
+    assert (plan.situation, plan.create_preparation) == (Situation.PREPARING, None)
+
+
+# ---- complete reconciles ----
+
+
+async def test_a_reconcile_creates_the_job_once_and_then_the_first_attempt() -> None:
+    config = parse_config({"trainer": {"image": "r.example.com/t:1"}, "prepare": {"strategy": "always"}}, "test")
+    server = new_server()
+    process = Process(server, config)
+    await process.reconcile()
+    assert [name for plural, name in server.objects if plural == JOB.plural] == ["run-prepare-1"]
+    assert server.event_counts() == {Reason.ACCEPTED: 1, Reason.PREPARING: 1}
+    await Process(server, config).reconcile()  # a restarted operator that does not know the Job yet
+    assert [name for plural, name in server.objects if plural == JOB.plural] == ["run-prepare-1"]
+    body = server.objects[JOB.plural, "run-prepare-1"]
+    completed = {"type": "Complete", "status": "True", "lastTransitionTime": iso_time(50)}
+    server.put(JOB, body | {"status": {"conditions": [completed], "completionTime": iso_time(50)}})
+    process = Process(server, config)
+    completed_job = read_job(server.objects[JOB.plural, "run-prepare-1"])
+    assert completed_job is not None
+    process.cache.put_job(completed_job)
+    await process.reconcile()
+    assert server.condition("Prepared")["status"] == "True"
+    process.refresh()
+    await process.reconcile()
+    assert (JOB.plural, "run-1") in server.objects
+    assert server.objects[FINETUNEJOB.plural, "run"]["status"]["preparation"]["reason"] == "Prepared"

@@ -1,0 +1,153 @@
+"""The process of a preparation: checks with the large libraries whether model, data and method fit together, without weights and without a GPU.
+
+It runs the code of a training rank up to the point where the rank loads the weights: tokenizer, chat template, objective and tokenised
+rows. Then it builds the model on torch's meta device, where tensors have shapes but no values, and applies the method to it. An error of the
+user's making has the same code as in a training pod. If a library cannot build a model without values, a note says what was not checked.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import logging
+import os
+import signal
+import sys
+import traceback
+from typing import TYPE_CHECKING, Any
+
+from finetune_api import rules
+from finetune_api.errors import ConfigError, InternalError
+from finetune_api.names import ExitCode
+from finetune_api.pod import RunConfig
+from finetune_api.status import DataReport, ResolvedConfig, Stage
+
+from finetune_trainer import imports
+from finetune_trainer.channel import Channel
+from finetune_trainer.failure import classify_error
+from finetune_trainer.inputs import Inputs
+from finetune_trainer.objective import load_objective, module_of
+from finetune_trainer.processes import die_with_parent
+from finetune_trainer.settings import Settings, load_run
+
+if TYPE_CHECKING:
+    from finetune_trainer.hardware import Hardware
+    from finetune_trainer.objective.base import DataFacts
+
+METHODS_WITHOUT_SKELETON = ("spectrum",)
+"""Methods that choose the trained layers by the values of the weights."""
+
+
+def main() -> int:
+    """Run the checks, report a failure, and end the process."""
+    die_with_parent()
+    faulthandler.enable()
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s check %(message)s", stream=sys.stderr)
+    code = _run_and_report(Channel.from_env())
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _run_and_report(channel: Channel) -> int:
+    try:
+        run, _ = load_run(Settings.from_env())
+        inputs = Inputs.read(channel.work)
+        if inputs is None:
+            raise InternalError("InputsMissing", "the inputs were not downloaded before the check began")
+        check(run, channel, inputs)
+        return ExitCode.OK
+    except BaseException as error:
+        cause = error.__cause__ if isinstance(error, InternalError) and isinstance(error.__cause__, Exception) else error
+        failure, _ = classify_error(cause)
+        traceback.print_exc()
+        channel.report_failure(failure)
+        return int(failure.exit_code)
+
+
+def check(run: RunConfig, channel: Channel, inputs: Inputs) -> None:
+    """Check the data and the method, and report the counts. Errors: those of the objective's data and of the method."""
+    imports.preload(run, module_of(rules.trainer_type_of(run.spec)))
+    from finetune_trainer import model
+    from finetune_trainer.distributed import DistributedStrategy
+    from finetune_trainer.objective.base import TrainingContext
+
+    channel.report_stage(Stage.CHECKING, "rows and tokens")
+    objective = load_objective(rules.trainer_type_of(run.spec))
+    hardware = _meta_hardware()
+    strategy = DistributedStrategy(run, hardware, 1)
+    strategy.prepare_process()
+    tokenizer, notes = model.load_tokenizer(run, inputs)
+    config = model.load_config(run, inputs)
+    context = TrainingContext(
+        run, inputs, hardware, strategy, tokenizer, channel.work / "tokens", model.max_positions(config),
+        vision=model.load_processor(run, inputs, config, tokenizer),
+    )  # fmt: skip
+    _, facts = objective.load_data(context)
+    for note in (*notes, *facts.notes):
+        channel.report_note(note)
+    channel.report_stage(Stage.CHECKING, "model and method")
+    trainable, total = _check_method(run, channel, inputs, context, config, objective.model_kind)
+    resolved = ResolvedConfig(
+        dataset_digest=inputs.dataset_digest, dataset_rows=facts.rows, dataset_format=facts.format.value,
+        trainable_parameters=trainable, total_parameters=total,
+    )  # fmt: skip
+    channel.send_message("checked", value={"data": _data_report(facts).to_wire(), "resolved": resolved.to_wire()})
+
+
+def _meta_hardware() -> Hardware:
+    import torch
+
+    from finetune_trainer.hardware import Hardware
+
+    return Hardware(torch.device("meta"), "none", torch.float32, bf16=False, fp16=False, attention="eager")
+
+
+def _data_report(facts: DataFacts) -> DataReport:
+    train = facts.report.get("tokens", {}).get("train", {})
+    return DataReport(
+        rows=facts.report.get("rows"), tokens=train.get("tokens"), trained_tokens=train.get("trained_tokens"),
+        median_length=train.get("median"), longest=train.get("longest"), truncated=train.get("truncated"),
+    )  # fmt: skip
+
+
+def _check_method(run: RunConfig, channel: Channel, inputs: Inputs, context: Any, config: Any, kind: str) -> tuple[int | None, int | None]:
+    """Apply the method to the model on the meta device. Returns the numbers of trained and of all values; None if they are unknown.
+
+    Errors: ConfigError of the method, for example if no module has a name of `method.lora.targetModules`.
+    """
+    from finetune_trainer import vocabulary
+    from finetune_trainer.method.base import MethodContext
+    from finetune_trainer.method.registry import create_method
+
+    if rules.method_type_of(run.spec) in METHODS_WITHOUT_SKELETON or inputs.adapter is not None:
+        channel.report_note("the preparation did not check the method against the model: that needs the weights")
+        return None, None
+    method_context = MethodContext(
+        run, inputs, context.hardware, context.strategy, kind,
+        new_token_ids=tuple(vocabulary.new_token_ids(context.tokenizer, run.spec.model.new_tokens)), is_resumed=True,
+    )  # fmt: skip
+    try:
+        trainable = create_method(method_context).apply(_build_skeleton(run, config, kind))
+    except ConfigError:
+        raise
+    except Exception as error:  # a library that needs values; training may still work
+        logging.getLogger(__name__).warning("the method was not checked against the model", exc_info=error)
+        channel.report_note(f"the preparation did not check the method against the model: {type(error).__name__}")
+        return None, None
+    from finetune_trainer.model import count_parameters
+
+    return count_parameters(trainable.model)
+
+
+def _build_skeleton(run: RunConfig, config: Any, kind: str) -> Any:
+    """Build the model without values from its configuration."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSequenceClassification
+
+    loader = AutoModelForImageTextToText if rules.is_vision_language(run.spec) else AutoModelForCausalLM
+    if kind == "reward":
+        loader, config.num_labels = AutoModelForSequenceClassification, 1
+    with torch.device("meta"):
+        return loader.from_config(config, trust_remote_code=bool(run.spec.model.trust_remote_code), attn_implementation="eager")

@@ -1,0 +1,145 @@
+"""Runs the pod of a preparation: checks storage, model and data before a pod with GPUs starts.
+
+The pod downloads the data, and configuration and tokenizer of the model without its weights. All problems that it finds are the same
+errors, with the same codes, as those of a training pod. It writes nothing that a later pod needs, so a stopped preparation starts again.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from finetune_api.base import ReportModel
+from finetune_api.names import ExitCode
+from finetune_api.pod import RunConfig
+from finetune_api.status import DataReport, ResolvedConfig, Stage
+
+from finetune_trainer import processes
+from finetune_trainer.failure import RankFailure, failure_from_exit_code, failure_from_message
+from finetune_trainer.inputs import FILE_NAME
+from finetune_trainer.settings import Settings, load_run
+from finetune_trainer.supervisor.agent_process import rank_environment
+from finetune_trainer.supervisor.exit_decision import ExitDecision
+from finetune_trainer.supervisor.fetch import MODEL_WITHOUT_WEIGHTS
+from finetune_trainer.supervisor.file_digests import FileDigests
+from finetune_trainer.supervisor.interruptible import StoppedError, run_until
+from finetune_trainer.supervisor.prepare import Preparation
+from finetune_trainer.supervisor.rank_channel import RankChannel
+from finetune_trainer.supervisor.run_state import RunState
+from finetune_trainer.supervisor.server import Server
+from finetune_trainer.supervisor.supervise import as_failure
+from finetune_trainer.supervisor.termination import termination_message, write_termination_message
+
+log = logging.getLogger(__name__)
+POLL_SECONDS = 0.05
+
+
+class CheckResult(ReportModel):
+    """What the process of a preparation reports: the counts of the tokenised data."""
+
+    data: DataReport
+    resolved: ResolvedConfig
+
+
+class PreparationPod:
+    """One pod of a preparation. `run()` returns its exit code."""
+
+    def __init__(self, settings: Settings, stop_requests: Sequence[float] = ()) -> None:
+        self._settings = settings
+        self._state = RunState()
+        self._stop = threading.Event()
+        if stop_requests:
+            self._stop.set()
+        self._result: CheckResult | None = None
+        self._failures: list[RankFailure] = []
+
+    def run(self) -> int:
+        """Check everything, report the result to the operator, and return the exit code."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda _number, _frame: self._stop.set())
+        processes.adopt_orphans()
+        server = Server(self._state, self._settings.port)
+        data = DataReport()
+        try:
+            data = self._check()
+            decision = ExitDecision(ExitCode.OK)
+        except StoppedError:
+            decision = ExitDecision(ExitCode.PREEMPTED_SAVED)  # nothing must be saved: the next preparation starts again
+        except Exception as error:
+            failure = as_failure(error, "PreparationFailed")
+            decision = ExitDecision(int(failure.exit_code), RankFailure(failure))
+        processes.kill_all_descendants()
+        message = termination_message(decision, self._state.report(), output=None, start_step=0, node_name=self._settings.node_name)
+        # The revision of a model may be the digest of all its files, but this pod has not downloaded the weights.
+        resolved = message.resolved.model_copy(update={"model_revision": None}) if message.resolved is not None else None
+        write_termination_message(message.model_copy(update={"data": data, "resolved": resolved}), self._settings.termination_log)
+        server.close()
+        return decision.code
+
+    def _check(self) -> DataReport:
+        """Run all checks. Errors: those of `Preparation` and of the process `check`; StoppedError."""
+        run, config_sha256 = load_run(self._settings)
+        self._state.set_run_config(run, config_sha256)
+        work = self._settings.work
+        shutil.rmtree(work / "output", ignore_errors=True)
+        (work / "output").mkdir(parents=True)
+        (work / FILE_NAME).unlink(missing_ok=True)
+        preparation = Preparation(run, config_sha256, self._settings, self._state, FileDigests(), MODEL_WITHOUT_WEIGHTS)
+        preparation.check_hub_token()
+
+        def fetch() -> None:
+            preparation.preflight()
+            inputs, _ = preparation.fetch()
+            inputs.write(work)
+
+        run_until(self._stop.is_set, fetch)
+        self._run_process(run)
+        summary, checked = preparation.data_summary, self._result
+        self._state.merge_resolved(checked.resolved if checked is not None else ResolvedConfig())
+        if summary is None:
+            return DataReport()
+        findings = summary.findings
+        counts = DataReport(
+            rows=summary.rows, bad_rows=summary.bad_rows, duplicates=findings.duplicate_count, personal_data=findings.personal_data_counts
+        )
+        return counts.model_copy(update=checked.data.model_dump(exclude_none=True) if checked is not None else {})
+
+    def _run_process(self, run: RunConfig) -> None:
+        """Run the checks that need large libraries in a process of its own. Errors: the failure that it reports; StoppedError."""
+        channel = RankChannel(self._handle_message)
+        command = [sys.executable, "-u", "-m", "finetune_trainer", "check"]
+        process = processes.ChildProcess(command, rank_environment(run, self._settings, channel.address))
+        try:
+            while (code := process.poll()) is None:
+                if self._stop.is_set():
+                    raise StoppedError
+                time.sleep(POLL_SECONDS)
+        finally:
+            processes.kill_all_descendants()
+            channel.close()
+        if self._failures:
+            raise self._failures[0].error
+        if code != 0:
+            raise failure_from_exit_code(0, code, is_host_out_of_memory=processes.killed_for_memory()).error
+
+    def _handle_message(self, message: dict[str, Any]) -> None:
+        match message.get("kind"):
+            case "stage":
+                self._state.enter_stage(Stage(message["stage"]), message.get("detail"))
+            case "note":
+                self._state.add_note(str(message["text"]))
+            case "checked":
+                self._result = CheckResult.model_validate(message["value"])
+            case "failed":
+                self._failures.append(failure_from_message(message))
+
+
+def prepare(settings: Settings, stop_requests: Sequence[float] = ()) -> int:
+    """Run the pod of a preparation; returns its exit code. `stop_requests`: monotonic times of earlier stop signals."""
+    return PreparationPod(settings, stop_requests).run()
