@@ -22,6 +22,7 @@ from finetune_cli.commands.import_command import import_
 from finetune_cli.commands.init import init
 from finetune_cli.commands.lifecycle import cancel, resume, suspend
 from finetune_cli.commands.logs import logs
+from finetune_cli.commands.plan import plan
 from finetune_cli.commands.purge import purge
 from finetune_cli.commands.ratings import ratings
 from finetune_cli.commands.replay import replay
@@ -47,6 +48,7 @@ app = typer.Typer(
 COMMANDS: dict[str, Callable[..., None]] = {
     "init": init,
     "validate": validate,
+    "plan": plan,
     "explain": explain,
     "import": import_,
     "diff": diff,

@@ -27,6 +27,7 @@ from finetune_api.status import (
     Output,
     Progress,
     ResolvedConfig,
+    RunPlan,
     Stage,
 )
 
@@ -234,6 +235,7 @@ class ProgressReport(ReportModel):
     output: Output | None = Field(default=None, description="The final model or adapter, as soon as it is committed.")
     evaluation: EvaluationResult | None = Field(default=None, description="Results of the evaluation after training.")
     resumed_from_step: int | None = Field(default=None, description="Optimizer step from which this attempt resumed.")
+    plan: RunPlan | None = Field(default=None, description="What the run is expected to need, and measured values.")
     resolved: ResolvedConfig = Field(
         default_factory=ResolvedConfig, description="The configuration in use, without fields that this trainer release does not know."
     )
@@ -270,6 +272,7 @@ class TerminationMessage(ReportModel):
     latest_checkpoint: str | None = None
     resumed_from_step: int | None = None
     resolved: ResolvedConfig | None = None
+    plan: RunPlan | None = None
 
     def to_json(self) -> str:
         """Return the message as JSON of at most 4096 bytes, the kubelet's limit. Optional fields are dropped first, then long texts are cut."""
@@ -298,6 +301,7 @@ def _drop_reasons_of_verification(message: dict[str, Any]) -> None:
 
 
 _DROPPED_PARTS: tuple[Callable[[dict[str, Any]], None], ...] = (
+    partial(remove_path, path="plan.memory"),
     partial(remove_path, path="resolved"),
     partial(remove_path, path="checkpoints"),
     partial(remove_path, path="metrics"),

@@ -336,6 +336,42 @@ class Workers(ReportModel):
     display: str = status_field("Number of ready pods and number of all pods, as text.", default="0/0", example="2/2")
 
 
+class MemoryParts(ReportModel):
+    """What the planned memory is used for, at the moment of the peak, in bytes."""
+
+    weights: int = status_field("Weights of the model and of the adapter.", default=0, example=16232153088)
+    gradients: int = status_field("Gradients of the trained weights.", default=0, example=84017152)
+    optimizer: int = status_field("State and temporary tensors of the optimizer.", default=0, example=336068608)
+    activations: int = status_field("Activations that the backward pass needs, and its temporary tensors.", default=0, example=37200000000)
+    logits: int = status_field("Logits and the loss.", default=0, example=268435456)
+    buffers: int = status_field("Inputs, masks, workspaces, and copies for communication between ranks.", default=0, example=80000000)
+    context: int = status_field("CUDA context and NCCL, outside PyTorch's allocator.", default=0, example=524288000)
+    fragmentation: int = status_field("Memory that PyTorch reserves but does not use.", default=0, example=1600000000)
+
+
+class MemoryPlan(ReportModel):
+    """Planned peak of memory on each rank."""
+
+    expected_bytes: int = status_field("Expected peak in bytes, the sum of all parts.", default=..., example=55400000000)
+    upper_bytes: int = status_field("Upper bound of the peak in bytes.", default=..., example=59278000000)
+    parts: MemoryParts = status_field("The expected peak in parts.", default_factory=MemoryParts)
+
+
+class MeasuredRun(ReportModel):
+    """Measured values of the run, to compare with the plan."""
+
+    memory_bytes: int | None = status_field(
+        "Peak of the memory that the first rank's GPU used, in bytes, with the CUDA context. Absent without a GPU.", example=55100000000
+    )
+
+
+class RunPlan(ReportModel):
+    """What the run was expected to need, and what it needed."""
+
+    memory: MemoryPlan | None = status_field("Planned memory of each rank. Absent if the plan does not know this kind of run.")
+    measured: MeasuredRun | None = status_field("Measured values of the newest attempt.")
+
+
 class ResolvedConfig(ReportModel):
     """The configuration in use: the spec with defaults, and values that the operator and the trainer computed."""
 
@@ -431,6 +467,7 @@ class FineTuneJobStatus(ReportModel):
     )  # fmt: skip
     workers: Workers | None = status_field("Pods of the current attempt.")
     resolved: ResolvedConfig | None = status_field("The configuration in use.")
+    plan: RunPlan | None = status_field("What the run is expected to need. Since 0.2.0.")
     start_time: Time | None = status_field(
         "Creation time of the first attempt's Job. With a queue: time of the Job's admission.",
         example="2026-03-01T12:00:00Z", prompt=PromptWrite.WHEN_VALUE_CHANGES,

@@ -27,6 +27,16 @@ SEE_LOG = "Read the log of the pod with `finetune logs <job>`. If the cause is n
 NO_ACTION = "No action is needed."
 
 FAILURE_REMEDIES: dict[str, tuple[Remedy, ...]] = {
+    "Memory plan (`finetune plan`)": _remedies(
+        ("MethodNotPlanned", "The plan does not know the memory of this method or option.", "Plan a method that the message lists. The job itself can run, and records its measured peak."),
+        ("ModelConfigIncomplete", "`config.json` lacks a number that the plan needs.", "Give the unchanged `config.json` of the base model."),
+        ("ModelConfigNotFound", "The folder holds no `config.json`.", "Name the folder with the model's `config.json` in `--model-config`."),
+        ("ModelConfigUnreadable", "`config.json` is not a JSON object.", "Give the unchanged `config.json` of the base model."),
+        ("ModelTypeNotPlanned", "The plan does not know models of this type.", "Plan a model of a type that the message lists. The job itself can run, and records its measured peak."),
+        ("ObjectiveNotPlanned", "The plan knows supervised fine-tuning only.", "Plan the job with `trainer.type: sft`, as a lower limit."),
+        ("OptimizerNotPlanned", "The plan does not know the memory of this optimizer.", "Plan the job with an optimizer that the message lists."),
+        ("TargetNotPlanned", "`method.lora.targetModules` names layers that models of this type do not have.", "Name layers that the message lists."),
+    ),
     "Pods, nodes and cluster": _remedies(
         ("AgentFailed", "The torchrun agent ended before a rank reported why.", SEE_LOG),
         ("AgentKilled", "A signal ended the torchrun agent, usually because the pod's memory was exhausted.", "Raise `resources.memory`. Check the events of the pod."),

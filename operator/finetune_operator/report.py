@@ -26,6 +26,7 @@ from finetune_api.status import (
     Output,
     Progress,
     ResolvedConfig,
+    RunPlan,
     Stage,
     Workers,
 )
@@ -91,6 +92,7 @@ def compute_status(facts: Facts, plan: Plan, result: ActionResult) -> FineTuneJo
         adaptations=counters.adaptations,
         workers=_compute_workers(inputs),
         resolved=_compute_resolved(inputs),
+        plan=_merge_reports(RunPlan(), "plan", inputs),
         start_time=counters.start_time,
         completion_time=_compute_completion_time(inputs) or old_status.completion_time,
         duration=_compute_duration(inputs) or old_status.duration,
@@ -141,6 +143,7 @@ def reduced_status(new_status: FineTuneJobStatus, stored_status: FineTuneJobStat
                 defaults=resolved.defaults, spec_sha256=resolved.spec_sha256, max_duration_seconds=resolved.max_duration_seconds
             ),
         ),
+        plan=stored_status.plan,
         start_time=new_status.start_time,
         completion_time=new_status.completion_time,
         duration=new_status.duration,

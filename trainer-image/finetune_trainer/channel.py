@@ -34,7 +34,7 @@ from finetune_api.base import WireModel
 from finetune_api.errors import FineTuneError, InternalError
 from finetune_api.names import WORK_MOUNT, Env
 from finetune_api.spec.enums import OutputKind
-from finetune_api.status import Metrics, Progress, ResolvedConfig, Stage
+from finetune_api.status import Metrics, Progress, ResolvedConfig, RunPlan, Stage
 
 from finetune_trainer.inputs import Inputs
 
@@ -127,6 +127,10 @@ class Channel:
     def report_resolved(self, resolved: ResolvedConfig) -> None:
         """Report the effective configuration of the run. The supervisor merges it into earlier reports."""
         self._send_reliably("resolved", value=resolved.to_wire())
+
+    def report_plan(self, plan: RunPlan) -> None:
+        """Report what the run is expected to need, or measured values. The supervisor merges it into earlier reports."""
+        self._send_reliably("plan", value=plan.to_wire())
 
     def report_note(self, text: str) -> None:
         """Add a sentence to `status.resolved.notes`."""

@@ -16,7 +16,7 @@ from finetune_api.errors import FineTuneError, InternalError, MemoryExhaustedErr
 from finetune_api.pod import RunConfig
 from finetune_api.sources import redact_source
 from finetune_api.spec.enums import OutputKind
-from finetune_api.status import ResolvedConfig, Stage
+from finetune_api.status import ResolvedConfig, RunPlan, Stage
 
 from finetune_trainer import imports
 from finetune_trainer.channel import Channel
@@ -224,8 +224,11 @@ class TrainingSession:
 
         from finetune_trainer.best import KeepBest
         from finetune_trainer.engine import FiniteGuard, LogLine
+        from finetune_trainer.memory_plan import MeasuredMemory
 
         callbacks: list[Any] = [self._create_verifier(), FiniteGuard(), LogLine()]
+        if self.hardware.device.type == "cuda":
+            callbacks.append(MeasuredMemory(self.channel, self.hardware.device))
         if self.run.spec.checkpoint.load_best_at_end:
             callbacks.append(KeepBest(self.resume_path))
         early_stopping = self.run.spec.training.early_stopping
@@ -272,7 +275,20 @@ class TrainingSession:
                 dataset_rows=self.facts.rows, dataset_format=self.facts.format.value,
             )
         )  # fmt: skip
+        self._report_memory_plan()
         self.channel.report_stage(Stage.TRAINING)
+
+    def _report_memory_plan(self) -> None:
+        """Report the planned memory of this rank, if the plan knows this kind of run."""
+        from finetune_trainer.memory_plan import plan_run
+
+        args, trainer = self.trainer.args, self.trainer
+        plan = plan_run(
+            self.run, self.config, attention=self.hardware.attention, longest_tokens=self.facts.longest_sequence, uses_liger=args.use_liger_kernel,
+            recomputes=args.activation_checkpointing, kept_layer_tokens=trainer.kept_layer_tokens,
+        )  # fmt: skip
+        if plan is not None:
+            self.channel.report_plan(RunPlan(memory=plan))
 
     def _evaluate_test_set(self, trainer: Any) -> dict[str, float]:
         """Evaluate the test set on the final weights. Returns its metrics; empty without a test set."""

@@ -270,3 +270,13 @@ def test_long_texts_of_pods_do_not_make_the_status_large() -> None:
 def test_image_of_the_spec_takes_precedence_over_the_configured_one() -> None:
     new_status = status_of(facts(spec=spec(placement={"image": "mine:1"})), ActionResult(created_job=job()))
     assert new_status.resolved is not None and new_status.resolved.image == "mine:1"
+
+
+def test_plan_and_measured_memory_are_shown_and_kept() -> None:
+    memory = {"expectedBytes": 5, "upperBytes": 6, "parts": {"weights": 5}}
+    shown = running_with(plan={"memory": memory})
+    assert shown.plan is not None and shown.plan.memory is not None and (shown.plan.memory.expected_bytes, shown.plan.memory.parts.weights) == (5, 5)
+    later = running_with(shown, plan={"measured": {"memoryBytes": 4}})
+    assert later.plan is not None and later.plan.memory == shown.plan.memory
+    assert later.plan.measured is not None and later.plan.measured.memory_bytes == 4
+    assert running_with(later).plan == later.plan

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from finetune_api.status import Metrics, Progress, ResolvedConfig, Stage
+from finetune_api.status import Metrics, Progress, ResolvedConfig, RunPlan, Stage
 
 from finetune_trainer.failure import failure_from_message
 from finetune_trainer.supervisor.exit_decision import AttemptFacts
@@ -69,6 +69,8 @@ class RankMessages:
                 state.merge_metrics(Metrics.model_validate(message["value"]))
             case "resolved":
                 state.merge_resolved(ResolvedConfig.model_validate(message["value"]))
+            case "plan":
+                state.merge_plan(RunPlan.model_validate(message["value"]))
             case "log":
                 self._metric_log.append(message["step"], message["values"])
             case "skipped":

@@ -17,7 +17,7 @@ from typing import Any
 
 from finetune_api.errors import FineTuneError
 from finetune_api.pod import HealthReport, ProgressReport, RunConfig
-from finetune_api.status import Checkpoint, EvaluationResult, Metrics, Output, Progress, ResolvedConfig, Stage
+from finetune_api.status import Checkpoint, EvaluationResult, Metrics, Output, Progress, ResolvedConfig, RunPlan, Stage
 
 log = logging.getLogger(__name__)
 RECENT_STEPS = 50
@@ -35,6 +35,7 @@ class RunState:
         self._progress = Progress()
         self._metrics = Metrics()
         self._resolved = ResolvedConfig()
+        self._plan: RunPlan | None = None
         self._notes: list[str] = []
         self._checkpoints: dict[int, Checkpoint] = {}
         self._output: Output | None = None
@@ -106,6 +107,12 @@ class RunState:
         """Merge a report: fields that are None keep their earlier value."""
         with self._lock:
             self._resolved = self._resolved.model_copy(update=resolved.model_dump(exclude_none=True))
+
+    def merge_plan(self, plan: RunPlan) -> None:
+        """Merge a report: fields that are None keep their earlier value."""
+        with self._lock:
+            known = {name: value for name, value in plan if value is not None}
+            self._plan = (self._plan or RunPlan()).model_copy(update=known)
 
     def add_note(self, text: str) -> None:
         """Add a sentence to `status.resolved.notes` if it is not there yet."""
@@ -222,6 +229,7 @@ class RunState:
                 output=self._output,
                 evaluation=self._evaluation,
                 resumed_from_step=self.resumed_from_step,
+                plan=self._plan,
                 resolved=self._resolved.model_copy(update={"notes": list(self._notes) or None}),
                 health=self._health_with_ages(),
                 timings={

@@ -3,7 +3,17 @@
 from __future__ import annotations
 
 import pytest
-from finetune_api.status import Checkpoint, Metrics, Progress, ResolvedConfig, Stage
+from finetune_api.status import (
+    Checkpoint,
+    MeasuredRun,
+    MemoryParts,
+    MemoryPlan,
+    Metrics,
+    Progress,
+    ResolvedConfig,
+    RunPlan,
+    Stage,
+)
 from finetune_trainer.supervisor.run_state import RunState, format_duration, newest_and_best
 
 from tests.unit.trainer.supervisor.conftest import FakeClock
@@ -172,3 +182,13 @@ def test_seconds_are_rounded(clock: FakeClock) -> None:
     clock.now += 0.12345
     health = state.report().health
     assert (health.median_step_seconds, health.seconds_since_step, health.seconds_since_heartbeat) == (1.2346, 0.123, 0.123)
+
+
+def test_plan_and_measured_memory_are_merged() -> None:
+    state = RunState()
+    assert state.report().plan is None
+    state.merge_plan(RunPlan(memory=MemoryPlan(expected_bytes=5, upper_bytes=6)))
+    state.merge_plan(RunPlan(measured=MeasuredRun(memory_bytes=4)))
+    assert state.report().to_wire()["plan"] == {
+        "memory": {"expectedBytes": 5, "upperBytes": 6, "parts": dict.fromkeys(MemoryParts.model_fields, 0)}, "measured": {"memoryBytes": 4},
+    }  # fmt: skip

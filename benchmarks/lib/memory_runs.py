@@ -1,0 +1,225 @@
+"""Small training runs on a CPU: random configurations, their measured peak of memory, and the memory plan's description of them."""
+
+from __future__ import annotations
+
+import gc
+import random
+import tempfile
+from dataclasses import dataclass
+from typing import Any
+
+from finetune_api.memory import optimizers
+from finetune_api.memory.architecture import model_shape
+from finetune_api.memory.heads import LossHead
+from finetune_api.memory.layers import Batch, Kernels, TrainedWeights
+from finetune_api.memory.replay import Step
+
+FAMILIES = ("llama", "qwen2", "qwen3", "gemma", "mixtral")
+METHODS = ("full", "lora", "qlora")
+PRECISIONS = ("float32", "bfloat16", "autocast")
+"""`bfloat16`: 16-bit weights. `autocast`: 32-bit weights, and for LoRA either 16-bit or 32-bit base weights, computed in bfloat16."""
+OPTIMIZERS = {"adamw": optimizers.ADAMW_FUSED, "sgd": optimizers.SGD, "adafactor": optimizers.ADAFACTOR}
+ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+TARGETS = (("q_proj", "v_proj"), ("q_proj", "k_proj", "v_proj", "o_proj"), ALL_LINEAR)
+STEPS = 2
+
+
+@dataclass(frozen=True)
+class SmallRun:
+    """One configuration."""
+
+    seed: int
+    family: str
+    hidden: int
+    feed_forward: int
+    layers: int
+    heads: int
+    key_heads: int
+    head_size: int
+    vocabulary: int
+    ties_embeddings: bool
+    method: str
+    rank: int
+    targets: tuple[str, ...]
+    dropout: bool
+    precision: str
+    base_bytes: int
+    """Bytes of each value of the base model's weights, before quantisation."""
+    optimizer: str
+    recomputes: bool
+    packs: bool
+    rows: int
+    tokens: int
+    head: str
+    attention: str
+    accumulation: int
+
+    @staticmethod
+    def draw(seed: int) -> SmallRun:
+        """Draw a configuration. After a change of this function, `memory_peaks.json` must be measured again."""
+        rng = random.Random(seed)
+        family, method = rng.choice(FAMILIES), rng.choice(METHODS)
+        heads, size = rng.choice((2, 4, 8)), rng.choice((32, 64))
+        hidden = heads * size if family in ("llama", "qwen2", "mixtral") else rng.choice((128, 192, 256, 384))
+        precision = rng.choice(PRECISIONS)
+        packs = rng.random() < 0.4
+        targets = rng.choice(TARGETS[:2] if family == "mixtral" else TARGETS)
+        base_bytes = {"float32": 4, "bfloat16": 2, "autocast": 4 if method == "full" else rng.choice((2, 4))}[precision]
+        return SmallRun(
+            seed, family, hidden, rng.randrange(2, 5) * hidden, rng.randrange(2, 6), heads, rng.choice([one for one in (1, 2, 4, 8) if one <= heads]), size,
+            rng.choice((512, 2000, 4000, 8000)), rng.random() < 0.5, method, rng.choice((4, 16, 32)), targets, rng.random() < 0.3, precision, base_bytes,
+            rng.choice(tuple(OPTIMIZERS)), rng.random() < 0.5, packs, 1 if packs else rng.randrange(1, 5), rng.choice((96, 128, 192, 256, 384)),
+            rng.choice(("tiles", "logits", "logits")), "eager" if rng.random() < 0.15 else "sdpa", rng.choice((1, 1, 2)),
+        )  # fmt: skip
+
+    def config(self) -> dict[str, Any]:
+        """The model's `config.json`."""
+        values: dict[str, Any] = {
+            "model_type": self.family, "hidden_size": self.hidden, "intermediate_size": self.feed_forward, "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads, "num_key_value_heads": self.key_heads, "head_dim": self.head_size, "vocab_size": self.vocabulary,
+            "tie_word_embeddings": self.ties_embeddings, "max_position_embeddings": 4096, "dtype": "float32" if self.base_bytes == 4 else "bfloat16",
+        }  # fmt: skip
+        return values | ({"num_local_experts": 4, "num_experts_per_tok": 2} if self.family == "mixtral" else {})
+
+    def as_step(self) -> Step:
+        """The run as the memory plan describes it."""
+        is_full = self.method == "full"
+        weights = TrainedWeights(
+            0.5 + 4 / 64 if self.method == "qlora" else self.base_bytes, self.base_bytes, is_full, rank=self.rank,
+            targets=frozenset() if is_full else frozenset(self.targets), dropout=self.dropout and not is_full,
+        )  # fmt: skip
+        # Batches of one row have no padding. Packed rows hold several documents.
+        batch = Batch(self.rows, self.tokens, has_mask=self.packs or self.rows > 1)
+        return Step(
+            model_shape(self.config()), weights, batch, OPTIMIZERS[self.optimizer], Kernels(is_gpu=False, attention=self.attention),
+            autocast_bytes=2 if self.precision == "autocast" else None, quantized_compute_bytes=self.compute_bytes,
+            head=LossHead(self.head), recomputed_layers=self.layers if self.recomputes else 0, accumulation=self.accumulation,
+        )  # fmt: skip
+
+    @property
+    def compute_bytes(self) -> int:
+        """Bytes of each value in which quantised layers compute."""
+        return 4 if self.precision == "float32" else 2
+
+def measure_peak(run: SmallRun) -> int:
+    """Train some steps and return the peak of torch's allocated memory in bytes."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile, record_function
+
+    torch.manual_seed(run.seed)
+    gc.collect()
+    gc.disable()
+    try:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            model = _create_model(run)
+            optimizer = _create_optimizer(run, [one for one in model.parameters() if one.requires_grad])
+            batches = [_create_batch(run) for _ in range(run.accumulation)]
+            gc.collect()
+            with record_function("training"):
+                for _ in range(STEPS):
+                    _train_step(run, model, optimizer, batches)
+    finally:
+        gc.enable()
+    return _peak_of(profiler.profiler.kineto_results.experimental_event_tree())
+
+
+def _peak_of(events: Any) -> int:
+    """Largest number of allocated bytes since the event `training`."""
+    allocations: list[tuple[int, int]] = []
+    started = 0
+    waiting = list(events)
+    while waiting:
+        event = waiting.pop()
+        if event.name == "training":
+            started = event.start_time_ns
+        if event.tag.name == "Allocation":
+            allocations.append((event.start_time_ns, event.extra_fields.alloc_size))
+        waiting += event.children
+    live = peak = 0
+    for time, size in sorted(allocations, key=lambda one: one[0]):
+        live += size
+        peak = max(peak, live) if time >= started else peak
+    return peak
+
+
+def _create_model(run: SmallRun) -> Any:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+    from trl.trainer.utils import add_fused_lm_head
+
+    dtype = torch.float32 if run.base_bytes == 4 else torch.bfloat16
+    values = run.config()
+    config = AutoConfig.for_model(values.pop("model_type"), **values)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=run.attention)
+    if run.method == "qlora":
+        compute = torch.float32 if run.compute_bytes == 4 else torch.bfloat16
+        quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+            del model
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, attn_implementation=run.attention, quantization_config=quantization, device_map={"": "cpu"}
+            )
+        for parameter in model.parameters():  # unquantised weights are views of the whole file
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.clone()
+        for module in model.modules():  # as the trainer does
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
+    if run.head == "tiles":
+        add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
+    if run.recomputes:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        if run.method != "full":
+            model.enable_input_require_grads()
+    if run.method != "full":
+        model = _add_adapter(run, model)
+    return model.train()
+
+
+def _add_adapter(run: SmallRun, model: Any) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    dropout = 0.05 if run.dropout else 0.0
+    return get_peft_model(
+        model, LoraConfig(task_type="CAUSAL_LM", r=run.rank, lora_alpha=16, lora_dropout=dropout, target_modules=list(run.targets))
+    )
+
+
+def _create_optimizer(run: SmallRun, parameters: list[Any]) -> Any:
+    import torch
+    from transformers.optimization import Adafactor
+
+    if run.optimizer == "adafactor":
+        return Adafactor(parameters, lr=1e-4, scale_parameter=False, relative_step=False)
+    return torch.optim.AdamW(parameters, lr=1e-4, fused=True) if run.optimizer == "adamw" else torch.optim.SGD(parameters, lr=1e-4)
+
+
+def _create_batch(run: SmallRun) -> dict[str, Any]:
+    """Random tokens: one packed row of several documents, or padded rows."""
+    import torch
+
+    ids = torch.randint(0, run.vocabulary, (run.rows, run.tokens))
+    if run.packs:
+        documents = [torch.arange(length) for length in (run.tokens // 3, run.tokens // 3, run.tokens - 2 * (run.tokens // 3))]
+        return {"input_ids": ids, "labels": ids.clone(), "position_ids": torch.cat(documents)[None]}
+    mask = torch.ones_like(ids)
+    for row in range(1, run.rows):
+        mask[row, run.tokens - row * 7 :] = 0
+    return {"input_ids": ids, "labels": ids.masked_fill(mask == 0, -100), "attention_mask": mask}
+
+
+def _train_step(run: SmallRun, model: Any, optimizer: Any, batches: list[dict[str, Any]]) -> None:
+    import torch
+
+    for batch in batches:
+        with torch.autocast("cpu", torch.bfloat16, enabled=run.precision == "autocast"):
+            options = {"fused_lm_head": True} if run.head == "tiles" else {}
+            loss = model(**batch, use_cache=False, **options).loss
+        loss.backward()
+        del loss
+    torch.nn.utils.clip_grad_norm_([one for one in model.parameters() if one.requires_grad], 1.0)
+    optimizer.step()
+    optimizer.zero_grad()

@@ -1,0 +1,50 @@
+"""Measured peaks of memory of small training runs on a CPU, beside the memory plan's estimates.
+
+    python benchmarks/memory_peaks.py --runs 100
+
+Method. Each run has a random configuration: family (Llama, Qwen2, Qwen3, Gemma, Mixtral), sizes, method (full, LoRA, QLoRA), optimizer,
+precision, recomputation, packing or padding, attention, loss and accumulation. It trains two steps with transformers, PEFT and TRL's loss on
+random weights. torch's profiler records each allocation; the peak counts from the first forward pass. The estimate sees the configuration
+only. The seed is the configuration. Estimates are computed again by `tests/unit/api/test_memory_plan.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from typing import Any
+
+import record
+from finetune_api.memory.replay import replay
+from lib.memory_runs import SmallRun, measure_peak
+
+RECORDED_PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes")
+
+
+def measure(seed: int) -> dict[str, Any]:
+    """Measure one run."""
+    run = SmallRun.draw(seed)
+    measured = measure_peak(run)
+    return {"seed": seed, "measuredBytes": measured, "expectedBytes": replay(run.as_step()).total}
+
+
+def main() -> None:
+    """Measure and write the result."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--runs", type=int, default=100)
+    parser.add_argument("--first-seed", type=int, default=1000)
+    arguments = parser.parse_args()
+    measured = []
+    for seed in range(arguments.first_seed, arguments.first_seed + arguments.runs):
+        measured.append(measure(seed))
+        print(seed, f"{measured[-1]['expectedBytes'] / measured[-1]['measuredBytes'] - 1:+.2%}", flush=True)
+    errors = sorted(abs(one["expectedBytes"] / one["measuredBytes"] - 1) for one in measured)
+    figures = {
+        "runs": len(errors), "within5Percent": sum(error <= 0.05 for error in errors), "medianError": round(statistics.median(errors), 5),
+        "worstError": round(errors[-1], 5), "peaks": measured,
+    }  # fmt: skip
+    record.write_result("memory_peaks", figures, method=record.extract_method(__doc__), versions=record.package_versions(RECORDED_PACKAGES))
+
+
+if __name__ == "__main__":
+    main()

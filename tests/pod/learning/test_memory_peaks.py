@@ -1,0 +1,17 @@
+"""Peaks of memory of small training runs agree with the memory plan."""
+
+from __future__ import annotations
+
+import pytest
+from finetune_api.memory.replay import replay
+
+from benchmarks.lib.memory_runs import SmallRun, measure_peak
+
+SEEDS = (1001, 1006, 1007, 1014, 1018, 1030, 1044, 1089)
+"""Short runs of benchmarks/memory_peaks.py: all families, full training, LoRA and QLoRA, three optimizers and precisions, with and without recomputation."""
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_measured_peak_agrees_with_the_plan(seed: int) -> None:
+    run = SmallRun.draw(seed)
+    assert replay(run.as_step()).total / measure_peak(run) == pytest.approx(1, abs=0.05), run

@@ -1,0 +1,100 @@
+"""`finetune plan`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.unit.cli.conftest import JOB, RunCommand, WriteFile
+
+CONFIG = {
+    "model_type": "llama", "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8,
+    "vocab_size": 128256, "tie_word_embeddings": True, "dtype": "bfloat16",
+}  # fmt: skip
+GPU_JOB = JOB + "  resources: {gpusPerNode: 1}\n  training: {batchSizePerDevice: 4}\n"
+
+
+@pytest.fixture
+def job(write_file: WriteFile) -> Path:
+    return write_file("job.yaml", GPU_JOB)
+
+
+@pytest.fixture
+def model(write_file: WriteFile) -> Path:
+    return write_file("model/config.json", json.dumps(CONFIG)).parent
+
+
+def test_the_table_shows_parts_and_bounds(run_command: RunCommand, job: Path, model: Path) -> None:
+    code, stdout, stderr = run_command("plan", "-f", job, "--model-config", model, "--gpu", "l4-24gb")
+    lines = stdout.splitlines()
+    assert code == 0
+    assert lines[0] == "bot: llama with 1.24 billion parameters, 1 rank, micro-batches of 4 x 2048 tokens"
+    assert [line.split("  ")[0] for line in lines[3:]] == [
+        "weights", "gradients", "optimizer", "activations", "logits", "buffers", "context", "fragmentation", "expected peak", "upper bound",
+        "memory of l4-24gb", "fits", "recomputed layers",
+    ]  # fmt: skip
+    cells = {line[: line.index("  ")]: line.split("  ")[-1].strip() for line in lines[3:]}
+    assert cells["weights"] == "2.52 GB"
+    assert (cells["expected peak"], cells["fits"], cells["recomputed layers"]) == ("14.1 GB", "yes", "0 of 16")
+    assert stderr == "note: each row of the largest micro-batch has 2048 tokens (dataset.maxSequenceLength); shorter rows need less\n"
+
+
+def test_methods_are_compared(run_command: RunCommand, job: Path, model: Path) -> None:
+    code, stdout, _ = run_command("plan", "-f", job, "--model-config", model, "--compare", "lora,qlora,full", "-o", "json", "--longest-row", 512)
+    plans = json.loads(stdout)["plans"]
+    assert (code, [one["method"] for one in plans]) == (0, ["lora", "qlora", "full"])
+    expected = [one["memory"]["expectedBytes"] for one in plans]
+    assert expected[1] < expected[0] < expected[2]
+    assert all(one["assumptions"] == [] for one in plans)
+    assert all(sum(one["memory"]["parts"].values()) == one["memory"]["expectedBytes"] for one in plans)
+
+
+def test_a_job_that_does_not_fit_gets_proposals(run_command: RunCommand, write_file: WriteFile, model: Path) -> None:
+    job = write_file("job.yaml", GPU_JOB.replace("batchSizePerDevice: 4", "batchSizePerDevice: 64"))
+    code, stdout, _ = run_command("plan", "-f", job, "--model-config", model, "--gpu-memory", "6Gi", "--fit")
+    proposals = stdout.split("changes that make the job fit:\n")[1].splitlines()
+    assert code == 1
+    assert proposals[0].startswith("  training.batchSizePerDevice: ")
+    assert len(proposals) == 3
+
+
+def test_a_job_that_fits_gets_the_largest_batch(run_command: RunCommand, job: Path, model: Path) -> None:
+    code, stdout, _ = run_command("plan", "-f", job, "--model-config", model, "--gpu", "l4-24gb", "--fit")
+    assert (code, stdout.splitlines()[-1].startswith("largest micro-batch that fits: training.batchSizePerDevice: ")) == (0, True)
+
+
+def test_an_index_that_contradicts_the_plan_is_named(run_command: RunCommand, job: Path, model: Path, write_file: WriteFile) -> None:
+    write_file("model/model.safetensors.index.json", '{"metadata": {"total_size": 2471628800}}')
+    assert "weight files" not in run_command("plan", "-f", job, "--model-config", model)[2]
+    write_file("model/model.safetensors.index.json", '{"metadata": {"total_size": 3000000000}}')
+    assert "note: the weight files hold 3.00 GB, but the plan counts 2.47 GB" in run_command("plan", "-f", job, "--model-config", model)[2]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((), "model.source is org/m, which is no folder on this machine: add --model-config FOLDER with the config.json of this model"),
+        (("--gpu", "h100"), "--gpu h100: this type is not known; write one of t4-16gb"),
+        (("--gpu", "l4-24gb", "--gpu-memory", "24Gi"), "--gpu and --gpu-memory exclude each other: remove one of the two"),
+        (("--gpu-memory", "24"), "--gpu-memory: 24 means 24 bytes; write 24Gi"),
+        (("--fit",), "--fit needs the memory of a GPU: add --gpu NAME or --gpu-memory SIZE"),
+        (("-o", "wide"), "-o wide: unknown output format; write one of json, yaml"),
+        (("--compare", "lora,galore", "--model-config", "."), "--compare lora,galore: write one or more of lora, qlora, dora, ia3"),
+        (("--model-config", "/nonexistent"), "/nonexistent has no config.json; give the folder that holds the config.json of the base model"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)  # fmt: skip
+def test_refusals_say_what_to_write(
+    run_command: RunCommand, job: Path, model: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], message: str
+) -> None:
+    monkeypatch.chdir(model)
+    code, stdout, stderr = run_command("plan", "-f", job, *words)
+    assert (code, stdout, message in stderr) == (1, "", True), stderr
+
+
+def test_a_manifest_with_errors_is_refused(run_command: RunCommand, write_file: WriteFile, model: Path) -> None:
+    job = write_file("job.yaml", GPU_JOB.replace("batchSizePerDevice: 4", "batchSizePerDevice: 0"))
+    code, _, stderr = run_command("plan", "-f", job, "--model-config", model)
+    assert (code, "spec.training.batchSizePerDevice" in stderr) == (1, True)

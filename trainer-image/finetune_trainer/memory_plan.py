@@ -1,0 +1,55 @@
+"""Reports the planned memory of a run, and the measured peak beside it."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from finetune_api.errors import ConfigError
+from finetune_api.memory.architecture import model_shape
+from finetune_api.memory.description import Facts
+from finetune_api.memory.plan import plan_memory
+from finetune_api.pod import RunConfig
+from finetune_api.status import MeasuredRun, MemoryPlan, RunPlan
+from transformers import TrainerCallback
+
+from finetune_trainer.channel import Channel
+from finetune_trainer.recomputation import count_kept_layers
+
+log = logging.getLogger(__name__)
+
+
+def plan_run(
+    run: RunConfig, config: Any, *, attention: str, longest_tokens: int, uses_liger: bool, recomputes: bool, kept_layer_tokens: int | None
+) -> MemoryPlan | None:
+    """Plan the memory of each rank. Returns None if the plan does not know this kind of run.
+
+    `config`: the model's configuration. `longest_tokens`: tokens of the longest row, 0 if unknown. `recomputes`: whether activations are recomputed.
+    `kept_layer_tokens`: see `recomputation.count_kept_layers`; None if all layers recompute.
+    """
+    try:
+        shape = model_shape(config.to_dict())
+        recomputed = None if recomputes else 0
+        if recomputes and kept_layer_tokens is not None:
+            batch_tokens = (run.spec.training.batch_size_per_device or 1) * longest_tokens
+            recomputed = shape.layers - count_kept_layers(shape.layers, batch_tokens, kept_layer_tokens)
+        facts = Facts(longest_tokens or None, attention, uses_liger, recomputed)
+        return plan_memory(run.spec, shape, facts).memory
+    except ConfigError as error:
+        log.info("no memory plan: %s", error.message)
+        return None
+
+
+class MeasuredMemory(TrainerCallback):
+    """Reports the peak of the memory that this rank's GPU used, with each log call."""
+
+    def __init__(self, channel: Channel, device: torch.device) -> None:
+        self._channel, self._device = channel, device
+
+    def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Report the peak so far."""
+        free, total = torch.cuda.mem_get_info(self._device)
+        outside_torch = max(0, total - free - torch.cuda.memory_reserved(self._device))
+        peak = torch.cuda.max_memory_reserved(self._device) + outside_torch
+        self._channel.report_plan(RunPlan(measured=MeasuredRun(memory_bytes=peak)))
