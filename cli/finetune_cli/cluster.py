@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlencode
 
-from finetune_api.names import API_VERSION, KIND, PLURAL, Label
+from finetune_api.names import API_VERSION, KIND, MANAGER_NAME, PLURAL, PROGRESS_PORT, Label
 
 from finetune_cli.output import CommandError
 
@@ -24,6 +24,7 @@ CORE_API_PATH = "/api/v1"
 EVENTS_API_PATH = "/apis/events.k8s.io/v1"
 TABLE_CONTENT_TYPE = "application/json;as=Table;v=v1;g=meta.k8s.io"
 CALL_TIMEOUT_SECONDS = 30
+POD_TIMEOUT_SECONDS = 5
 HTTP_UNAUTHORIZED, HTTP_NOT_FOUND = 401, 404
 KIND_NAMES = (KIND.lower(), PLURAL, "ftj")
 NAMESPACE_NAME_PATTERN = re.compile(r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$")
@@ -69,6 +70,11 @@ class Cluster:
         path = f"{self._collection_path(body)}/{quote(str(body['metadata']['name']), safe='')}"
         return self.call_api("PATCH", path, query, body, "application/apply-patch+yaml")
 
+    def delete_object(self, body: KubeObject) -> None:
+        """Delete an object with this uid; its dependents are deleted in the background. Raises ClusterError."""
+        path = f"{self._collection_path(body)}/{quote(str(body['metadata']['name']), safe='')}"
+        self.call_api("DELETE", path, None, {"propagationPolicy": "Background", "preconditions": {"uid": body["metadata"]["uid"]}})
+
     def patch_spec(self, name: str, spec: KubeObject) -> KubeObject:
         """Change fields of a FineTuneJob's spec."""
         return self.call_api(
@@ -91,6 +97,18 @@ class Cluster:
         items = self.call_api("GET", path).get("items") or []
         return [{"apiVersion": API_VERSION, "kind": KIND, **item} for item in items]
 
+    def wait_until_created(self, name: str, deadline: float | None) -> bool:
+        """Wait until a FineTuneJob exists. Return False at the deadline (in seconds of `time.monotonic`). Raises ClusterError."""
+        while True:
+            watch_seconds = _watch_seconds_until(deadline)
+            # Without a resource version, the watch begins with the existing objects.
+            query = {"watch": "true", "fieldSelector": f"metadata.name={parse_job_name(name)}", "timeoutSeconds": str(watch_seconds)}
+            for event in self._watch(f"{JOBS_API_PATH}/{self._namespaced_path(PLURAL)}", query, watch_seconds + CALL_TIMEOUT_SECONDS):
+                if event.get("type") in ("ADDED", "MODIFIED"):
+                    return True
+            if deadline is not None and time.monotonic() >= deadline:
+                return False
+
     def watch_job(self, name: str, deadline: float | None = None) -> Iterator[KubeObject]:
         """Yield a FineTuneJob now and after every change, until the deadline (in seconds of `time.monotonic`). Raises ClusterError."""
         while True:
@@ -98,9 +116,7 @@ class Cluster:
             yield job
             if deadline is not None and time.monotonic() >= deadline:
                 return
-            watch_seconds = (
-                WATCH_SECONDS if deadline is None else max(1, min(WATCH_SECONDS, int(deadline - time.monotonic())))
-            )
+            watch_seconds = _watch_seconds_until(deadline)
             query = {
                 "watch": "true", "fieldSelector": f"metadata.name={name}", "resourceVersion": job["metadata"]["resourceVersion"],
                 "timeoutSeconds": str(watch_seconds),
@@ -122,6 +138,43 @@ class Cluster:
         return sorted(
             pods, key=lambda pod: (attempt_of(pod), index_of(pod), pod["metadata"].get("creationTimestamp", ""))
         )
+
+    def list_trainer_pods(self, *, all_namespaces: bool) -> list[KubeObject]:
+        """Return the pods of all jobs in this namespace or in all namespaces, sorted by job, attempt and completion index."""
+        path = f"{CORE_API_PATH}/pods" if all_namespaces else f"{CORE_API_PATH}/{self._namespaced_path('pods')}"
+        pods = self.call_api("GET", path, {"labelSelector": f"{Label.MANAGED_BY}={MANAGER_NAME}"}).get("items") or []
+        return sorted(pods, key=lambda pod: (pod["metadata"]["namespace"], _job_of(pod), attempt_of(pod), index_of(pod)))
+
+    def watch_pods(self, selector: str, deadline: float) -> Iterator[KubeObject]:
+        """Yield the pods with these labels now and after every change, until the deadline (in seconds of `time.monotonic`). Raises ClusterError."""
+        path = f"{CORE_API_PATH}/{self._namespaced_path('pods')}"
+        while True:
+            collection = self.call_api("GET", path, {"labelSelector": selector})
+            yield from collection.get("items") or []
+            if time.monotonic() >= deadline:
+                return
+            watch_seconds = _watch_seconds_until(deadline)
+            query = {
+                "watch": "true", "labelSelector": selector, "resourceVersion": collection["metadata"]["resourceVersion"], "timeoutSeconds": str(watch_seconds),
+            }  # fmt: skip
+            for event in self._watch(path, query, watch_seconds + CALL_TIMEOUT_SECONDS):
+                if event.get("type") not in ("ADDED", "MODIFIED"):
+                    break
+                yield event["object"]
+
+    def read_from_pod(self, namespace: str, pod: str, path: str) -> KubeObject:
+        """Return the JSON that a trainer pod's HTTP server sends. The API server forwards the request. Raises ClusterError."""
+        address = self._namespaced_path("pods", f"{pod}:{PROGRESS_PORT}", namespace=namespace).replace("%3A", ":")
+        return self.call_api("GET", f"{CORE_API_PATH}/{address}/proxy{path}", timeout_seconds=POD_TIMEOUT_SECONDS)
+
+    def can_i(self, verb: str, resource: str) -> bool:
+        """Whether the user may use a verb on a resource (`pods/log`, `events.events.k8s.io`) in the namespace. Raises ClusterError."""
+        name, _, group = resource.partition(".")
+        plural, _, subresource = name.partition("/")
+        attributes = {"namespace": self.namespace, "verb": verb, "group": group, "resource": plural, "subresource": subresource}
+        body = {"apiVersion": "authorization.k8s.io/v1", "kind": "SelfSubjectAccessReview", "spec": {"resourceAttributes": attributes}}
+        review = self.call_api("POST", "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews", None, body)
+        return bool((review.get("status") or {}).get("allowed"))
 
     def list_events(self, object_uids: set[str]) -> list[KubeObject]:
         """Return the events about the objects with these uids, oldest first."""
@@ -158,10 +211,10 @@ class Cluster:
 
     def call_api(
         self, method: str, path: str, query: dict[str, str] | None = None, body: KubeObject | None = None,
-        content_type: str = "application/json", accept_type: str = "application/json",
+        content_type: str = "application/json", accept_type: str = "application/json", timeout_seconds: float = CALL_TIMEOUT_SECONDS,
     ) -> KubeObject:  # fmt: skip
         """Send one request and return its JSON response. Raises ClusterError."""
-        response = self._send(method, path, query or {}, body, content_type, accept_type, CALL_TIMEOUT_SECONDS)
+        response = self._send(method, path, query or {}, body, content_type, accept_type, timeout_seconds)
         try:
             value = json.loads(response.read())
         except ValueError:
@@ -249,11 +302,16 @@ class Cluster:
     def _collection_path(self, body: KubeObject) -> str:
         kind, version = str(body["kind"]), str(body["apiVersion"])
         namespace = (body.get("metadata") or {}).get("namespace") or self.namespace
-        plural_kind = {KIND: PLURAL, "Secret": "secrets", "ConfigMap": "configmaps"}.get(kind)
+        plural_kind = {KIND: PLURAL, "Secret": "secrets", "ConfigMap": "configmaps", "Job": "jobs"}.get(kind)
         if plural_kind is None:
             raise ClusterError(f"this command does not submit objects of kind {kind}: use kubectl apply")
         root = CORE_API_PATH if version == "v1" else f"/apis/{version}"
         return f"{root}/{self._namespaced_path(plural_kind, namespace=str(namespace))}"
+
+
+def _watch_seconds_until(deadline: float | None) -> int:
+    """Return how long the next watch request lasts."""
+    return WATCH_SECONDS if deadline is None else max(1, min(WATCH_SECONDS, int(deadline - time.monotonic())))
 
 
 def connect(namespace: str | None, context: str | None, kubeconfig: Path | None) -> Cluster:
@@ -276,7 +334,7 @@ def connect(namespace: str | None, context: str | None, kubeconfig: Path | None)
         )
     except config.ConfigException as error:
         if kubeconfig or context or not Path(POD_NAMESPACE_FILE).is_file():
-            raise ClusterError(f"no cluster: {error}; name a kubeconfig with --kubeconfig or KUBECONFIG") from None
+            raise ClusterError(f"no cluster: {str(error).rstrip('.')}; name a kubeconfig with --kubeconfig or KUBECONFIG") from None
         config.load_incluster_config(client_configuration=configuration)
         context_namespace = Path(POD_NAMESPACE_FILE).read_text(encoding="utf-8").strip()
     configuration.retries = None
@@ -359,6 +417,10 @@ def parse_job_name(name: str) -> str:
     if not job_name or (slash and kind.lower().partition(".")[0] not in KIND_NAMES):
         raise ClusterError(f"{name!r} is not the name of a {KIND}; write NAME, or {KIND.lower()}/NAME")
     return job_name
+
+
+def _job_of(pod: KubeObject) -> str:
+    return str((pod["metadata"].get("labels") or {}).get(Label.JOB_NAME, ""))
 
 
 def attempt_of(pod: KubeObject) -> int:

@@ -29,7 +29,7 @@ class Field:
 def fields() -> tuple[Field, ...]:
     """Return every field of spec and status, each group before its fields."""
     root = build_crd()["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]
-    return tuple(field for name in ("spec", "status") for field in _fields_below(name, root[name]))
+    return tuple(field for name in ("spec", "status") for field in fields_below(name, root[name]))
 
 
 @functools.cache
@@ -38,13 +38,14 @@ def fields_by_path() -> dict[str, Field]:
     return {field.path: field for field in fields()}
 
 
-def _fields_below(path: str, schema: dict[str, Any]) -> Iterator[Field]:
+def fields_below(path: str, schema: dict[str, Any]) -> Iterator[Field]:
+    """Yield the field that an OpenAPI schema describes, and all fields inside it."""
     is_group = bool(schema.get("properties"))
     enum_values = tuple(str(value) for value in schema.get("enum") or schema.get("items", {}).get("enum") or ())
     yield Field(path, kind_of(schema), str(schema.get("description", "")), is_group, enum_values)
     inner, suffix = (schema["items"], "[]") if schema.get("type") == "array" else (schema, "")
     for name, value in (inner.get("properties") or {}).items():
-        yield from _fields_below(f"{path}{suffix}.{name}", value)
+        yield from fields_below(f"{path}{suffix}.{name}", value)
 
 
 def kind_of(schema: dict[str, Any]) -> str:

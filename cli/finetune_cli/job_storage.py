@@ -8,11 +8,12 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 from urllib.parse import urlsplit
 
 from finetune_api.names import Storage, attempt_of_uri
@@ -20,6 +21,9 @@ from finetune_api.spec.cluster import StorageRoot
 
 from finetune_cli.output import CommandError
 
+ENDPOINT_VARIABLES = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
+"""Variables with the address of the S3 server, which boto3 reads."""
+HTTP_NOT_FOUND = 404
 CREDENTIALS_HINT = "export AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
 
 
@@ -27,12 +31,17 @@ class StorageError(CommandError):
     """Storage refused a request, or the requested object does not exist or is damaged."""
 
 
+class ConnectionLost(StorageError):
+    """The connection to storage failed, also after the client's retries. The transfer can continue later."""
+
+
 @dataclass(frozen=True)
 class StoredObject:
-    """One object: the key relative to the URI of the storage, and the size in bytes."""
+    """One object: the key relative to the URI of the storage, the size in bytes, and the store's ETag (empty for local files)."""
 
     key: str
     size: int
+    etag: str = ""
 
 
 class JobStorage:
@@ -56,10 +65,11 @@ class JobStorage:
                     yield StoredObject(path.relative_to(self.local).as_posix(), path.stat().st_size)
             return
         folder = "/".join(part for part in (self.prefix, folder_path.strip("/")) if part) + "/"
-        with _StorageErrors(self.uri):
+        with StorageErrors(self.uri):
             for page in self.client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=folder):
                 for entry in page.get("Contents") or []:
-                    yield StoredObject(entry["Key"][len(self.prefix) :].lstrip("/"), int(entry["Size"]))
+                    key = entry["Key"][len(self.prefix) :].lstrip("/")
+                    yield StoredObject(key, int(entry["Size"]), str(entry.get("ETag", "")).strip('"'))
 
     def read_object(self, key: str) -> bytes:
         """Return the content of a small object. Raises StorageError."""
@@ -68,17 +78,17 @@ class JobStorage:
                 return (self.local / key).read_bytes()
             except OSError as error:
                 raise StorageError(f"{self.uri}/{key}: {error.strerror}") from None
-        with _StorageErrors(f"{self.uri}/{key}"):
-            content: bytes = self.client.get_object(Bucket=self.bucket, Key=self._key(key))["Body"].read()
+        with StorageErrors(self.object_uri(key)):
+            content: bytes = self.client.get_object(Bucket=self.bucket, Key=self.full_key(key))["Body"].read()
             return content
 
     def read_if_exists(self, key: str) -> bytes | None:
         """Return the content of a small object, or None if it does not exist. Raises StorageError."""
         if self.local is not None:
             return self.read_object(key) if (self.local / key).exists() else None
-        with _StorageErrors(f"{self.uri}/{key}"):
+        with StorageErrors(self.object_uri(key)):
             try:
-                content: bytes = self.client.get_object(Bucket=self.bucket, Key=self._key(key))["Body"].read()
+                content: bytes = self.client.get_object(Bucket=self.bucket, Key=self.full_key(key))["Body"].read()
             except self.client.exceptions.NoSuchKey:
                 return None
             return content
@@ -95,8 +105,8 @@ class JobStorage:
             except OSError as error:
                 raise StorageError(f"{self.uri}/{key}: {error.strerror}") from None
             return
-        with _StorageErrors(f"{self.uri}/{key}"):
-            self.client.put_object(Bucket=self.bucket, Key=self._key(key), Body=content)
+        with StorageErrors(self.object_uri(key)):
+            self.client.put_object(Bucket=self.bucket, Key=self.full_key(key), Body=content)
 
     def list_links(self, folder_path: str) -> list[str]:
         """Return the keys of symbolic links: the folder itself, and files and folders below it. Object storage has none."""
@@ -106,15 +116,36 @@ class JobStorage:
         paths = [root] if root.is_symlink() else sorted(root.rglob("*"))
         return [path.relative_to(self.local).as_posix() for path in paths if path.is_symlink()]
 
-    def read_chunks(self, key: str) -> Iterator[bytes]:
-        """Yield the content of an object in chunks. Raises StorageError."""
+    def find_object(self, key: str) -> StoredObject | None:
+        """Return size and ETag of an object, or None if it does not exist. Raises StorageError."""
+        if self.local is not None:
+            path = self.local / key
+            return StoredObject(key, path.stat().st_size) if path.is_file() else None
+        from botocore.exceptions import ClientError
+
+        with StorageErrors(self.object_uri(key)):
+            try:
+                response = self.client.head_object(Bucket=self.bucket, Key=self.full_key(key))
+            except ClientError as error:
+                if error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") == HTTP_NOT_FOUND:
+                    return None
+                # The response to HEAD has no body. The response to GET says whether the keys are wrong, or a right is missing.
+                self.client.get_object(Bucket=self.bucket, Key=self.full_key(key), Range="bytes=0-0")
+                raise
+            return StoredObject(key, int(response["ContentLength"]), str(response.get("ETag", "")).strip('"'))
+
+    def read_chunks(self, key: str, start: int = 0, etag: str = "") -> Iterator[bytes]:
+        """Yield the content of an object in chunks, from the byte `start`. With `etag`, the object must still have this ETag. Raises StorageError."""
         if self.local is not None:
             with (self.local / key).open("rb") as file:
+                file.seek(start)
                 while chunk := file.read(1 << 20):
                     yield chunk
             return
-        with _StorageErrors(f"{self.uri}/{key}"):
-            yield from self.client.get_object(Bucket=self.bucket, Key=self._key(key))["Body"].iter_chunks(1 << 20)
+        options = {"Range": f"bytes={start}-"} if start else {}
+        options |= {"IfMatch": f'"{etag}"'} if etag else {}
+        with StorageErrors(self.object_uri(key)):
+            yield from self.client.get_object(Bucket=self.bucket, Key=self.full_key(key), **options)["Body"].iter_chunks(1 << 20)
 
     def delete_objects(self, stored_objects: list[StoredObject]) -> None:
         """Delete objects in the given order. Raises StorageError for the first object that could not be deleted."""
@@ -123,8 +154,8 @@ class JobStorage:
                 (self.local / stored.key).unlink(missing_ok=True)
             return
         for start in range(0, len(stored_objects), 1000):
-            batch = [{"Key": self._key(stored.key)} for stored in stored_objects[start : start + 1000]]
-            with _StorageErrors(self.uri):
+            batch = [{"Key": self.full_key(stored.key)} for stored in stored_objects[start : start + 1000]]
+            with StorageErrors(self.uri):
                 failed_objects = (
                     self.client.delete_objects(Bucket=self.bucket, Delete={"Objects": batch, "Quiet": True}).get(
                         "Errors"
@@ -134,17 +165,23 @@ class JobStorage:
             if failed_objects:
                 raise StorageError(f"{failed_objects[0].get('Key')}: {failed_objects[0].get('Message') or failed_objects[0].get('Code')}")
 
-    def _key(self, key: str) -> str:
+    def full_key(self, key: str) -> str:
+        """Return the key of an object in its bucket."""
         return f"{self.prefix}/{key}" if self.prefix else key
+
+    def object_uri(self, key: str) -> str:
+        """Return the URI of an object or folder."""
+        return f"{self.uri}/{key}" if key else self.uri
 
 
 def _s3_client(storage_root: StorageRoot, credentials: dict[str, str] | None) -> Any:
     import boto3
     from botocore.config import Config
 
-    addressing_style = storage_root.addressing_style or ("path" if storage_root.endpoint else "virtual")
+    has_endpoint = storage_root.endpoint or any(os.environ.get(name) for name in ENDPOINT_VARIABLES)
+    addressing_style = storage_root.addressing_style or ("path" if has_endpoint else "virtual")
     given = credentials or {}
-    return boto3.client(
+    return boto3.session.Session().client(
         "s3",
         endpoint_url=storage_root.endpoint,
         region_name=storage_root.region or "us-east-1",
@@ -158,7 +195,7 @@ def _s3_client(storage_root: StorageRoot, credentials: dict[str, str] | None) ->
     )  # fmt: skip
 
 
-class _StorageErrors:
+class StorageErrors:
     """Turns errors of the S3 client into StorageErrors without secrets."""
 
     def __init__(self, target: str):
@@ -168,13 +205,22 @@ class _StorageErrors:
         return None
 
     def __exit__(self, error_type: Any, error: BaseException | None, traceback: Any) -> None:
-        from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
+        from botocore.exceptions import (
+            BotoCoreError,
+            ClientError,
+            HTTPClientError,
+            IncompleteReadError,
+            NoCredentialsError,
+        )
+        from botocore.exceptions import ConnectionError as ConnectionFailure
 
         if isinstance(error, ClientError):
             details = error.response.get("Error", {})
             raise StorageError(f"{self.target}: {details.get('Code')}: {details.get('Message')}") from None
         if isinstance(error, NoCredentialsError):
             raise StorageError(f"{self.target}: there are no S3 credentials; {CREDENTIALS_HINT}") from None
+        if isinstance(error, ConnectionFailure | HTTPClientError | IncompleteReadError):
+            raise ConnectionLost(f"{self.target}: {error}") from None
         if isinstance(error, BotoCoreError):
             raise StorageError(f"{self.target}: {error}") from None
 
@@ -229,81 +275,77 @@ class CommittedFolder:
 def list_committed_folders(storage: JobStorage) -> list[CommittedFolder]:
     """Return every folder with a commit marker: checkpoints by step, then the model. Raises StorageError."""
     keys = {stored.key for stored in storage.list_objects()}
-    folders = []
-    for key in sorted(keys):
-        folder, _, name = key.rpartition("/")
-        if name != Storage.COMMITTED:
-            continue
-        try:
-            marker = json.loads(storage.read_object(key))
-            folders.append(
-                CommittedFolder(
-                    folder, str(marker["path"]), str(marker["manifestSha256"]), f"{folder}/{Storage.HEALTHY}" in keys
-                )
-            )
-        except (ValueError, KeyError, TypeError):
-            raise StorageError(f"{storage.uri}/{key} is damaged: the content is not a valid commit marker") from None
+    marked = [key.rpartition("/")[0] for key in sorted(keys) if key.rpartition("/")[2] == Storage.COMMITTED]
+    folders = [
+        parse_marker(storage, folder, storage.read_object(f"{folder}/{Storage.COMMITTED}"), f"{folder}/{Storage.HEALTHY}" in keys) for folder in marked
+    ]
     return sorted(folders, key=lambda committed: (committed.folder.startswith(Storage.MODEL), committed.folder))
+
+
+def find_committed_folder(storage: JobStorage, folder: str) -> CommittedFolder | None:
+    """Return the commit of a folder, or None if the folder has no commit marker. Raises StorageError."""
+    marker = storage.read_if_exists(f"{folder}/{Storage.COMMITTED}")
+    return None if marker is None else parse_marker(storage, folder, marker)
+
+
+def parse_marker(storage: JobStorage, folder: str, content: bytes, is_healthy: bool = False) -> CommittedFolder:
+    """Return the commit that a marker describes. Raises StorageError if the marker is damaged."""
+    try:
+        marker = json.loads(content)
+        return CommittedFolder(folder, str(marker["path"]), str(marker["manifestSha256"]), is_healthy)
+    except (ValueError, KeyError, TypeError):
+        raise StorageError(f"{storage.uri}/{folder}/{Storage.COMMITTED} is damaged: the content is not a valid commit marker") from None
 
 
 def read_manifest(storage: JobStorage, committed_folder: CommittedFolder) -> dict[str, Any]:
     """Return the manifest of a commit. Raises StorageError if its hash is wrong."""
+    return parse_manifest(read_manifest_bytes(storage, committed_folder))
+
+
+def read_manifest_bytes(storage: JobStorage, committed_folder: CommittedFolder) -> bytes:
+    """Return the manifest of a commit as it is stored. Raises StorageError if its hash is wrong."""
     key = f"{committed_folder.folder}/{committed_folder.path}/{Storage.MANIFEST}"
     data = storage.read_object(key)
     if hashlib.sha256(data).hexdigest() != committed_folder.manifest_sha256:
         raise StorageError(f"{storage.uri}/{key} is damaged: the commit marker contains another sha256")
-    manifest: dict[str, Any] = json.loads(data)
+    return data
+
+
+def parse_manifest(content: bytes) -> dict[str, Any]:
+    """Return the manifest as data."""
+    manifest: dict[str, Any] = json.loads(content)
     return manifest
 
 
-def checked_file_list(storage: JobStorage, manifest: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the files that a manifest lists. Raises StorageError if a file is outside the folder of the commit."""
+def checked_file_list(location: str, manifest: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the files that a manifest lists. Raises StorageError, which names `location`, if a file is outside the folder of the commit."""
     files: list[dict[str, Any]] = manifest["files"]
     for entry in files:
         name = str(entry["path"])
         if name.startswith("/") or ".." in name.split("/"):
-            raise StorageError(f"{storage.uri}: the manifest lists the file {name}, which lies outside the checkpoint's folder")
+            raise StorageError(f"{location}: the manifest lists the file {name}, which lies outside the checkpoint's folder")
     return files
 
 
-def verify_and_download(storage: JobStorage, committed_folder: CommittedFolder, target: Path | None) -> int:
-    """Read every file of a commit and check its sha256. With a `target` folder, write the files there. Returns the bytes read."""
+def verify_files(storage: JobStorage, committed_folder: CommittedFolder) -> int:
+    """Read every file of a commit and compare it with the manifest. Returns the bytes read. Raises StorageError."""
     total = 0
-    for manifest_entry in checked_file_list(storage, read_manifest(storage, committed_folder)):
-        name = str(manifest_entry["path"])
-        total += download_file(storage, committed_folder, manifest_entry, target / name if target else None)
+    for entry in checked_file_list(storage.uri, read_manifest(storage, committed_folder)):
+        key = f"{committed_folder.folder}/{committed_folder.path}/{entry['path']}"
+        sha256, byte_count = hash_object(storage, key)
+        if sha256 != entry["sha256"] or byte_count != entry["size"]:
+            raise StorageError(
+                f"{storage.uri}/{key} is damaged: the file has {byte_count} bytes and sha256 {sha256[:12]}..., "
+                f"but the manifest lists {entry['size']} bytes and {entry['sha256'][:12]}..."
+            )
+        total += byte_count
     return total
 
 
-def hash_object(storage: JobStorage, key: str, file: BinaryIO | None = None) -> tuple[str, int]:
-    """Read an object, and write it to `file` if given. Returns its sha256 (hex) and its bytes."""
+def hash_object(storage: JobStorage, key: str) -> tuple[str, int]:
+    """Read an object. Returns its sha256 (hex) and its bytes."""
     digest, byte_count = hashlib.sha256(), 0
     for chunk in storage.read_chunks(key):
         digest.update(chunk)
         byte_count += len(chunk)
-        if file is not None:
-            file.write(chunk)
     return digest.hexdigest(), byte_count
-
-
-def download_file(storage: JobStorage, committed_folder: CommittedFolder, manifest_entry: dict[str, Any], path: Path | None) -> int:
-    """Read a file of a commit and check its sha256. With a `path`, write the file there. Returns the bytes read. Raises StorageError."""
-    key = f"{committed_folder.folder}/{committed_folder.path}/{manifest_entry['path']}"
-    part_file = None
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part_file = path.with_name(path.name + ".part")
-    handle = part_file.open("wb") if part_file else None
-    try:
-        sha256, byte_count = hash_object(storage, key, handle)
-    finally:
-        if handle:
-            handle.close()
-    if sha256 != manifest_entry["sha256"] or byte_count != manifest_entry["size"]:
-        raise StorageError(
-            f"{storage.uri}/{key} is damaged: the file has {byte_count} bytes and sha256 {sha256[:12]}..., "
-            f"but the manifest lists {manifest_entry['size']} bytes and {manifest_entry['sha256'][:12]}..."
-        )
-    if part_file and path:
-        part_file.replace(path)
-    return byte_count

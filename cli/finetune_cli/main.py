@@ -13,7 +13,10 @@ from typing import Annotated
 import typer
 
 from finetune_cli.commands.checkpoints import checkpoints
+from finetune_cli.commands.delete import delete
 from finetune_cli.commands.diff import diff
+from finetune_cli.commands.doctor import doctor
+from finetune_cli.commands.download import download
 from finetune_cli.commands.events import events
 from finetune_cli.commands.explain import explain
 from finetune_cli.commands.export import export
@@ -23,6 +26,7 @@ from finetune_cli.commands.init import init
 from finetune_cli.commands.lifecycle import cancel, resume, suspend
 from finetune_cli.commands.logs import logs
 from finetune_cli.commands.plan import plan
+from finetune_cli.commands.pools import pools
 from finetune_cli.commands.purge import purge
 from finetune_cli.commands.ratings import ratings
 from finetune_cli.commands.replay import replay
@@ -33,6 +37,8 @@ from finetune_cli.commands.sign import sign
 from finetune_cli.commands.status import status
 from finetune_cli.commands.submit import submit
 from finetune_cli.commands.support_bundle import support_bundle
+from finetune_cli.commands.top import top
+from finetune_cli.commands.upload import upload
 from finetune_cli.commands.validate import validate
 from finetune_cli.commands.verify import verify
 from finetune_cli.commands.wait import wait
@@ -56,14 +62,20 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "submit": submit,
     "get": get,
     "status": status,
+    "top": top,
     "logs": logs,
     "events": events,
     "wait": wait,
     "suspend": suspend,
     "resume": resume,
     "cancel": cancel,
+    "delete": delete,
     "rerun": rerun,
+    "pools": pools,
+    "doctor": doctor,
     "checkpoints": checkpoints,
+    "upload": upload,
+    "download": download,
     "verify": verify,
     "export": export,
     "sign": sign,

@@ -29,15 +29,16 @@ from finetune_api.oci import (
 )
 from finetune_api.spec.enums import OutputKind
 
+from finetune_cli.downloads import Download, RemoteFile
 from finetune_cli.job_storage import (
     CommittedFolder,
     JobStorage,
     StorageError,
     checked_file_list,
-    download_file,
     list_committed_folders,
     read_manifest,
 )
+from finetune_cli.transfers import SilentProgress
 
 LAYER_TYPE, IMAGE_CONFIG_TYPE = "application/vnd.oci.image.layer.v1.tar", "application/vnd.oci.image.config.v1+json"
 MODELS_FOLDER = "models"
@@ -83,7 +84,9 @@ def _write(storage: JobStorage, target: Path, form: LayoutForm, tag: str, report
     (target / BLOBS).mkdir(parents=True)
     for entry in files:
         report_file(str(entry["path"]), int(entry["size"]))
-        download_file(storage, committed, entry, target / BLOBS / str(entry["sha256"]))
+        key = f"{committed.folder}/{committed.path}/{entry['path']}"
+        file = RemoteFile(key, str(entry["path"]), int(entry["size"]), sha256=str(entry["sha256"]))
+        Download(storage, file, target / BLOBS / file.sha256).run(SilentProgress(), overwrite=False)
     entries = [ModelFile(str(entry["path"]), int(entry["size"]), str(entry["sha256"])) for entry in files]
     artefact = _pack_image(target, entries) if form is LayoutForm.IMAGE else _modelpack(manifest, entries)
     _write_blob(target, artefact.config)

@@ -20,11 +20,13 @@ from finetune_api.names import GROUP, KIND, VERSION, Env
 from finetune_api.spec.cluster import StorageRoot
 
 from finetune_cli import output
+from finetune_cli.downloads import committed_source, download
 from finetune_cli.fields import get_value
-from finetune_cli.job_storage import CommittedFolder, JobStorage, StorageError, verify_and_download
+from finetune_cli.job_storage import CommittedFolder, JobStorage, StorageError
 from finetune_cli.lineage import MODEL_CHECKS, CheckResults, Verifier, require_statement
 from finetune_cli.local_run import LocalRun, prepare_run, require_trainer, run_trainer
 from finetune_cli.local_spec import SOURCE_FIELDS, LocalRunError
+from finetune_cli.transfers import SilentProgress
 
 UNUSED_GROUPS = ("output", "phases", "placement", "policy", "storage")
 """Groups of the spec that do not influence the weights. Without them a replay publishes nothing and runs no stage after training."""
@@ -100,7 +102,7 @@ def replay(storage: JobStorage, folder: Path, options: ReplayOptions) -> ReplayR
     repeated = Verifier(JobStorage(run.config.storage.uri, StorageRoot())).verify()
     original_folder = folder / "original"
     marker = CommittedFolder("model", verification.folder.removeprefix("model/"), verification.manifest_sha256, True)
-    verify_and_download(storage, marker, original_folder)
+    download(committed_source(storage, marker), original_folder, SilentProgress())
     repeated_folder = Path(run.config.storage.uri.removeprefix("file://")) / repeated.folder
     comparison = compare_weights(interpreter, original_folder, repeated_folder)
     return ReplayResult(comparison, list(reasons_to_differ(statement, require_statement(repeated))))

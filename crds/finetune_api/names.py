@@ -138,6 +138,8 @@ HUB_TOKEN = "FINETUNE_HUB_TOKEN"
 RUN_MOUNT = "/etc/finetune"
 RUN_FILE_NAME = "run.json"
 RUN_FILE = f"{RUN_MOUNT}/{RUN_FILE_NAME}"
+CHECK_STORAGE_COMMAND = "check-storage"
+"""Command of the trainer image: check that a pod can write, read and list in storage. The argument is a StoreTarget as JSON."""
 MAX_RUN_BYTES = 64 * 1024
 """Maximum size of `run.json` in bytes. The operator stores `run.json` in an annotation, and Kubernetes limits the size of annotations."""
 CONFIGMAP_MOUNT = "/etc/finetune-config"
@@ -165,6 +167,8 @@ class Path(StrEnum):
     PROGRESS = "/progress"
     METRICS = "/metrics"
     HEALTH = "/healthz"
+    USAGE = "/usage"
+    """Current usage of memory and GPUs, for `finetune top`."""
 
 
 class ExitCode(IntEnum):

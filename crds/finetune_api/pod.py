@@ -243,6 +243,32 @@ class ProgressReport(ReportModel):
     timings: dict[str, float] = Field(default_factory=dict, description="Durations of the stages in seconds, by name of the stage.")
 
 
+class GpuUsage(ReportModel):
+    """Current usage of one GPU. Values that the driver does not report are absent."""
+
+    index: int = Field(description="Number of the GPU in the pod.")
+    utilization_percent: float | None = Field(default=None, description="Share of the last sampling interval in which the GPU computed.")
+    memory_used_bytes: int | None = Field(default=None, description="Used GPU memory, in bytes.")
+    memory_total_bytes: int | None = Field(default=None, description="Memory of the GPU, in bytes.")
+
+
+class PodUsage(ReportModel):
+    """The response of `GET /usage`."""
+
+    memory_used_bytes: int | None = Field(default=None, description="Used memory of the container, in bytes.")
+    memory_total_bytes: int | None = Field(default=None, description="Memory limit of the container; without a limit: memory of the machine, in bytes.")
+    gpus: list[GpuUsage] = Field(default_factory=list)
+
+
+class StorageCheckResult(ReportModel):
+    """The termination message of the command `check-storage`."""
+
+    ok: bool = Field(description="Whether the pod can write, read and list in storage.")
+    code: str = Field(default="", description="Code of the failure.")
+    message: str = Field(default="", description="What failed; for a success, what the store supports.")
+    hint: str = Field(default="", description="What to do.")
+
+
 class TerminationMessage(ReportModel):
     """The termination message: one JSON object below 4 KiB."""
 

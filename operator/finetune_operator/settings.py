@@ -89,7 +89,7 @@ class TrainerSettings(WireModel):
 
 
 class PodResources(WireModel):
-    """Resources of a pod. Absent values come from the next source; see `policies/pod_resources.py`."""
+    """Resources of a pod. Absent values come from the next source; see `finetune_api.pod_resources`."""
 
     cpu: PlatformQuantity | None = Field(default=None, description="CPU request.")
     memory: PlatformQuantity | None = Field(default=None, description="Memory request and limit, including /dev/shm.")

@@ -20,6 +20,7 @@ Objects = list[Object]
 API_PATHS = {
     names.PLURAL: f"/apis/{names.API_VERSION}",
     "jobs": "/apis/batch/v1",
+    "deployments": "/apis/apps/v1",
     "leases": "/apis/coordination.k8s.io/v1",
     "events": "/apis/events.k8s.io/v1",
     "customresourcedefinitions": "/apis/apiextensions.k8s.io/v1",

@@ -1,7 +1,8 @@
 """Entry point of the trainer image. `supervise` and `prepare` run as PID 1 of a pod; the other commands are processes of such a pod.
 
 `agent` starts the pod's ranks, `train` runs one rank, `check` is the process of a preparation, `stage` runs a stage after training, `track`
-sends a run to its trackers, `compare-weights` compares the weights of two models for `finetune replay`.
+sends a run to its trackers, `compare-weights` compares the weights of two models for `finetune replay`, `check-storage` checks the access
+to storage for `finetune doctor`.
 
 This module imports only light packages, because the pod must answer HTTP within a second of its start.
 """
@@ -45,9 +46,14 @@ def main(arguments: list[str] | None = None) -> int:
             from finetune_trainer import compare_weights
 
             return compare_weights.main(options)
+        case "check-storage":
+            from finetune_trainer.storage import check
+
+            return check.main(options)
         case "supervise" | "run" | "prepare":
             return _supervise(command, options)
-    print(f"finetune-trainer: unknown command {command!r}; use supervise, run, prepare, train, agent, check, stage, track or compare-weights", file=sys.stderr)
+    known = "supervise, run, prepare, train, agent, check, stage, track, compare-weights or check-storage"
+    print(f"finetune-trainer: unknown command {command!r}; use {known}", file=sys.stderr)
     return 64
 
 

@@ -81,11 +81,11 @@ def _verify_checkpoints(storage: JobStorage) -> None:
 
 
 def _is_intact(storage: JobStorage, committed_folder: CommittedFolder) -> bool:
-    from finetune_cli.job_storage import StorageError, verify_and_download
+    from finetune_cli.job_storage import StorageError, verify_files
     from finetune_cli.status_text import format_bytes
 
     try:
-        count = verify_and_download(storage, committed_folder, None)
+        count = verify_files(storage, committed_folder)
     except StorageError as error:
         output.print_errors([f"{committed_folder.folder}: {error}"])
         return False
@@ -94,16 +94,16 @@ def _is_intact(storage: JobStorage, committed_folder: CommittedFolder) -> bool:
 
 
 def _download_checkpoints(storage: JobStorage, selection: str, to: Path) -> None:
-    from finetune_cli.job_storage import StorageError, list_committed_folders, verify_and_download
+    from finetune_cli.commands.download import source_of_folder
+    from finetune_cli.commands.transfer_output import shown_progress
+    from finetune_cli.downloads import download
     from finetune_cli.status_text import format_bytes
 
-    folder, folders = folder_of(selection), list_committed_folders(storage)
-    selected = next((committed for committed in folders if committed.folder == folder), None)
-    if selected is None:
-        available_folders = ", ".join(committed.folder for committed in folders) or "nothing"
-        raise StorageError(f"{selection} is not committed below {storage.uri}; available: {available_folders}")
-    count = verify_and_download(storage, selected, to)
-    output.write(f"{selected.folder}: {format_bytes(count)} in {to}")
+    folder = folder_of(selection)
+    source = source_of_folder(storage, folder)
+    with shown_progress("download", is_quiet=False) as progress:
+        files = download(source, to, progress, overwrite=True)
+    output.write(f"{folder}: {format_bytes(sum(file.size for file in files))} in {to}")
 
 
 def folder_of(selection: str) -> str:

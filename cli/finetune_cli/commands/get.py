@@ -13,6 +13,7 @@ from finetune_cli.commands.shared import (
     KubeconfigOption,
     NamespaceOption,
     check_format,
+    format_rows,
     job_name,
     write_data,
 )
@@ -80,7 +81,4 @@ def _format_table(columns: list[dict[str, Any]], rows: list[dict[str, Any]], *, 
         lines.append(
             namespace + ["-" if row["cells"][i] in (None, "") else str(row["cells"][i]) for i in shown_column_indexes]
         )
-    column_widths = [max(len(line[i]) for line in lines) for i in range(len(header_cells))]
-    return "\n".join(
-        "   ".join(cell.ljust(width) for cell, width in zip(line, column_widths, strict=True)).rstrip() for line in lines
-    )
+    return format_rows(lines)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from finetune_cli import output
 from finetune_cli.commands.shared import complete_words
+
+if TYPE_CHECKING:
+    from finetune_cli.mistakes import Mistake
 
 METHOD_TYPES = ("lora", "qlora", "dora", "full", "spectrum")
 TRAINER_TYPES = ("sft", "dpo", "grpo", "kto", "orpo", "reward")
@@ -19,7 +22,12 @@ FORMATS = {
     "kto": "unpairedPreference",
     "grpo": "promptOnly",
 }
-
+QUESTIONS = {
+    "name": "Name", "model": "Base model (org/name or URI)", "data": "Training data (URI)", "validation": "Validation data (URI)",
+    "storage": "Storage root (s3://bucket/folder)", "method": f"Method ({', '.join(METHOD_TYPES)})", "trainer": f"Objective ({', '.join(TRAINER_TYPES)})",
+    "gpus": "GPUs", "file": "Another file",
+}  # fmt: skip
+"""What the command asks, by option."""
 
 def init(
     name: Annotated[str | None, typer.Argument(help="Name of the FineTuneJob.")] = None,
@@ -46,7 +54,7 @@ def init(
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write to a new file instead of stdout.")
     ] = None,
 ) -> None:
-    """Write a manifest with comments. On a terminal, the command asks for missing values.
+    """Write a manifest with comments. On a terminal, the command asks for missing values, and asks again for wrong values.
 
     Example: finetune init support-bot --model org/name --data s3://data/train.jsonl -o job.yaml
     """
@@ -55,37 +63,76 @@ def init(
     from finetune_cli.files import write_text
 
     is_interactive = sys.stdin.isatty()
-    name = _value_or_prompt(name, "Name", is_interactive, "NAME")
-    model = _value_or_prompt(model, "Base model (org/name or URI)", is_interactive, "--model")
-    data = _value_or_prompt(data, "Training data (URI)", is_interactive, "--data")
-    errors = [
-        f"{option}: unknown value {value}; write one of {', '.join(allowed)}"
-        for option, value, allowed in (("--method", method, METHOD_TYPES), ("--trainer", trainer, TRAINER_TYPES))
-        if value not in allowed
-    ]
-    if errors:
-        raise output.fail(*errors)
-    text = manifest_text(name, model, data, validation, storage, method, trainer, gpus)
-    _check_manifest_text(text, {"model": model, "data": data, "validation": validation, "storage": storage, "gpus": gpus})
+    given = {
+        "name": name, "model": model, "data": data, "validation": validation, "storage": storage, "method": method, "trainer": trainer, "gpus": gpus,
+    }  # fmt: skip
+    text = _valid_manifest_text(given, is_interactive)
+    while file is not None and file.exists():
+        if not is_interactive:
+            raise output.fail(f"{file} already exists; choose another file")
+        output.print_errors([f"{file} already exists"])
+        file = Path(_ask("file"))
     if file is None:
         output.write(text)
-    elif file.exists():
-        raise output.fail(f"{file} already exists; choose another file")
     else:
         write_text(file, text)
         output.print_notes([f"wrote {file}; next: finetune validate {file}"])
 
 
-def _value_or_prompt(value: str | None, question: str, is_interactive: bool, option: str) -> str:
-    if value:
-        return value
-    if not is_interactive:
-        raise output.fail(f"{option} is missing; `finetune init` asks for missing values only on a terminal")
-    return str(typer.prompt(question, err=True))
+def _valid_manifest_text(values: dict[str, Any], is_interactive: bool) -> str:
+    """Return the manifest of valid values. On a terminal, ask for missing values, and ask again for wrong values. Raises CommandExit otherwise."""
+    for key in ("name", "model", "data"):
+        if not values[key]:
+            if not is_interactive:
+                raise output.fail(f"{'NAME' if key == 'name' else _place_of(key)} is missing; `finetune init` asks for missing values only on a terminal")
+            values[key] = _ask(key)
+    while True:
+        text = manifest_text(**values)
+        mistakes = _unknown_words(values) or _mistakes_of(text, values)
+        if not mistakes:
+            return text
+        wrong_keys = [key for key in QUESTIONS if any(mistake.key == _place_of(key) for mistake in mistakes)]
+        if not is_interactive or not wrong_keys:
+            raise output.fail(*mistakes)
+        output.print_errors(mistakes)
+        for key in wrong_keys:
+            values[key] = _ask(key)
 
 
-def _check_manifest_text(text: str, options: dict[str, Any]) -> None:
-    """Print the errors of a manifest and raise Exit. Only `validate` reports fields that are not supported yet."""
+def _place_of(key: str) -> str:
+    """Return the option or field that messages about a value name."""
+    return "metadata.name" if key == "name" else f"--{key}"
+
+
+def _ask(key: str) -> Any:
+    """Ask on stderr until there is an answer; for numbers, until it is a number. stdout holds only the manifest. Raises Abort at the end of the input."""
+    import sys
+
+    while True:
+        sys.stderr.write(f"{QUESTIONS[key]}: ")
+        sys.stderr.flush()
+        line = sys.stdin.readline()
+        if not line:
+            raise typer.Abort
+        answer = line.strip()
+        if answer and (key != "gpus" or answer.lstrip("-").isdigit()):
+            return int(answer) if key == "gpus" else answer
+        output.print_errors([f"{answer or 'nothing'}: write {'a number' if key == 'gpus' else 'a value'}, or end with Ctrl-C"])
+
+
+def _unknown_words(values: dict[str, Any]) -> list[Mistake]:
+    """Return a mistake for each option with a word that it does not have."""
+    from finetune_cli.mistakes import Mistake
+
+    return [
+        Mistake("", _place_of(key), f"unknown value {values[key]}", f"write one of {', '.join(allowed)}")
+        for key, allowed in (("method", METHOD_TYPES), ("trainer", TRAINER_TYPES))
+        if values[key] not in allowed
+    ]
+
+
+def _mistakes_of(text: str, values: dict[str, Any]) -> list[Mistake]:
+    """Return the errors of a manifest, named as options. Only `validate` reports fields that are not supported yet."""
     import dataclasses
 
     from finetune_api.names import Reason
@@ -94,15 +141,11 @@ def _check_manifest_text(text: str, options: dict[str, Any]) -> None:
     from finetune_cli.manifests import parse_manifests
     from finetune_cli.overrides import name_option, parse_overrides
 
-    overrides = parse_overrides((), options)
+    overrides = parse_overrides((), {key: values[key] for key in ("model", "data", "validation", "storage", "gpus")})
     findings = errors_of(check_manifest(next(parse_manifests(text, "manifest")))[1])
-    mistakes = [
-        name_option(dataclasses.replace(finding.mistake, location=""), overrides)
-        for finding in findings
-        if finding.code != Reason.NOT_SUPPORTED_YET
+    return [
+        name_option(dataclasses.replace(finding.mistake, location=""), overrides) for finding in findings if finding.code != Reason.NOT_SUPPORTED_YET
     ]
-    if mistakes:
-        raise output.fail(*mistakes)
 
 
 def manifest_text(

@@ -99,3 +99,9 @@ def write_data(value: Any, output_format: str) -> None:
     from finetune_cli.yaml_writer import to_yaml
 
     output.write(json.dumps(value, indent=2) if output_format == "json" else to_yaml(value))
+
+
+def format_rows(rows: list[list[str]]) -> str:
+    """Align the cells of rows with the same number of cells in columns."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join("   ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)

@@ -27,12 +27,16 @@ SecretOption = Annotated[
     bool,
     typer.Option("--use-secret", help="Use the credentials of the job's storage Secret instead of the AWS_ variables."),
 ]
+SecretNameOption = Annotated[
+    str | None,
+    typer.Option("--secret", metavar="NAME", help="Secret of the namespace with AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY. Default: the AWS_ variables."),
+]
 EndpointOption = Annotated[
     str | None,
     typer.Option(
         "--endpoint",
         metavar="URL",
-        help="Address of the S3 server as seen from this machine. Default: the job's endpoint.",
+        help="Address of the S3 server as seen from this machine. Default: the job's endpoint; for a URI AWS_ENDPOINT_URL, otherwise AWS.",
     ),
 ]
 StorageOption = Annotated[
@@ -74,14 +78,14 @@ class StorageOptions:
     namespace: str | None = None
     context: str | None = None
     kubeconfig: Path | None = None
+    secret_name: str | None = None
+    """Secret with the keys for storage at a URI. None: the AWS_ variables."""
 
 
 def open_target(target: str, options: StorageOptions) -> tuple[JobStorage, dict[str, Any] | None]:
     """Open the storage of a job by its name or URI. If a name was given, also return the job. Raises StorageError or ClusterError."""
-    from finetune_api.spec.cluster import StorageRoot
-
     from finetune_cli.cluster import connect, parse_job_name
-    from finetune_cli.job_storage import JobStorage, StorageError, root_of_uri
+    from finetune_cli.job_storage import StorageError, root_of_uri
 
     if "://" not in target:
         cluster = connect(options.namespace, options.context, options.kubeconfig)
@@ -89,5 +93,24 @@ def open_target(target: str, options: StorageOptions) -> tuple[JobStorage, dict[
         return open_storage(cluster, job, options.use_secret, options.endpoint, options.storage_uri), job
     if options.use_secret or options.storage_uri is not None:
         raise StorageError("--use-secret and --storage need the name of a job; with a URI, remove them and set the AWS_ variables")
-    root = StorageRoot(endpoint=options.endpoint, region=os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION"))
-    return JobStorage(root_of_uri(target), root), None
+    return open_uri(root_of_uri(target), options), None
+
+
+def open_uri(uri: str, options: StorageOptions) -> JobStorage:
+    """Open storage at a URI, with the keys of a Secret or of the AWS_ variables. Raises StorageError or ClusterError."""
+    from finetune_api.spec.cluster import StorageRoot
+    from pydantic import ValidationError
+
+    from finetune_cli.cluster import connect
+    from finetune_cli.job_storage import JobStorage, StorageError, decode_secret
+
+    if not uri.startswith(("s3://", "file:///")) or not uri.partition("://")[2].strip("/"):
+        raise StorageError(f"{uri}: write s3://bucket/folder, or file:///folder for a local folder")
+    try:
+        root = StorageRoot(endpoint=options.endpoint, region=os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION"))
+    except ValidationError:
+        raise StorageError(f"--endpoint {options.endpoint}: write scheme and host, for example https://s3.example.com") from None
+    if options.secret_name is None:
+        return JobStorage(uri, root)
+    cluster = connect(options.namespace, options.context, options.kubeconfig)
+    return JobStorage(uri, root, decode_secret(cluster.get_secret(options.secret_name)))

@@ -148,11 +148,47 @@ def test_wait_ends_with_the_condition_or_the_timeout(finetune: Finetune, job: Jo
     job(status=RUNNING_STATUS)
     assert finetune("wait", "bot", "--for", "running").code == 0
     assert finetune("wait", "bot", "--for", "reconciling").code == 0
-    assert "bot is not Finished after 1 s" in finetune("wait", "bot", "--timeout", "1").err
+    assert "bot is not Finished after 1 s\n" in finetune("wait", "bot", "--timeout", "1").err
     assert (
         "--for nonsense: unknown condition; write one of running, Accepted"
         in finetune("wait", "bot", "--for", "nonsense").err
     )
+
+
+@pytest.mark.parametrize(
+    ("goal", "code", "out"),
+    [
+        ("condition=Reconciling", 0, "bot: Running\n"), ("condition=reconciling=true", 0, "bot: Running\n"),
+        ("jsonpath={.status.phase}=Running", 0, "bot: Running\n"), ("jsonpath='{.status.attempt}'=2", 0, "bot: Running\n"),
+        ("jsonpath={.status.progress.step}", 0, "bot: Running\n"), ("create", 0, "bot: created\n"), ("condition=Suspended", 1, ""),
+        ("jsonpath={.status.phase}=Failed", 1, ""), ("delete", 1, ""),
+    ],
+)  # fmt: skip
+def test_wait_understands_what_kubectl_accepts(finetune: Finetune, job: Job, goal: str, code: int, out: str) -> None:
+    job(status=RUNNING_STATUS)
+    result = finetune("wait", "bot", f"--for={goal}", "--timeout=0s")
+    assert (result.code, result.out) == (code, out)
+    assert result.err == ("" if code == 0 else f"error: bot is not {'deleted' if goal == 'delete' else goal.removeprefix('condition=')} after 0s\n")
+
+
+@pytest.mark.parametrize(
+    ("goal", "code"),
+    [("condition=Finished", 2), ("condition=Succeeded=False", 0), ("condition=Stalled", 0), ("jsonpath=.status.phase=Failed", 0),
+     ("jsonpath=.status.phase=Running", 2), ("running", 2)],
+)  # fmt: skip
+def test_wait_for_a_failed_job(finetune: Finetune, job: Job, goal: str, code: int) -> None:
+    job(status=FAILED_STATUS)
+    result = finetune("wait", "bot", "--for", goal)
+    assert (result.code, result.out, result.err) == ((0, "bot: Failed\n", "") if code == 0 else (2, "", "error: bot has ended (Failed)\n"))
+
+
+def test_wait_for_creation_and_deletion(finetune: Finetune, job: Job, api: KubeApi, namespace: str) -> None:
+    assert finetune("wait", "bot", "--for=delete") == Result(0, "bot: deleted\n", "")
+    assert finetune("wait", "bot", "--for=create", "--timeout=1s").err == "error: bot is not created after 1s\n"
+    threading.Timer(0.5, job).start()
+    assert finetune("wait", "bot", "--for=create").out == "bot: created\n"
+    threading.Timer(0.5, lambda: api.delete(names.PLURAL, namespace, "bot")).start()
+    assert finetune("wait", "bot", "--for=delete").out == "bot: deleted\n"
 
 
 def test_events_of_the_job_are_listed(finetune: Finetune, job: Job, api: KubeApi, namespace: str) -> None:

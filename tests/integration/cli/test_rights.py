@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import threading
 from collections.abc import Callable
@@ -74,7 +75,7 @@ def test_documented_role_is_sufficient(
     for words in (
         ("get",), ("get", "bot", "-o", "yaml"), ("status", "bot"), ("wait", "bot", "--for", "running"), ("events", "bot"), ("logs", "bot"),
         ("submit", str(manifest)), ("suspend", "bot"), ("resume", "bot"), ("rerun", "bot"), ("diff", "bot", "new"), ("checkpoints", "bot"),
-        ("support-bundle", "bot", "-o", str(tmp_path / "r.tar.gz")), ("cancel", "bot", "--yes"),
+        ("support-bundle", "bot", "-o", str(tmp_path / "r.tar.gz")), ("cancel", "bot", "--yes"), ("top",), ("delete", "new", "--yes"),
     ):  # fmt: skip
         result = as_user(*words)
         assert (result.code, "forbidden" in result.err) == (0, False), (words, result)
@@ -106,6 +107,7 @@ kind: {names.KIND}
 metadata: {{name: new}}
 spec: {{model: {{source: org/m}}, dataset: {{train: org/d}}}}
 """
+CHART_LABELS = {"app.kubernetes.io/part-of": "finetune-operator", "app.kubernetes.io/version": "0.2.0"}
 OFFLINE_COMMANDS = "`init`, `validate`, `explain`, `import`, `run --local`, `ratings`, `diff` of files"
 COMMANDS_BY_ROW: dict[str, tuple[tuple[str, ...], ...]] = {
     "`get`, `diff` of jobs": (("get",), ("get", "bot"), ("get", "bot", "-o", "yaml"), ("diff", "bot", "bot")),
@@ -115,12 +117,19 @@ COMMANDS_BY_ROW: dict[str, tuple[tuple[str, ...], ...]] = {
     "`submit`": (("submit", "MANIFEST", "--wait"),),
     "`suspend`, `resume`, `cancel`": (("suspend", "bot"), ("resume", "bot"), ("cancel", "bot", "--yes")),
     "`rerun`": (("rerun", "bot"),),
-    "`checkpoints`": (("checkpoints", "bot"), ("checkpoints", "done", "--verify", "--use-secret")),
+    "`delete`": (("delete", "done"),),
+    "`top`": (("top",), ("top", "bot")),
+    "`pools`": (("pools",),),
+    "`doctor`": (("doctor", "--timeout", "2s"),),
+    "`upload`, `download` with a URI": (("upload", "MANIFEST", "s3://a/b", "--secret", "s3", "--endpoint", "http://127.0.0.1:1"),),
+    "`checkpoints`, `download` with a name": (
+        ("checkpoints", "bot"), ("checkpoints", "done", "--verify", "--use-secret"), ("download", "done", "--use-secret"),
+    ),
     "`verify`, `sign`, `replay` with a name": (("verify", "done", "--use-secret"), ("replay", "done", "--use-secret")),
     "`purge`": (("purge", "done", "--use-secret", "--yes-purge", "done"),),
     "`report`": (("report", "done", "--use-secret", "-o", "PAGE"),),
     "`support-bundle`": (("support-bundle", "bot", "-o", "ARCHIVE"),),
-}
+}  # fmt: skip
 """For each row of the table: commands that together need every right in the row."""
 
 
@@ -138,7 +147,7 @@ def documented_rights() -> dict[str, set[str]]:
 
 def verbs_in(text: str) -> set[str]:
     """Return the API verbs in a text."""
-    return set(re.findall(r"\b(get|list|watch|create|patch)\b", text))
+    return set(re.findall(r"\b(get|list|watch|create|patch|delete)\b", text))
 
 
 def test_documented_table_covers_all_commands() -> None:
@@ -148,7 +157,7 @@ def test_documented_table_covers_all_commands() -> None:
 
 @pytest.mark.parametrize("row", COMMANDS_BY_ROW)
 def test_command_uses_the_documented_rights(
-    row: str, finetune: Callable[..., Result], job: Callable[..., object], api: KubeApi, namespace: str, tmp_path: Path,
+    row: str, finetune: Callable[..., Result], job: Callable[..., dict[str, Any]], api: KubeApi, namespace: str, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     create_jobs_and_secret(job, api, namespace)
@@ -160,7 +169,7 @@ def test_command_uses_the_documented_rights(
     def send_and_record(self: Cluster, method: str, path: str, query: dict[str, str], *rest: Any) -> Any:
         used_rights.update(rights_of_request(method, path, query))
         response = send(self, method, path, query, *rest)
-        if method == "POST" and rest[0]["metadata"]["name"] == "new":
+        if method == "POST" and rest[0].get("metadata", {}).get("name") == "new":
             threading.Timer(0.5, lambda: set_status(api, namespace, "new", SUCCEEDED_STATUS)).start()
         return response
 
@@ -170,24 +179,27 @@ def test_command_uses_the_documented_rights(
     assert used_rights == documented_rights()[row]
 
 
-def create_jobs_and_secret(job: Callable[..., object], api: KubeApi, namespace: str) -> None:
-    """Create a running job with a pod. Create a finished job with empty storage, and the Secret for this storage."""
-    job(status=RUNNING_STATUS)
+def create_jobs_and_secret(job: Callable[..., dict[str, Any]], api: KubeApi, namespace: str) -> None:
+    """Create a running job with a pod, a finished job with empty storage and its Secret, and the configuration of an operator."""
+    running = job(status=RUNNING_STATUS)
+    config = json.dumps({"trainer": {"image": "registry.example.com/trainer"}, "namespaces": [namespace]})
+    api.create("configmaps", namespace, {"metadata": {"name": "operator", "labels": CHART_LABELS}, "data": {"config.yaml": config}})
     storage = {"uri": "file:///empty/storage", "credentialsSecretRef": {"name": "s3"}}
     job("done", status=SUCCEEDED_STATUS, storage=storage)
     keys = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}
     api.create("secrets", namespace, {"metadata": {"name": "s3"}, "stringData": keys})
-    labels = {names.Label.JOB_NAME: "bot", names.Label.ATTEMPT: "1"}
+    labels = {
+        names.Label.MANAGED_BY: names.MANAGER_NAME, names.Label.JOB_NAME: "bot", names.Label.JOB_UID: running["metadata"]["uid"], names.Label.ATTEMPT: "1",
+    }  # fmt: skip
     container = {"name": names.TRAINER_CONTAINER, "image": "x"}
-    api.create(
-        "pods", namespace, {"metadata": {"name": "bot-1-0", "labels": labels}, "spec": {"containers": [container]}}
-    )
+    api.create("pods", namespace, {"metadata": {"name": "bot-1-0", "labels": labels}, "spec": {"containers": [container]}})
+    api.patch("pods/status", namespace, "bot-1-0", {"status": {"phase": "Running", "podIP": "127.0.0.1", "podIPs": [{"ip": "127.0.0.1"}]}})
 
 
 def rights_of_request(method: str, path: str, query: dict[str, str]) -> set[str]:
     """Return the rights that a request needs, as `resource:verb`. Server-side apply also needs `create`."""
     match = re.match(
-        r"^/(?:api/v1|apis/([^/]+)/[^/]+)(?:/namespaces/[^/]+)?/([a-z]+)(?:/([^/]+))?(?:/([a-z]+))?$", path
+        r"^/(?:api/v1|apis/([^/]+)/[^/]+)(?:/namespaces/[^/]+)?/([a-z]+)(?:/([^/]+))?(?:/([a-z]+)(?:/usage)?)?$", path
     )
     if match is None:
         return set()
@@ -198,5 +210,5 @@ def rights_of_request(method: str, path: str, query: dict[str, str]) -> set[str]
     applied = method == "PATCH" and query.get("force") == "true"
     return {
         f"{resource}:{verb}"
-        for verb in ({"patch", "create"} if applied else {"PATCH": ["patch"], "POST": ["create"]}[method])
+        for verb in ({"patch", "create"} if applied else {"PATCH": ["patch"], "POST": ["create"], "DELETE": ["delete"]}[method])
     }

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import pty
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -49,3 +53,37 @@ def test_missing_and_invalid_values_are_refused(run_command: RunCommand, write_f
         "already exists; choose another file"
         in run_command("init", "bot", "--model", "o/m", "--data", "x/y", "-o", existing)[2]
     )
+
+
+def answer_on_terminal(folder: Path, words: list[str], answers: list[str]) -> tuple[int, str, str]:
+    """Run `init` with a pseudo-terminal as stdin, and return exit code, stdout and stderr."""
+    ours, theirs = pty.openpty()
+    try:
+        os.write(ours, "".join(f"{answer}\n" for answer in answers).encode())
+        command = [sys.executable, "-m", "finetune_cli", "init", *words]
+        done = subprocess.run(command, stdin=theirs, capture_output=True, text=True, cwd=folder, env={**os.environ, "NO_COLOR": "1"}, timeout=30, check=False)
+    finally:
+        os.close(ours)
+        os.close(theirs)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_terminal_asks_again_for_every_wrong_value(tmp_path: Path, run_command: RunCommand) -> None:
+    (tmp_path / "job.yaml").write_text("")
+    code, out, stderr = answer_on_terminal(
+        tmp_path, ["--method", "lra", "--gpus", "-1", "-o", "job.yaml"], ["Bad Name", "", "org/m", "s3://data/t.jsonl", "lora", "bot", "two", "0", "new.yaml"]
+    )
+    assert (code, out) == (0, "")
+    errors = [line.rpartition("error: ")[2].split(";")[0] for line in stderr.splitlines() if "error: " in line]
+    assert [error.split(":")[0] for error in errors] == [
+        "nothing", "--method", "metadata.name", "--gpus", "two", "job.yaml already exists",
+    ]  # fmt: skip
+    text = (tmp_path / "new.yaml").read_text()
+    assert ('name: "bot"' in text, "gpusPerNode: 0" in text, 'source: "org/m"' in text) == (True, True, True)
+    assert run_command("validate", tmp_path / "new.yaml")[0] == 0
+    assert (tmp_path / "job.yaml").read_text() == ""
+
+
+def test_end_of_input_ends_the_questions(tmp_path: Path) -> None:
+    code, out, _ = answer_on_terminal(tmp_path, ["bot"], ["\x04"])
+    assert (code, out) == (1, "")

@@ -9,7 +9,16 @@ from typing import Any
 
 import pytest
 from finetune_api.spec.cluster import StorageRoot
-from finetune_cli.job_storage import JobStorage, StorageError, list_committed_folders, root_of, verify_and_download
+from finetune_cli.downloads import committed_source, download
+from finetune_cli.job_storage import (
+    CommittedFolder,
+    JobStorage,
+    StorageError,
+    list_committed_folders,
+    root_of,
+    verify_files,
+)
+from finetune_cli.transfers import SilentProgress
 
 
 def commit_folder(
@@ -28,6 +37,11 @@ def commit_folder(
     marker = {"attempt": 1, "path": incarnation, "manifestSha256": hashlib.sha256(content).hexdigest()}
     (root / folder / "_COMMITTED").write_text(json.dumps(marker), encoding="utf-8")
     return files_folder
+
+
+def download_commit(storage: JobStorage, committed: CommittedFolder, folder: Path) -> int:
+    """Download a commit into a folder, and return the bytes of its files."""
+    return sum(file.size for file in download(committed_source(storage, committed), folder, SilentProgress()))
 
 
 @pytest.fixture
@@ -50,23 +64,26 @@ def test_only_committed_folders_are_listed(storage: JobStorage) -> None:
 
 
 def test_download_is_complete_and_verified(storage: JobStorage, tmp_path: Path) -> None:
-    assert verify_and_download(storage, list_committed_folders(storage)[1], tmp_path / "out") == 103
+    assert download_commit(storage, list_committed_folders(storage)[1], tmp_path / "out") == 103
     assert (tmp_path / "out" / "a.bin").read_bytes() == b"two"
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.bin", "b.bin"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.bin", "b.bin", "manifest.json"]
 
 
 def test_flipped_byte_is_detected(storage: JobStorage, tmp_path: Path) -> None:
     (tmp_path / "tree/checkpoints/step-00000020/a1-00000000/b.bin").write_bytes(b"y" + b"x" * 99)
+    committed = list_committed_folders(storage)[1]
     with pytest.raises(StorageError, match=r"b\.bin is damaged: the file has 100 bytes"):
-        verify_and_download(storage, list_committed_folders(storage)[1], tmp_path / "out")
-    assert not (tmp_path / "out" / "b.bin").exists()
+        verify_files(storage, committed)
+    with pytest.raises(StorageError, match=r"b\.bin is damaged: the file has 100 bytes"):
+        download_commit(storage, committed, tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir() if path.name.startswith((".b", "b", "manifest"))] == []
 
 
 def test_changed_manifest_is_detected(storage: JobStorage, tmp_path: Path) -> None:
     path = tmp_path / "tree/model/a1-00000000/manifest.json"
     path.write_text(path.read_text() + " ")
     with pytest.raises(StorageError, match=r"manifest\.json is damaged"):
-        verify_and_download(storage, list_committed_folders(storage)[2], None)
+        verify_files(storage, list_committed_folders(storage)[2])
 
 
 def test_manifest_cannot_name_files_outside_its_folder(tmp_path: Path) -> None:
@@ -77,7 +94,7 @@ def test_manifest_cannot_name_files_outside_its_folder(tmp_path: Path) -> None:
     (tmp_path / "t/model/_COMMITTED").write_text(json.dumps(marker))
     storage = JobStorage(f"file://{tmp_path / 't'}", StorageRoot())
     with pytest.raises(StorageError, match="which lies outside the checkpoint's folder"):
-        verify_and_download(storage, list_committed_folders(storage)[0], tmp_path / "out")
+        download_commit(storage, list_committed_folders(storage)[0], tmp_path / "out")
 
 
 def test_delete_removes_all_objects(storage: JobStorage) -> None:

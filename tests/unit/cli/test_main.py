@@ -18,7 +18,7 @@ TOKEN = "hf_" + "a1B2c3D4e5F6g7H8"
 
 @pytest.mark.parametrize(
     "words",
-    [("wait", "bot", "--timeout", "-1"), ("logs", "bot", "--rank", "-1"), ("rerun", "bot", "--from-checkpoint", "x")],
+    [("logs", "bot", "--rank", "-1"), ("rerun", "bot", "--from-checkpoint", "x")],
 )
 def test_option_out_of_range_is_wrong_usage(run_command: RunCommand, words: tuple[str, ...]) -> None:
     code, _, stderr = run_command(*words)

@@ -1,4 +1,4 @@
-"""The pod's HTTP server: `/progress` for the operator, `/metrics` for Prometheus, `/healthz` for the kubelet.
+"""The pod's HTTP server: `/progress` for the operator, `/metrics` for Prometheus, `/healthz` for the kubelet, `/usage` for `finetune top`.
 
 On the loopback interface the server also accepts the Kubeflow progress protocol (`POST .../status`), so that a user's own script
 with a recent transformers reports progress without extra code. Only the standard library is used, because the server must
@@ -19,6 +19,7 @@ from finetune_api.names import Path as Route
 from finetune_api.status import Metrics, Progress
 
 from finetune_trainer.supervisor.run_state import RunState
+from finetune_trainer.usage import UsageReader
 
 LOOPBACK_ADDRESSES = ("127.0.0.1", "::1", "::ffff:127.0.0.1")
 MAX_BODY_BYTES = 64 * 1024
@@ -51,6 +52,7 @@ class _HttpServer(ThreadingHTTPServer):
 
     def __init__(self, address: tuple[str, int], run_state: RunState) -> None:
         self.run_state = run_state
+        self.usage = UsageReader()
         if not address[0] and socket.has_dualstack_ipv6():
             self.address_family = socket.AF_INET6  # Serve IPv4 and IPv6, because a pod may have only one of them.
         super().__init__(address, _RequestHandler)
@@ -73,6 +75,7 @@ class _RequestHandler(BaseHTTPRequestHandler):
             Route.PROGRESS: lambda: ("application/json", self._progress_json()),
             Route.METRICS: lambda: ("text/plain; version=0.0.4", format_metrics(self.server.run_state).encode()),
             Route.HEALTH: lambda: ("text/plain", b"ok\n"),
+            Route.USAGE: lambda: ("application/json", _to_json(self.server.usage.read().to_wire())),
         }
         route = routes.get(self.path.partition("?")[0])
         if route is None:
@@ -97,7 +100,7 @@ class _RequestHandler(BaseHTTPRequestHandler):
         self._send_response(200, "application/json", json.dumps(body).encode())
 
     def _progress_json(self) -> bytes:
-        return json.dumps(self.server.run_state.report().to_wire(), separators=(",", ":")).encode()
+        return _to_json(self.server.run_state.report().to_wire())
 
     def _send_response(self, status: int, content_type: str, body: bytes) -> None:
         self.send_response(status)
@@ -108,6 +111,10 @@ class _RequestHandler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: Any) -> None:
         """Do not log requests, because probes and scrapes would fill the pod's log."""
+
+
+def _to_json(value: dict[str, Any]) -> bytes:
+    return json.dumps(value, separators=(",", ":")).encode()
 
 
 def merge_kubeflow_status(run_state: RunState, status: dict[str, Any]) -> None:

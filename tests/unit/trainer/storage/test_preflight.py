@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from finetune_api.errors import FineTuneError
 from finetune_api.names import FailureClass
-from finetune_api.pod import StoreTarget
+from finetune_api.pod import StorageCheckResult, StoreTarget
 from finetune_api.spec.enums import AddressingStyle
+from finetune_trainer.__main__ import main as trainer_main
 from finetune_trainer.storage.preflight import preflight
 from stub_s3 import serve_error
 
@@ -120,3 +121,21 @@ def test_a_folder_passes_the_same_checks(tmp_path: Path) -> None:
     found = preflight(StoreTarget(uri=f"file://{tmp_path}/root"))
     assert found.to_wire() == {"kind": "folder", "conditionalWrites": True, "canDelete": True}
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_check_storage_reports_its_result_as_termination_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FINETUNE_TERMINATION_LOG", str(tmp_path / "message"))
+    target = StoreTarget(uri=f"file://{tmp_path}/store")
+    assert trainer_main(["check-storage", target.model_dump_json(by_alias=True)]) == 0
+    expected = StorageCheckResult(ok=True)
+    assert StorageCheckResult.model_validate_json((tmp_path / "message").read_text()) == expected
+    assert StorageCheckResult.model_validate_json(capsys.readouterr().out.splitlines()[-1]) == expected
+    assert [path for path in (tmp_path / "store").rglob("*") if path.is_file()] == []
+    refused = target.model_copy(update={"uri": "https://host/x"})
+    assert trainer_main(["check-storage", refused.model_dump_json(by_alias=True)]) == 64
+    result = StorageCheckResult.model_validate_json((tmp_path / "message").read_text())
+    assert (result.ok, result.code, "a web server can only be read" in result.message, result.hint[:6]) == (False, "StorageUriInvalid", True, "write ")
+    assert trainer_main(["check-storage"]) == 64
+    assert "give one StoreTarget as JSON" in capsys.readouterr().err

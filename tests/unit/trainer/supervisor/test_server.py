@@ -8,6 +8,7 @@ import urllib.request
 from collections.abc import Iterator
 
 import pytest
+from finetune_api.pod import PodUsage
 from finetune_api.status import Checkpoint
 from finetune_trainer.supervisor import server as subject
 from finetune_trainer.supervisor.run_state import RunState
@@ -45,6 +46,12 @@ def test_the_server_responds_on_ipv4_and_ipv6(server: Server, host: str) -> None
         urllib.request.Request(f"http://{host}:{server.port}/x/status", body, method="POST"), timeout=20
     ) as response:
         assert response.status == 200
+
+
+def test_usage_is_served(server: Server) -> None:
+    with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/usage", timeout=20) as response:
+        usage = PodUsage.model_validate_json(response.read())
+    assert 0 < (usage.memory_used_bytes or 0) <= (usage.memory_total_bytes or 0)
 
 
 def test_the_kubeflow_protocol_is_accepted() -> None:

@@ -6,7 +6,12 @@ import ctypes
 from pathlib import Path
 from typing import Any
 
-from finetune_trainer.trackers.system_metrics import SystemSampler, _Memory, _Nvml, _Utilization, container_memory
+import pytest
+from finetune_api.pod import GpuUsage
+from finetune_trainer import usage
+from finetune_trainer.trackers import system_metrics
+from finetune_trainer.trackers.system_metrics import SystemSampler
+from finetune_trainer.usage import Nvml, UsageReader, _Memory, _Utilization, container_memory
 
 
 def test_host_values_are_plausible() -> None:
@@ -48,9 +53,24 @@ class FakeNvml:
         return 0
 
 
-def test_gpu_values_are_read_with_nvml() -> None:
-    assert _Nvml(FakeNvml()).sample() == {  # type: ignore[arg-type]
+def test_gpu_values_are_read_with_nvml(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(system_metrics, "open_nvml", lambda: Nvml(FakeNvml()))  # type: ignore[arg-type]
+    gpu_values = {name: value for name, value in SystemSampler().sample().items() if "/gpu_" in name}
+    assert gpu_values == {
         "system/gpu_0_utilization_percentage": 40.0, "system/gpu_0_memory_usage_megabytes": 20000.0,
         "system/gpu_0_memory_usage_percentage": 25.0, "system/gpu_1_memory_usage_megabytes": 20000.0,
         "system/gpu_1_memory_usage_percentage": 25.0,
     }  # fmt: skip
+
+
+def test_usage_contains_memory_and_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[int] = []
+    monkeypatch.setattr(usage, "open_nvml", lambda: opened.append(1) or Nvml(FakeNvml()))  # type: ignore[arg-type, func-returns-value]
+    reader = UsageReader()
+    assert opened == []
+    assert reader.read().gpus == reader.read().gpus == [
+        GpuUsage(index=0, utilization_percent=40.0, memory_used_bytes=20_000_000_000, memory_total_bytes=80_000_000_000),
+        GpuUsage(index=1, memory_used_bytes=20_000_000_000, memory_total_bytes=80_000_000_000),
+    ]
+    assert opened == [1]
+    assert 0 < (reader.read().memory_used_bytes or 0) < (reader.read().memory_total_bytes or 0)

@@ -1,0 +1,67 @@
+"""`finetune delete`: deletes jobs, and says what stays in storage."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from finetune_cli import output
+from finetune_cli.commands.shared import ContextOption, KubeconfigOption, NamespaceOption, complete_job
+
+
+def delete(
+    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="Names of FineTuneJobs.", autocompletion=complete_job)],
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")] = False,
+    namespace: NamespaceOption = None,
+    context: ContextOption = None,
+    kubeconfig: KubeconfigOption = None,
+) -> None:
+    """Delete jobs with their pods. Checkpoints and models stay in storage; the command prints how to remove them.
+
+    Asks for confirmation if a job has not finished.
+
+    Example: finetune delete old-bot
+    """
+    from finetune_cli.cluster import connect, parse_job_name
+    from finetune_cli.status_text import has_finished, status_of
+
+    cluster = connect(namespace, context, kubeconfig)
+    jobs = [cluster.get_job(parse_job_name(name)) for name in names]
+    running = [job["metadata"]["name"] for job in jobs if not has_finished(status_of(job))]
+    if running and not yes:
+        question = f"{', '.join(running)} {'has' if len(running) == 1 else 'have'} not finished, and cannot be resumed after the deletion"
+        if not sys.stdin.isatty():
+            raise output.fail(f"{question}: confirm with --yes")
+        typer.confirm(f"{question}. Delete?", abort=True, err=True)
+    for job in jobs:
+        cluster.delete_object(job)
+        output.write(f"{job['metadata']['name']}: deleted")
+        output.print_notes(remaining_text(job))
+
+
+def remaining_text(job: dict[str, Any]) -> list[str]:
+    """Say what stays in storage, and how to remove it."""
+    from finetune_cli.job_storage import StorageError, root_of
+    from finetune_cli.status_text import format_bytes, status_of
+
+    metadata, status = job["metadata"], status_of(job)
+    try:
+        uri, connection = root_of(job)
+    except StorageError:
+        purge = f"finetune purge {metadata['name']} -n {metadata['namespace']} --uid {metadata['uid']} --storage URI"
+        return [f"files that the job has stored stay in the operator's default storage; to remove them, run `{purge}` with the URI of this storage"]
+    parts = [f"{len(status.checkpoints)} checkpoints ({format_bytes(sum(one.bytes or 0 for one in status.checkpoints))})"] if status.checkpoints else []
+    parts += [f"the {status.output.kind or 'model'}"] if status.output and status.output.uri else []
+    copies = [str(one) for one in (status.output.published_uri, status.output.hub_uri) if one] if status.output else []
+    tail = f"/{metadata['namespace']}/{metadata['name']}/{metadata['uid']}"
+    if not uri.startswith(("s3://", "file://")):
+        remove = f"to remove them, delete the folder {uri}"
+    else:
+        words = ["finetune", "purge", metadata["name"], "-n", metadata["namespace"], "--uid", metadata["uid"], "--storage", uri.removesuffix(tail)]
+        words += ["--endpoint", connection.endpoint] if connection.endpoint else []
+        remove = f"to remove them, run `{shlex.join(words)}`"
+    notes = [f"{' and '.join(parts) or 'files that the job has stored'} stay in {uri}; {remove}"]
+    return [*notes, f"copies stay in {' and '.join(copies)}"] if copies else notes

@@ -1,0 +1,146 @@
+"""`finetune download`: copies models, checkpoints, results and data from storage to this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from finetune_cli import output
+from finetune_cli.commands.shared import (
+    ContextOption,
+    DataFormatOption,
+    KubeconfigOption,
+    NamespaceOption,
+    check_format,
+    complete_job,
+    write_data,
+)
+from finetune_cli.commands.storage_options import (
+    EndpointOption,
+    SecretNameOption,
+    SecretOption,
+    StorageOption,
+    StorageOptions,
+    open_target,
+    open_uri,
+)
+from finetune_cli.commands.transfer_output import as_data, checks_text, shown_progress, summary
+
+if TYPE_CHECKING:
+    from finetune_cli.downloads import Source
+    from finetune_cli.job_storage import JobStorage
+
+RESULT_FOLDERS = ("merged", "metrics", "evaluation", "report", "serving", "lineage", "run")
+"""Folders of a job that can be downloaded besides the model and the checkpoints."""
+
+
+def download(
+    target: Annotated[
+        str,
+        typer.Argument(metavar="NAME|URI", help="Name of the FineTuneJob, or the s3:// or file:// URI of a file or folder.", autocompletion=complete_job),
+    ],
+    what: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="model|latest|STEP|FOLDER",
+            help=f"Part of the job: the final model (default), the newest checkpoint, the checkpoint of a step, or {', '.join(RESULT_FOLDERS)}.",
+        ),
+    ] = None,
+    to: Annotated[Path | None, typer.Option("--to", metavar="FOLDER", help="Local folder. Default: a folder named after the job and the part.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace local files with other content.")] = False,
+    use_secret: SecretOption = False,
+    secret: SecretNameOption = None,
+    endpoint: EndpointOption = None,
+    storage: StorageOption = None,
+    output_format: DataFormatOption = None,
+    namespace: NamespaceOption = None,
+    context: ContextOption = None,
+    kubeconfig: KubeconfigOption = None,
+) -> None:
+    """Download a model, a checkpoint, results or data, and check the content. Run an interrupted command again: it continues the download.
+
+    Files of models and checkpoints are compared with the sha256 in their manifest, other files with the MD5 of the store.
+
+    Example: finetune download support-bot --to ./model
+
+    Example: finetune download support-bot latest
+
+    Example: finetune download s3://data/train.jsonl --to ./data
+    """
+    from finetune_cli.downloads import download as download_files
+
+    check_format(output_format, "yaml", "json")
+    options = StorageOptions(use_secret, endpoint, storage, namespace, context, kubeconfig, secret)
+    if "://" in target:
+        if what is not None or use_secret or storage is not None:
+            raise output.fail("with a URI, remove the part of the job, --use-secret and --storage; use --secret to name a Secret")
+        source, name = _source_of_uri(target, options)
+    else:
+        if secret is not None:
+            raise output.fail("--secret is for a URI; with the name of a job, write --use-secret for the job's own Secret")
+        source, name = _source_of_job(target, what or "model", options)
+    folder = to or Path(name)
+    with shown_progress("download", is_quiet=output_format is not None) as progress:
+        files = download_files(source, folder, progress, overwrite=overwrite)
+    if output_format is not None:
+        write_data(as_data(source.storage.uri, folder, files), output_format)
+    else:
+        output.write(f"{folder}: {summary(files)}, checked: {checks_text(files)}")
+
+
+def _source_of_job(target: str, what: str, options: StorageOptions) -> tuple[Source, str]:
+    """Return the files of a part of a job, and the name of the local folder."""
+    storage, job = open_target(target, options)
+    assert job is not None  # the target is the name of a job
+    folder = _folder_of(job, what)
+    return source_of_folder(storage, folder), f"{job['metadata']['name']}-{folder.rpartition('/')[2]}"
+
+
+def _folder_of(job: dict[str, Any], what: str) -> str:
+    """Return the folder of a part of a job. Raises CommandExit for an unknown part, or for `latest` without a checkpoint."""
+    from finetune_api.names import Storage, checkpoint_folder
+
+    if what in (Storage.MODEL.value, *RESULT_FOLDERS):
+        return what
+    step = (job.get("status") or {}).get("latestCheckpointStep") if what == "latest" else what
+    if step is None:
+        raise output.fail(f"{job['metadata']['name']} has no committed checkpoint yet")
+    if not str(step).isdigit():
+        raise output.fail(f"{what}: unknown part of a job; write the step of a checkpoint, or one of model, latest, {', '.join(RESULT_FOLDERS)}")
+    return f"{Storage.CHECKPOINTS}/{checkpoint_folder(int(step))}"
+
+
+def source_of_folder(storage: JobStorage, folder: str) -> Source:
+    """Return the files of a committed folder or of a plain folder of a job. Raises StorageError with the available folders."""
+    from finetune_cli.downloads import committed_source, plain_source
+    from finetune_cli.job_storage import StorageError, find_committed_folder, list_committed_folders
+
+    committed = find_committed_folder(storage, folder)
+    if committed is not None:
+        return committed_source(storage, committed)
+    if folder in RESULT_FOLDERS and folder != "merged":
+        return plain_source(storage, folder)
+    available = ", ".join(one.folder for one in list_committed_folders(storage)) or "nothing"
+    raise StorageError(f"{folder} is not committed below {storage.uri}; available: {available}")
+
+
+def _source_of_uri(uri: str, options: StorageOptions) -> tuple[Source, str]:
+    """Return the files at a URI, and the name of the local folder. A commit is recognised by its marker, or by the name of an incarnation's folder."""
+    from finetune_api.names import attempt_of_uri
+
+    from finetune_cli.downloads import committed_source, plain_source
+    from finetune_cli.job_storage import find_committed_folder
+
+    address = uri.rstrip("/")
+    outer = address.rpartition("/")[0] if attempt_of_uri(address) is not None else address
+    parent, _, name = outer.rpartition("/")
+    if parent.endswith(("/", ":")):  # s3://bucket without a key
+        return plain_source(open_uri(outer, options), ""), name
+    storage = open_uri(parent, options)
+    committed = find_committed_folder(storage, name)
+    if committed is not None and (outer == address or committed.path == address.rpartition("/")[2]):
+        return committed_source(storage, committed), name
+    source = plain_source(storage, address.removeprefix(f"{parent}/"))
+    return source, "." if [file.path for file in source.files] == [name] else name

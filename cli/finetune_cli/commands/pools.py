@@ -1,0 +1,96 @@
+"""`finetune pools`: lists the node pools with their defaults and their free GPUs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from finetune_cli import output
+from finetune_cli.commands.shared import (
+    ContextOption,
+    DataFormatOption,
+    KubeconfigOption,
+    NamespaceOption,
+    check_format,
+    format_rows,
+    write_data,
+)
+
+if TYPE_CHECKING:
+    from finetune_cli.cluster import Cluster
+    from finetune_cli.installation import InstalledConfig, Pool, PoolUsage
+
+OperatorNamespaceOption = Annotated[
+    str | None,
+    typer.Option("--operator-namespace", metavar="NAMESPACE", help="Namespace of the operator. Default: all namespaces, otherwise finetune-operator."),
+]
+HEADER = ["NAME", "DEFAULT", "GPUS/NODE", "GPU MEMORY", "NODES", "FREE GPUS", "POD DEFAULTS", "DESCRIPTION"]
+QUANTITY_NAMES = {"cpu": "cpu", "memory": "memory", "ephemeral_storage": "ephemeralStorage", "shared_memory": "sharedMemory"}
+
+
+def pools(
+    operator_namespace: OperatorNamespaceOption = None,
+    output_format: DataFormatOption = None,
+    namespace: NamespaceOption = None,
+    context: ContextOption = None,
+    kubeconfig: KubeconfigOption = None,
+) -> None:
+    """List the node pools: their GPUs, the resources that a pod gets by default, and what is free now.
+
+    Write the name of a pool into resources.nodePool. Nodes and free GPUs are shown if you may list the nodes and pods of the cluster.
+
+    Example: finetune pools
+    """
+    from finetune_cli.cluster import connect
+    from finetune_cli.installation import DEFAULT_GPU_RESOURCE, Pool, find_installation
+
+    check_format(output_format, "yaml", "json")
+    cluster = connect(namespace, context, kubeconfig)
+    config = find_installation(cluster, operator_namespace).config
+    listed = config.node_pools or [Pool(name="-", description=f"no pools are configured: every node with {DEFAULT_GPU_RESOURCE}", gpus_per_node=1)]
+    usages = _usages(cluster, listed)
+    if output_format is not None:
+        write_data([as_data(config, pool, usages.get(pool.name)) for pool in config.node_pools], output_format)
+        return
+    output.write(format_rows([HEADER, *(_row(config, pool, usages.get(pool.name)) for pool in listed)]))
+
+
+def _usages(cluster: Cluster, listed: list[Pool]) -> dict[str, PoolUsage]:
+    """Return the usage of each pool by name. Without the permission to list nodes and pods, print a note and return no usage."""
+    from finetune_cli.cluster import ClusterError
+    from finetune_cli.installation import HTTP_FORBIDDEN, list_active_pods, list_nodes, usage_of_pool
+
+    try:
+        nodes, active_pods = list_nodes(cluster), list_active_pods(cluster)
+    except ClusterError as error:
+        if error.code != HTTP_FORBIDDEN:
+            raise
+        output.print_notes(["nodes and free GPUs are unknown: you may not list the nodes and pods of the cluster"])
+        return {}
+    return {pool.name: usage_of_pool(pool, nodes, active_pods) for pool in listed}
+
+
+def _row(config: InstalledConfig, pool: Pool, usage: PoolUsage | None) -> list[str]:
+    nodes = "-" if usage is None else str(usage.nodes) if usage.nodes == usage.usable_nodes else f"{usage.usable_nodes} of {usage.nodes}"
+    free = "-" if usage is None or not pool.gpus_per_node else f"{usage.free_gpus} of {usage.gpus}"
+    quantities = ("cpu {cpu}, memory {memory}, disk {ephemeral_storage}, shm {shared_memory}").format(**config.pod_defaults(pool))
+    is_placeholder = pool.name == "-"
+    return [
+        pool.name, "yes" if pool.default else "-", "-" if is_placeholder else str(pool.gpus_per_node), str(pool.gpu_memory or "-"), nodes, free,
+        "-" if is_placeholder else quantities, pool.description or "-",
+    ]  # fmt: skip
+
+
+def as_data(config: InstalledConfig, pool: Pool, usage: PoolUsage | None) -> dict[str, Any]:
+    """Return a pool for `-o json`. Without the permission to list nodes, the usage is null."""
+    defaults = {QUANTITY_NAMES[name]: value for name, value in config.pod_defaults(pool).items()}
+    current = None
+    if usage is not None:
+        current = {
+            "nodes": usage.nodes, "usableNodes": usage.usable_nodes, "freeNodes": usage.free_nodes, "gpus": usage.gpus, "freeGpus": usage.free_gpus,
+        }  # fmt: skip
+    return {
+        "name": pool.name, "description": pool.description, "default": pool.default, "gpusPerNode": pool.gpus_per_node, "gpuMemory": pool.gpu_memory,
+        "gpuResource": pool.gpu_resource, "maxNodes": pool.max_nodes, "nodeSelector": pool.node_selector, "podDefaults": defaults, "usage": current,
+    }  # fmt: skip

@@ -1,0 +1,140 @@
+"""`finetune top`: GPUs, memory and throughput of the running jobs."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from finetune_cli import output
+from finetune_cli.commands.shared import (
+    ContextOption,
+    DataFormatOption,
+    KubeconfigOption,
+    NamespaceOption,
+    check_format,
+    complete_job,
+    format_rows,
+    job_name,
+    write_data,
+)
+
+if TYPE_CHECKING:
+    from finetune_api.pod import PodUsage
+
+    from finetune_cli.cluster import Cluster
+
+HEADER = ["NAME", "PHASE", "PROGRESS", "TOKENS/S", "ETA", "POD", "NODE", "GPUS", "GPU%", "GPU MEMORY", "MEMORY"]
+PARALLEL_REQUESTS = 8
+HTTP_FORBIDDEN, HTTP_NOT_FOUND = 403, 404
+NO_RIGHT_NOTE = "GPUs and memory are unknown: you may not get pods/proxy in this namespace"
+OLD_IMAGE_NOTE = "GPUs and memory of some pods are unknown: their trainer image is older than 0.2.0"
+
+
+@dataclass(frozen=True)
+class PodRow:
+    """A running pod, its job, and its usage. Without a report, `usage` is None, and `problem` says why."""
+
+    job: dict[str, Any]
+    pod: dict[str, Any]
+    usage: PodUsage | None
+    problem: str = ""
+
+
+def top(
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="Name of one job. Default: all running jobs.", callback=job_name, autocompletion=complete_job)
+    ] = None,
+    all_namespaces: Annotated[bool, typer.Option("--all-namespaces", "-A", help="Show jobs of all namespaces.")] = False,
+    output_format: DataFormatOption = None,
+    namespace: NamespaceOption = None,
+    context: ContextOption = None,
+    kubeconfig: KubeconfigOption = None,
+) -> None:
+    """Show throughput, GPUs and memory of each pod of the running jobs, from the reports of the pods.
+
+    GPU% is the mean of the pod's GPUs, GPU MEMORY is that of its fullest GPU. `-o json` shows every GPU.
+
+    Example: finetune top
+
+    Example: finetune top support-bot -o json
+    """
+    from finetune_cli.cluster import connect
+
+    check_format(output_format, "yaml", "json")
+    if name is not None and all_namespaces:
+        raise output.fail(f"{name} with --all-namespaces: a single job is in one namespace; give the namespace with -n")
+    cluster = connect(namespace, context, kubeconfig)
+    jobs = [cluster.get_job(name)] if name is not None else cluster.list_jobs(all_namespaces=all_namespaces)
+    rows = _read_rows(cluster, jobs, all_namespaces)
+    output.print_notes(sorted({row.problem for row in rows if row.problem}))
+    if output_format is not None:
+        write_data([as_data(row) for row in rows], output_format)
+    elif not rows:
+        output.print_notes([f"{name} has no running pods" if name else "there are no jobs with running pods"])
+    else:
+        header = ["NAMESPACE", *HEADER] if all_namespaces else HEADER
+        output.write(format_rows([header, *(_cells(row, all_namespaces) for row in rows)]))
+
+
+def _read_rows(cluster: Cluster, jobs: list[dict[str, Any]], all_namespaces: bool) -> list[PodRow]:
+    """Return the running pods of the newest attempts, with their usage."""
+    from finetune_api.names import Label
+
+    from finetune_cli.cluster import attempt_of
+    from finetune_cli.status_text import has_finished, status_of
+
+    jobs_by_uid = {job["metadata"]["uid"]: job for job in jobs if not has_finished(status_of(job))}
+    running = [
+        pod
+        for pod in (cluster.list_trainer_pods(all_namespaces=all_namespaces) if jobs_by_uid else [])
+        if (pod.get("status") or {}).get("phase") == "Running" and (pod["metadata"].get("labels") or {}).get(Label.JOB_UID) in jobs_by_uid
+    ]
+    pairs = [(jobs_by_uid[pod["metadata"]["labels"][Label.JOB_UID]], pod) for pod in running]
+    current = [(job, pod) for job, pod in pairs if attempt_of(pod) == max(attempt_of(other) for owner, other in pairs if owner is job)]
+    with ThreadPoolExecutor(PARALLEL_REQUESTS) as pool:
+        return list(pool.map(lambda pair: _read_row(cluster, *pair), current))
+
+
+def _read_row(cluster: Cluster, job: dict[str, Any], pod: dict[str, Any]) -> PodRow:
+    from finetune_api.names import Path
+    from finetune_api.pod import PodUsage
+
+    from finetune_cli.cluster import ClusterError
+
+    try:
+        report = cluster.read_from_pod(pod["metadata"]["namespace"], pod["metadata"]["name"], Path.USAGE)
+    except ClusterError as error:
+        known = {HTTP_FORBIDDEN: NO_RIGHT_NOTE, HTTP_NOT_FOUND: OLD_IMAGE_NOTE}
+        return PodRow(job, pod, None, known.get(error.code, f"{pod['metadata']['name']}: {error}"))
+    return PodRow(job, pod, PodUsage.model_validate(report))
+
+
+def _cells(row: PodRow, with_namespace: bool) -> list[str]:
+    from finetune_cli.status_text import format_bytes, status_of
+
+    status, metadata = status_of(row.job), row.job["metadata"]
+    progress = status.progress
+    gpus = row.usage.gpus if row.usage else []
+    utilizations = [gpu.utilization_percent for gpu in gpus if gpu.utilization_percent is not None]
+    fullest = max((gpu for gpu in gpus if gpu.memory_used_bytes is not None), key=lambda gpu: gpu.memory_used_bytes or 0, default=None)
+    speed = progress.tokens_per_second if progress else None
+    return [
+        *([metadata["namespace"]] if with_namespace else []),
+        metadata["name"], str(status.phase or "-"), (progress.display if progress else None) or "-", f"{speed:,.0f}" if speed is not None else "-",
+        (progress.eta if progress else None) or "-", row.pod["metadata"]["name"], (row.pod.get("spec") or {}).get("nodeName") or "-",
+        str(len(gpus)) if row.usage else "-", f"{sum(utilizations) / len(utilizations):.0f}" if utilizations else "-",
+        f"{format_bytes(fullest.memory_used_bytes)} of {format_bytes(fullest.memory_total_bytes)}" if fullest else "-",
+        f"{format_bytes(row.usage.memory_used_bytes)} of {format_bytes(row.usage.memory_total_bytes)}" if row.usage else "-",
+    ]  # fmt: skip
+
+
+def as_data(row: PodRow) -> dict[str, Any]:
+    """Return a pod for `-o json`. Without a report of the pod, the usage is null."""
+    metadata, status = row.job["metadata"], row.job.get("status") or {}
+    return {
+        "namespace": metadata["namespace"], "job": metadata["name"], "phase": status.get("phase"), "progress": status.get("progress"),
+        "pod": row.pod["metadata"]["name"], "node": (row.pod.get("spec") or {}).get("nodeName"), "usage": row.usage.to_wire() if row.usage else None,
+    }  # fmt: skip

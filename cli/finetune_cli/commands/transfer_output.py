@@ -1,0 +1,88 @@
+"""The progress and the results of uploads and downloads in the terminal."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetune_cli import output
+
+if TYPE_CHECKING:
+    from finetune_cli.transfers import Progress, TransferredFile
+
+STATE_TEXTS = {"transferred": "", "resumed": "continued", "unchanged": "unchanged"}
+
+
+@contextlib.contextmanager
+def shown_progress(verb: str, *, is_quiet: bool) -> Iterator[Progress]:
+    """Show one bar for each file on a terminal. Without a terminal, print one note for each file. `verb`: for example `upload`.
+
+    After an interrupt or a lost connection, print how to continue.
+    """
+    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import Progress as Bars
+
+    from finetune_cli.job_storage import ConnectionLost
+    from finetune_cli.transfers import SilentProgress
+
+    try:
+        if is_quiet:
+            yield SilentProgress()
+        elif output.error_console().is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn(), TimeRemainingColumn())
+            with Bars(*columns, console=output.error_console()) as bars:
+                yield _Bars(bars)
+        else:
+            yield _Notes(verb)
+    except (KeyboardInterrupt, ConnectionLost):
+        output.print_notes([f"the {verb} is incomplete; run the same command again to continue it"])
+        raise
+
+
+class _Bars:
+    def __init__(self, bars: Any):
+        self._bars = bars
+
+    def begin_file(self, name: str, size: int) -> Callable[[int], None]:
+        task = self._bars.add_task(name, total=size)
+        return lambda byte_count: self._bars.advance(task, byte_count)
+
+
+class _Notes:
+    def __init__(self, verb: str):
+        self._verb = verb
+
+    def begin_file(self, name: str, size: int) -> Callable[[int], None]:
+        from finetune_cli.status_text import format_bytes
+
+        output.print_notes([f"{self._verb} of {name}, {format_bytes(size)}"])
+        return lambda byte_count: None
+
+
+def summary(files: list[TransferredFile]) -> str:
+    """Return for example `3 files, 12.0 MiB (1 continued, 2 unchanged)`."""
+    from finetune_cli.status_text import format_bytes
+
+    counts = {text: sum(1 for file in files if file.state == state) for state, text in STATE_TEXTS.items() if text}
+    details = ", ".join(f"{count} {text}" for text, count in counts.items() if count)
+    number = f"{len(files)} file{'s' if len(files) != 1 else ''}"
+    return f"{number}, {format_bytes(sum(file.size for file in files))}" + (f" ({details})" if details else "")
+
+
+def checks_text(files: list[TransferredFile]) -> str:
+    """Return how the files were checked, in the words of a sentence."""
+    texts = {"sha256": "sha256 of the manifest", "etag": "MD5 of the store", "size": "size only, because the store gives no digest"}
+    return ", ".join(text for check, text in texts.items() if any(file.check == check for file in files))
+
+
+def as_data(uri: str, target: Path, files: list[TransferredFile]) -> dict[str, Any]:
+    """Return the result for `-o json`. `uri` names the place in storage, `target` the local file or folder."""
+    entries = [
+        {
+            "path": str(file.path), "uri": file.uri, "bytes": file.size, "sha256": file.sha256, "state": file.state.value, "check": file.check.value,
+        }
+        for file in files
+    ]  # fmt: skip
+    return {"uri": uri, "path": str(target), "bytes": sum(file.size for file in files), "files": entries}

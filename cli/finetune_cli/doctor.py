@@ -1,0 +1,307 @@
+"""The checks of `finetune doctor`: cluster, CRD, operator, rights, node pools, image and storage. Each check gives one result with a cure."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from finetune_api.defaults import PlatformDefaults, resolve_defaults
+from finetune_api.names import API_VERSION, GROUP, KIND, PLURAL, RELEASE
+from finetune_api.spec import FineTuneJobSpec
+from finetune_api.spec.cluster import StorageRoot
+
+from finetune_cli.cluster import Cluster, ClusterError
+from finetune_cli.fields import fields, fields_below
+from finetune_cli.installation import (
+    DEFAULT_GPU_RESOURCE,
+    HTTP_FORBIDDEN,
+    Installation,
+    InstallationMissing,
+    Pool,
+    TrainerImage,
+    find_installation,
+    gpus_of_node,
+    list_chart_objects,
+    list_nodes,
+    nodes_of_pool,
+)
+from finetune_cli.probe_job import ProbeEnd, ProbeResult, ProbeSettings, run_probe
+
+OLDEST_KUBERNETES = (1, 32)
+HTTP_NOT_FOUND = 404
+INSTALL_CURE = "install the chart of the operator, or choose another cluster with --context"
+ROLE_CURE = "ask the platform team for the role finetune-user of the command line's guide in this namespace"
+RIGHTS = (
+    *((f"{PLURAL}.{GROUP}", verb) for verb in ("get", "list", "watch", "create", "patch", "delete")),
+    ("pods", "list"), ("pods/log", "get"), ("pods/proxy", "get"), ("events.events.k8s.io", "list"),
+)  # fmt: skip
+"""Rights of the role in the command line's guide, as resource and verb."""
+
+
+class CheckName(StrEnum):
+    """The checks, in the order in which they run."""
+
+    CLUSTER = "cluster"
+    CRD = "crd"
+    OPERATOR = "operator"
+    RIGHTS = "rights"
+    POOLS = "pools"
+    IMAGE = "image"
+    STORAGE = "storage"
+
+
+class CheckState(StrEnum):
+    """The outcome of a check."""
+
+    OK = "ok"
+    FAILED = "failed"
+    UNKNOWN = "unknown"
+    """The check could not run, for example without a permission, or because an earlier check failed."""
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """The outcome of one check: what was found, and what to do about it."""
+
+    check: CheckName
+    state: CheckState
+    message: str
+    cure: str = ""
+
+
+@dataclass
+class Doctor:
+    """Runs the checks. `spec`: the job whose image, pool and storage are checked instead of the operator's defaults."""
+
+    cluster: Cluster
+    operator_namespace: str | None = None
+    spec: FineTuneJobSpec | None = None
+    timeout_seconds: float = 300
+    skipped: frozenset[CheckName] = frozenset()
+    installation: Installation | None = field(default=None, init=False)
+    installation_problem: str = field(default="", init=False)
+
+    def run(self) -> Iterator[CheckResult]:
+        """Yield the result of each check that is not skipped. After an unreachable cluster or a missing CRD, the other checks are unknown."""
+        checks: dict[CheckName, Callable[[], CheckResult]] = {
+            CheckName.CLUSTER: self._check_cluster, CheckName.CRD: self._check_crd, CheckName.OPERATOR: self._check_operator,
+            CheckName.RIGHTS: self._check_rights, CheckName.POOLS: self._check_pools,
+        }  # fmt: skip
+        for name, check in checks.items():
+            result = self._run_check(name, check)
+            if name not in self.skipped:
+                yield result
+            if name is CheckName.CLUSTER and result.state is CheckState.FAILED:
+                return
+        if not {CheckName.IMAGE, CheckName.STORAGE} <= self.skipped:
+            yield from (result for result in self._check_pod() if result.check not in self.skipped)
+
+    def _run_check(self, name: CheckName, check: Callable[[], CheckResult]) -> CheckResult:
+        """Run a check. A refused request makes the result unknown, any other error of the API server makes it failed."""
+        if name in self.skipped and name is not CheckName.OPERATOR:
+            return CheckResult(name, CheckState.UNKNOWN, "skipped")
+        try:
+            return check()
+        except ClusterError as error:
+            if error.code == HTTP_FORBIDDEN:
+                return CheckResult(name, CheckState.UNKNOWN, str(error), "ask the platform team to run `finetune doctor`, or for this permission")
+            return CheckResult(name, CheckState.FAILED, str(error), "check the address in the kubeconfig, the network and the proxy")
+
+    # --- the cluster
+
+    def _check_cluster(self) -> CheckResult:
+        version, host = self.cluster.get_version(), self.cluster.client.configuration.host
+        match = re.match(r"v?(\d+)\.(\d+)", version)
+        if match and (int(match[1]), int(match[2])) < OLDEST_KUBERNETES:
+            oldest = ".".join(map(str, OLDEST_KUBERNETES))
+            return CheckResult(CheckName.CLUSTER, CheckState.FAILED, f"Kubernetes {version} at {host} is older than {oldest}", "upgrade the cluster")
+        return CheckResult(CheckName.CLUSTER, CheckState.OK, f"Kubernetes {version} at {host}")
+
+    def _check_crd(self) -> CheckResult:
+        try:
+            self.cluster.call_api("GET", f"/apis/{API_VERSION}")
+        except ClusterError as error:
+            if error.code in (0, HTTP_NOT_FOUND):
+                return CheckResult(CheckName.CRD, CheckState.FAILED, f"the cluster has no CRD for {KIND} {API_VERSION}", INSTALL_CURE)
+            raise
+        served, known = self._served_fields(), {one.path for one in fields() if one.path.startswith("spec.")}
+        if missing := sorted(known - served):
+            return CheckResult(
+                CheckName.CRD, CheckState.FAILED, f"the CRD is older than this program ({RELEASE}): it does not know {_first_of(missing)}",
+                f"upgrade the chart to {RELEASE} (with crds.enabled), or use the program of the chart's release",
+            )  # fmt: skip
+        if extra := sorted(served - known):
+            return CheckResult(
+                CheckName.CRD, CheckState.FAILED, f"the CRD is newer than this program ({RELEASE}), which does not know {_first_of(extra)}",
+                "upgrade this program with pip",
+            )  # fmt: skip
+        return CheckResult(CheckName.CRD, CheckState.OK, f"{PLURAL}.{GROUP} has all fields of {RELEASE}")
+
+    def _served_fields(self) -> set[str]:
+        """Return the paths of all fields of the spec that the API server knows. Every user may read this document."""
+        document = self.cluster.call_api("GET", f"/openapi/v3/apis/{API_VERSION}")
+        schemas = (document.get("components") or {}).get("schemas") or {}
+        for schema in schemas.values():
+            if any(one.get("kind") == KIND for one in schema.get("x-kubernetes-group-version-kind") or []):
+                return {one.path for one in fields_below("spec", schema["properties"]["spec"])} - {"spec"}
+        return set()
+
+    def _check_operator(self) -> CheckResult:
+        self._read_installation()
+        if CheckName.OPERATOR in self.skipped:
+            return CheckResult(CheckName.OPERATOR, CheckState.UNKNOWN, "skipped")
+        deployments = list_chart_objects(self.cluster, "deployments", "/apis/apps/v1", self.operator_namespace)
+        namespace = self.installation.namespace if self.installation else None
+        deployment = next((one for one in deployments if namespace in (None, one["metadata"]["namespace"])), None)
+        if deployment is None:
+            message = "there is no Deployment of the operator in the namespaces that you may read"
+            return CheckResult(CheckName.OPERATOR, CheckState.FAILED, message, INSTALL_CURE)
+        metadata = deployment["metadata"]
+        version, name = (metadata.get("labels") or {}).get("app.kubernetes.io/version", "?"), f"{metadata['namespace']}/{metadata['name']}"
+        ready, replicas = int((deployment.get("status") or {}).get("readyReplicas") or 0), int((deployment.get("spec") or {}).get("replicas") or 0)
+        if ready == 0:
+            cure = f"read `kubectl -n {metadata['namespace']} logs deployment/{metadata['name']}`"
+            return CheckResult(CheckName.OPERATOR, CheckState.FAILED, f"{name}, release {version}: none of {replicas} pods is ready", cure)
+        if _minor(version) != _minor(RELEASE):
+            cure = "upgrade the chart or this program, so that both have the same release"
+            return CheckResult(CheckName.OPERATOR, CheckState.FAILED, f"{name} has release {version}, this program has {RELEASE}", cure)
+        if self.installation is None:
+            return CheckResult(CheckName.OPERATOR, CheckState.FAILED, self.installation_problem, "correct the chart's values, or name --operator-namespace")
+        return CheckResult(CheckName.OPERATOR, CheckState.OK, f"{name}, release {version}, {ready} of {replicas} pods ready")
+
+    def _read_installation(self) -> None:
+        try:
+            self.installation = find_installation(self.cluster, self.operator_namespace)
+        except (ClusterError, InstallationMissing) as error:
+            self.installation_problem = str(error)
+
+    def _check_rights(self) -> CheckResult:
+        missing = [f"{verb} {resource}" for resource, verb in RIGHTS if not self.cluster.can_i(verb, resource)]
+        if missing:
+            return CheckResult(CheckName.RIGHTS, CheckState.FAILED, f"in namespace {self.cluster.namespace} you may not: {', '.join(missing)}", ROLE_CURE)
+        return CheckResult(CheckName.RIGHTS, CheckState.OK, f"all rights of this program in namespace {self.cluster.namespace}")
+
+    # --- nodes
+
+    def _check_pools(self) -> CheckResult:
+        if self.installation is None:
+            return self._without_configuration(CheckName.POOLS)
+        nodes, pools = list_nodes(self.cluster), self.installation.config.node_pools
+        if not pools:
+            gpus = sum(gpus_of_node(node, DEFAULT_GPU_RESOURCE) for node in nodes)
+            return CheckResult(CheckName.POOLS, CheckState.OK, f"no node pools are configured; the nodes have {gpus} {DEFAULT_GPU_RESOURCE}")
+        problems = [problem for pool in pools if (problem := pool_problem(pool, nodes))]
+        if problems:
+            cure = "correct nodePools in the chart's values, or install the device plugin; for nodes that an autoscaler adds, use --skip pools"
+            return CheckResult(CheckName.POOLS, CheckState.FAILED, "; ".join(problems), cure)
+        counts = ", ".join(f"{pool.name} ({len(nodes_of_pool(pool, nodes))} nodes)" for pool in pools)
+        return CheckResult(CheckName.POOLS, CheckState.OK, counts)
+
+    def _without_configuration(self, check: CheckName) -> CheckResult:
+        cure = "ask for the permission to read the operator's ConfigMap, or name its namespace with --operator-namespace"
+        return CheckResult(check, CheckState.UNKNOWN, f"the operator's configuration cannot be read: {self.installation_problem}", cure)
+
+    # --- the pod
+
+    def _check_pod(self) -> Iterator[CheckResult]:
+        """Check image and storage with one pod."""
+        settings = self._probe_settings()
+        if settings is None:
+            yield from (self._without_configuration(check) for check in (CheckName.IMAGE, CheckName.STORAGE))
+            return
+        try:
+            result = run_probe(self.cluster, settings, self.timeout_seconds)
+        except ClusterError as error:
+            state, cure = CheckState.FAILED, "correct the settings that the message names"
+            if error.code == HTTP_FORBIDDEN:
+                state, cure = CheckState.UNKNOWN, f"ask for the rights to create and delete jobs in namespace {self.cluster.namespace}"
+            yield from (CheckResult(check, state, str(error), cure) for check in (CheckName.IMAGE, CheckName.STORAGE))
+            return
+        yield image_result(settings, result, self.timeout_seconds)
+        yield storage_result(settings, result)
+
+    def _probe_settings(self) -> ProbeSettings | None:
+        """Return what the pod uses: values of the job first, then those of the operator. None without a known image."""
+        config = self.installation.config if self.installation else None
+        placement = self.spec.placement if self.spec else None
+        trainer = config.trainer if config else TrainerImage()
+        changes: dict[str, Any] = {"image": placement.image if placement else None}
+        changes |= {"image_pull_secrets": placement.image_pull_secrets, "service_account_name": placement.service_account_name} if placement else {}
+        trainer = trainer.model_copy(update={name: value for name, value in changes.items() if value})
+        if not trainer.image:
+            return None
+        pool = self._pool(config.node_pools if config else [])
+        selector = {**(pool.node_selector if pool else {}), **((placement.node_selector or {}) if placement else {})}
+        tolerations = [*(pool.tolerations if pool else []), *(one.to_wire() for one in (placement.tolerations or [] if placement else []))]
+        return ProbeSettings(trainer, selector, tolerations, self._storage(config.storage if config else StorageRoot()))
+
+    def _pool(self, pools: list[Pool]) -> Pool | None:
+        """Return the pool that the job uses: the one it names, otherwise the default pool unless it trains on CPU."""
+        resources = self.spec.resources if self.spec else None
+        if resources is not None and resources.node_pool:
+            return next((pool for pool in pools if pool.name == resources.node_pool), None)
+        if resources is not None and resources.gpus_per_node == 0:
+            return None
+        return next((pool for pool in pools if pool.default), None)
+
+    def _storage(self, default: StorageRoot) -> StorageRoot:
+        if self.spec is None:
+            return default
+        return resolve_defaults(self.spec, platform_defaults=PlatformDefaults(storage=default if default.uri else None)).spec.storage
+
+
+def pool_problem(pool: Pool, nodes: list[dict[str, Any]]) -> str:
+    """Return why jobs cannot run in a pool now, or an empty string."""
+    own_nodes = nodes_of_pool(pool, nodes)
+    labels = ", ".join(f"{key}={value}" for key, value in pool.node_selector.items())
+    if not own_nodes:
+        return f"pool {pool.name}: no node has the labels {labels}" if labels else f"pool {pool.name}: the cluster has no nodes"
+    most = max(gpus_of_node(node, pool.gpu_resource) for node in own_nodes)
+    if most < pool.gpus_per_node:
+        return f"pool {pool.name}: its nodes have at most {most} {pool.gpu_resource}, but gpusPerNode is {pool.gpus_per_node}"
+    return ""
+
+
+def image_result(settings: ProbeSettings, result: ProbeResult, timeout_seconds: float) -> CheckResult:
+    """Return whether the image of the trainer could be pulled and started."""
+    image = settings.trainer.image
+    if result.end is ProbeEnd.NOT_PULLED:
+        cure = "push the image, correct trainer.image in the chart's values, or create the Secret of trainer.imagePullSecrets in this namespace"
+        return CheckResult(CheckName.IMAGE, CheckState.FAILED, f"{image}: {result.message}", cure)
+    if result.end is ProbeEnd.NOT_STARTED:
+        cure = "correct the cause; if the image is large, allow more time with --timeout 30m"
+        return CheckResult(CheckName.IMAGE, CheckState.FAILED, f"{image} was not started within {timeout_seconds:g} s: {result.message}", cure)
+    if result.end is ProbeEnd.FINISHED and result.storage is None:
+        cure = f"use an image of release {RELEASE}, and see `finetune-trainer` in the message"
+        return CheckResult(CheckName.IMAGE, CheckState.FAILED, f"{image} cannot run the check: {result.message}", cure)
+    return CheckResult(CheckName.IMAGE, CheckState.OK, image)
+
+
+def storage_result(settings: ProbeSettings, result: ProbeResult) -> CheckResult:
+    """Return whether the pod could write, read and list in storage."""
+    uri = settings.storage.uri
+    if not uri:
+        cure = "set storage.uri in the chart's values, or check a job with its own storage: finetune doctor -f job.yaml"
+        return CheckResult(CheckName.STORAGE, CheckState.UNKNOWN, "the operator has no default storage", cure)
+    if result.end is ProbeEnd.NOT_CONFIGURED:
+        cure = "create the Secret or ConfigMap that storage names, in this namespace"
+        return CheckResult(CheckName.STORAGE, CheckState.FAILED, f"{uri}: {result.message}", cure)
+    if result.storage is None:
+        return CheckResult(CheckName.STORAGE, CheckState.UNKNOWN, f"{uri}: not checked, because the pod did not run the check", "correct the image first")
+    if not result.storage.ok:
+        return CheckResult(CheckName.STORAGE, CheckState.FAILED, f"{result.storage.code}: {result.storage.message}", result.storage.hint)
+    limits = f" ({result.storage.message})" if result.storage.message else ""
+    return CheckResult(CheckName.STORAGE, CheckState.OK, f"a pod can write, read and list in {uri}{limits}")
+
+
+def _first_of(paths: list[str]) -> str:
+    """Name the first paths of a list, and count the others."""
+    outermost = [path for path in paths if not any(path.startswith((f"{other}.", f"{other}[")) for other in paths)]
+    return ", ".join(outermost[:3]) + (f" and {len(outermost) - 3} more fields" if len(outermost) > 3 else "")
+
+
+def _minor(version: str) -> str:
+    return ".".join(version.split(".")[:2])

@@ -1,0 +1,202 @@
+"""Reads the operator's installation from the cluster: its configuration, its Deployment, and the nodes and GPUs of its node pools."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from finetune_api.base import LenientModel
+from finetune_api.pod_resources import POD_DEFAULTS, ConfiguredResources, resources_of_pod
+from finetune_api.spec.cluster import StorageRoot
+from pydantic import ValidationError
+
+from finetune_cli.cluster import CORE_API_PATH, Cluster, ClusterError, KubeObject
+from finetune_cli.output import CommandError
+
+DEFAULT_NAMESPACE = "finetune-operator"
+"""Namespace in the installation guide. It is searched if the user may not search all namespaces."""
+SELECTOR = "app.kubernetes.io/part-of=finetune-operator"
+"""Label of every object of the chart."""
+CONFIG_KEY = "config.yaml"
+DEFAULT_GPU_RESOURCE = "nvidia.com/gpu"
+HTTP_FORBIDDEN = 403
+
+
+class InstallationMissing(CommandError):
+    """No operator was found where the user may look."""
+
+
+class Pool(LenientModel):
+    """A node pool of the operator's configuration."""
+
+    name: str
+    description: str = ""
+    default: bool = False
+    node_selector: dict[str, str] = {}
+    tolerations: list[dict[str, Any]] = []
+    gpu_resource: str = DEFAULT_GPU_RESOURCE
+    gpus_per_node: int = 0
+    gpu_memory: str | int | None = None
+    max_nodes: int | None = None
+    resources: dict[str, Any] = {}
+
+
+class TrainerImage(LenientModel):
+    """The part of the operator's configuration that decides how nodes pull the trainer image and as whom pods run."""
+
+    image: str = ""
+    image_pull_policy: str = "IfNotPresent"
+    image_pull_secrets: list[str] = []
+    service_account_name: str | None = None
+    fixed_user: bool = True
+
+
+class InstalledConfig(LenientModel):
+    """The operator's configuration, as far as the commands need it."""
+
+    trainer: TrainerImage = TrainerImage()
+    storage: StorageRoot = StorageRoot()
+    resources: dict[str, Any] = {}
+    node_pools: list[Pool] = []
+    namespaces: list[str] | None = None
+
+    def pod_defaults(self, pool: Pool) -> dict[str, str]:
+        """Return CPU, memory, disk and shared memory of a pod that uses all GPUs of a node of the pool and does not set them."""
+        per_gpu = self.resources.get("perGpu") or {}
+        configured = ConfiguredResources(_quantities(pool.resources), _quantities(per_gpu), _quantities(self.resources))
+        gpus = 0 if "/mig-" in pool.gpu_resource else pool.gpus_per_node
+        return resources_of_pod(gpus, pool.gpu_memory, configured)
+
+
+@dataclass(frozen=True)
+class Installation:
+    """An operator in the cluster: the namespace and name of its objects, and its configuration."""
+
+    namespace: str
+    name: str
+    config: InstalledConfig
+
+
+@dataclass(frozen=True)
+class PoolUsage:
+    """The nodes of a pool now: all nodes, those that accept pods, and the GPUs of the latter."""
+
+    nodes: int
+    usable_nodes: int
+    gpus: int
+    free_gpus: int
+    free_nodes: int
+    """Nodes on which a pod with all GPUs of a node fits."""
+
+
+def list_chart_objects(cluster: Cluster, plural: str, api_path: str, namespace: str | None) -> list[KubeObject]:
+    """Return the chart's objects of a kind: those in a namespace, or those in all namespaces.
+
+    If the user may not search all namespaces, only the namespace of the installation guide is searched. Raises ClusterError.
+    """
+    query = {"labelSelector": SELECTOR}
+    if namespace is None:
+        try:
+            return list(cluster.call_api("GET", f"{api_path}/{plural}", query).get("items") or [])
+        except ClusterError as error:
+            if error.code != HTTP_FORBIDDEN:
+                raise
+    return list(cluster.call_api("GET", f"{api_path}/namespaces/{namespace or DEFAULT_NAMESPACE}/{plural}", query).get("items") or [])
+
+
+def find_installation(cluster: Cluster, namespace: str | None = None) -> Installation:
+    """Read the operator's configuration from its ConfigMap. Raises InstallationMissing, or ClusterError without the permission to read it."""
+    config_maps = [one for one in list_chart_objects(cluster, "configmaps", CORE_API_PATH, namespace) if CONFIG_KEY in (one.get("data") or {})]
+    # An operator that manages only some namespaces has precedence in its namespaces.
+    found = [Installation(one["metadata"]["namespace"], one["metadata"]["name"], _parse_config(one)) for one in config_maps]
+    suitable = [one for one in found if one.config.namespaces is None or cluster.namespace in one.config.namespaces]
+    if not suitable:
+        place = f"namespace {namespace}" if namespace else "the namespaces that you may read"
+        hint = "install the chart, or name its namespace with --operator-namespace"
+        if found:
+            hint = f"the operator found manages only {', '.join(found[0].config.namespaces or [])}"
+        raise InstallationMissing(f"there is no operator for namespace {cluster.namespace} in {place}; {hint}")
+    return sorted(suitable, key=lambda one: one.config.namespaces is None)[0]
+
+
+def _parse_config(config_map: KubeObject) -> InstalledConfig:
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
+
+    place = f"ConfigMap {config_map['metadata']['namespace']}/{config_map['metadata']['name']}"
+    try:
+        return InstalledConfig.model_validate(YAML(typ="safe", pure=True).load(config_map["data"][CONFIG_KEY]) or {})
+    except (YAMLError, ValidationError) as error:
+        raise InstallationMissing(f"{place}: {CONFIG_KEY} is not a configuration of this operator ({type(error).__name__})") from None
+
+
+def _quantities(resources: dict[str, Any]) -> dict[str, Any]:
+    keys = {"cpu": "cpu", "memory": "memory", "ephemeral_storage": "ephemeralStorage", "shared_memory": "sharedMemory"}
+    return {name: resources.get(keys[name]) for name in POD_DEFAULTS}
+
+
+# --- nodes ------------------------------------------------------------------------------------------------------------
+
+
+def list_nodes(cluster: Cluster) -> list[KubeObject]:
+    """Return all nodes. Raises ClusterError."""
+    return list(cluster.call_api("GET", f"{CORE_API_PATH}/nodes").get("items") or [])
+
+
+def list_active_pods(cluster: Cluster) -> list[KubeObject]:
+    """Return the pods of all namespaces that use or will use a node's resources. Raises ClusterError."""
+    query = {"fieldSelector": "status.phase!=Succeeded,status.phase!=Failed"}
+    return list(cluster.call_api("GET", f"{CORE_API_PATH}/pods", query).get("items") or [])
+
+
+def nodes_of_pool(pool: Pool, nodes: Iterable[KubeObject]) -> list[KubeObject]:
+    """Return the nodes that have the labels of a pool."""
+    return [node for node in nodes if pool.node_selector.items() <= (node["metadata"].get("labels") or {}).items()]
+
+
+def usage_of_pool(pool: Pool, nodes: list[KubeObject], pods: list[KubeObject]) -> PoolUsage:
+    """Return how many nodes and GPUs of a pool exist and are free. Nodes that are not ready, cordoned or tainted count as not usable."""
+    own_nodes = nodes_of_pool(pool, nodes)
+    usable = {node["metadata"]["name"]: gpus_of_node(node, pool.gpu_resource) for node in own_nodes if is_usable(node, pool)}
+    used = dict.fromkeys(usable, 0)
+    for pod in pods:
+        node = (pod.get("spec") or {}).get("nodeName")
+        if node in used:
+            used[node] += requested_gpus(pod, pool.gpu_resource)
+    free = {name: max(0, usable[name] - used[name]) for name in usable}
+    free_nodes = sum(1 for name in free if free[name] >= max(1, pool.gpus_per_node)) if pool.gpus_per_node else len(usable)
+    return PoolUsage(len(own_nodes), len(usable), sum(usable.values()), sum(free.values()), free_nodes)
+
+
+def gpus_of_node(node: KubeObject, resource: str) -> int:
+    """Return the GPUs that pods can use on a node."""
+    return int(((node.get("status") or {}).get("allocatable") or {}).get(resource, 0))
+
+
+def is_usable(node: KubeObject, pool: Pool) -> bool:
+    """Whether a node is ready, is not cordoned, and has only taints that the pool tolerates."""
+    conditions = (node.get("status") or {}).get("conditions") or []
+    is_ready = any(one["type"] == "Ready" and one["status"] == "True" for one in conditions)
+    spec = node.get("spec") or {}
+    taints = [taint for taint in spec.get("taints") or [] if taint.get("effect") != "PreferNoSchedule"]
+    return is_ready and not spec.get("unschedulable") and all(any(_tolerates(one, taint) for one in pool.tolerations) for taint in taints)
+
+
+def _tolerates(toleration: dict[str, Any], taint: dict[str, Any]) -> bool:
+    has_key = toleration.get("key") in (None, "", taint.get("key"))
+    has_value = toleration.get("operator") == "Exists" or toleration.get("value", "") == taint.get("value", "")
+    return has_key and has_value and toleration.get("effect") in (None, "", taint.get("effect"))
+
+
+def requested_gpus(pod: KubeObject, resource: str) -> int:
+    """Return the GPUs that a pod requests: those of all containers, or those of its largest init container if that is more."""
+    spec = pod.get("spec") or {}
+    running = sum(_requests(spec.get("containers") or [], resource))
+    return max([running, *_requests(spec.get("initContainers") or [], resource)])
+
+
+def _requests(containers: list[dict[str, Any]], resource: str) -> Iterator[int]:
+    for container in containers:
+        resources = container.get("resources") or {}
+        yield int((resources.get("requests") or resources.get("limits") or {}).get(resource, 0))

@@ -1,0 +1,206 @@
+"""A short Job that starts the trainer image and checks from its pod that storage can be reached. The Job is deleted afterwards.
+
+If the program is killed, Kubernetes ends and deletes the Job: it has a deadline and a TTL.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from finetune_api import names
+from finetune_api.names import Env
+from finetune_api.pod import StorageCheckResult, StoreTarget
+from finetune_api.sources import PvcSource, parse
+from finetune_api.spec.cluster import StorageRoot
+from pydantic import ValidationError
+
+from finetune_cli.cluster import Cluster, KubeObject
+from finetune_cli.installation import TrainerImage
+
+PULL_PROBLEMS = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "ImageInspectError")
+CONFIG_PROBLEMS = ("CreateContainerConfigError",)
+"""Reasons of a container that waits for a Secret or ConfigMap. The image is pulled before."""
+TTL_SECONDS = 60
+LABELS = {"app.kubernetes.io/name": "finetune-doctor"}
+NO_STORAGE_URI = "file:///tmp"
+"""Without storage, the pod checks its own temporary folder, so that the image is checked nevertheless."""
+
+
+@dataclass(frozen=True)
+class ProbeSettings:
+    """What the pod of the probe uses: image, node labels and tolerations of the pool, and storage."""
+
+    trainer: TrainerImage
+    node_selector: dict[str, str]
+    tolerations: list[dict[str, Any]]
+    storage: StorageRoot
+
+
+class ProbeEnd(StrEnum):
+    """How a probe ended."""
+
+    FINISHED = "finished"
+    """The container ran to its end."""
+    NOT_PULLED = "not pulled"
+    """The node could not pull the image."""
+    NOT_CONFIGURED = "not configured"
+    """The pod names a Secret or ConfigMap that does not exist."""
+    NOT_STARTED = "not started"
+    """The pod was not created, not scheduled or not started in time."""
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """The end of a probe, and the message of the pod or of Kubernetes. `storage` is present if the image knows the check."""
+
+    end: ProbeEnd
+    message: str = ""
+    storage: StorageCheckResult | None = None
+
+
+def run_probe(cluster: Cluster, settings: ProbeSettings, timeout_seconds: float) -> ProbeResult:
+    """Create the Job, wait until its pod has ended, and delete the Job. Raises ClusterError."""
+    created = cluster.create_object(build_job(cluster.namespace, settings, int(timeout_seconds) + 30))
+    try:
+        return _wait_for_result(cluster, created, time.monotonic() + timeout_seconds)
+    finally:
+        cluster.delete_object(created)
+
+
+def build_job(namespace: str, settings: ProbeSettings, deadline_seconds: int) -> KubeObject:
+    """Return the Job. Its pod meets Pod Security `restricted`, uses no GPU and mounts no token."""
+    trainer = settings.trainer
+    ids = {"runAsUser": names.TRAINER_UID, "runAsGroup": names.TRAINER_UID, "fsGroup": names.TRAINER_UID} if trainer.fixed_user else {}
+    volumes, mounts = _volumes(settings.storage)
+    pod: KubeObject = {
+        "restartPolicy": "Never",
+        "automountServiceAccountToken": False,
+        "enableServiceLinks": False,
+        "terminationGracePeriodSeconds": 1,
+        "securityContext": {"runAsNonRoot": True, **ids, "seccompProfile": {"type": "RuntimeDefault"}},
+        "containers": [_container(namespace, settings, mounts)],
+        "volumes": volumes,
+        "nodeSelector": settings.node_selector,
+        "tolerations": settings.tolerations,
+        "imagePullSecrets": [{"name": secret} for secret in trainer.image_pull_secrets],
+    }
+    if trainer.service_account_name:
+        pod["serviceAccountName"] = trainer.service_account_name
+    return {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": {"generateName": "finetune-doctor-", "namespace": namespace, "labels": LABELS},
+        "spec": {
+            "backoffLimit": 0,
+            "activeDeadlineSeconds": deadline_seconds,
+            "ttlSecondsAfterFinished": TTL_SECONDS,
+            "template": {"metadata": {"labels": LABELS}, "spec": pod},
+        },
+    }
+
+
+def _container(namespace: str, settings: ProbeSettings, mounts: list[KubeObject]) -> KubeObject:
+    resources = {"cpu": "100m", "memory": "512Mi", "ephemeral-storage": "256Mi"}
+    return {
+        "name": names.TRAINER_CONTAINER,
+        "image": settings.trainer.image,
+        "imagePullPolicy": settings.trainer.image_pull_policy,
+        "args": [names.CHECK_STORAGE_COMMAND, store_target(namespace, settings.storage).model_dump_json(by_alias=True, exclude_none=True)],
+        "env": _credentials(settings.storage),
+        "resources": {"requests": resources, "limits": {**resources, "cpu": "1"}},
+        "securityContext": {"allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]}},
+        "terminationMessagePath": names.TERMINATION_LOG,
+        "terminationMessagePolicy": "FallbackToLogsOnError",
+        "volumeMounts": mounts,
+    }
+
+
+def store_target(namespace: str, storage: StorageRoot) -> StoreTarget:
+    """Return the location that the pod checks: the folder of the namespace in the storage, with which jobs begin their paths."""
+    encryption = storage.encryption
+    return StoreTarget(
+        uri=f"{storage.uri.rstrip('/')}/{namespace}" if storage.uri else NO_STORAGE_URI, endpoint=storage.endpoint, region=storage.region,
+        addressing_style=storage.addressing_style, ca_bundle=f"{names.CA_MOUNT}/ca.crt" if storage.ca_bundle_ref else None,
+        encryption=encryption.type if encryption else None, kms_key_id=encryption.kms_key_id if encryption else None,
+        customer_key_variable=Env.STORAGE_CUSTOMER_KEY.value if encryption and encryption.customer_key_secret_ref else None,
+    )  # fmt: skip
+
+
+def _credentials(storage: StorageRoot) -> list[KubeObject]:
+    """The environment variables with the keys of the storage. Kubernetes reads them from the Secrets; this program does not see them."""
+    variables: list[KubeObject] = []
+    if storage.credentials_secret_ref:
+        for key in (Env.STORAGE_ACCESS_KEY, Env.STORAGE_SECRET_KEY, Env.STORAGE_SESSION_TOKEN):
+            reference = {"name": storage.credentials_secret_ref.name, "key": key.value, "optional": key is Env.STORAGE_SESSION_TOKEN}
+            variables.append({"name": key.value, "valueFrom": {"secretKeyRef": reference}})
+    if storage.encryption and (customer_key := storage.encryption.customer_key_secret_ref):
+        reference = {"name": customer_key.name, "key": customer_key.key}
+        variables.append({"name": Env.STORAGE_CUSTOMER_KEY.value, "valueFrom": {"secretKeyRef": reference}})
+    return variables
+
+
+def _volumes(storage: StorageRoot) -> tuple[list[KubeObject], list[KubeObject]]:
+    """Volumes and mounts: a temporary folder, the claim of a `pvc://` storage, and the CA bundle."""
+    volumes: list[KubeObject] = [{"name": "tmp", "emptyDir": {"sizeLimit": "64Mi"}}]
+    mounts: list[KubeObject] = [{"name": "tmp", "mountPath": "/tmp"}]  # noqa: S108 -- an emptyDir: the root file system is read-only
+    source = parse(storage.uri, path="storage.uri") if storage.uri else None
+    if isinstance(source, PvcSource):
+        volumes.append({"name": "claim", "persistentVolumeClaim": {"claimName": source.claim}})
+        mounts.append({"name": "claim", "mountPath": f"{names.PVC_MOUNT}/{source.claim}"})
+    if storage.ca_bundle_ref:
+        items = [{"key": storage.ca_bundle_ref.key, "path": "ca.crt"}]
+        volumes.append({"name": "ca", "configMap": {"name": storage.ca_bundle_ref.name, "items": items}})
+        mounts.append({"name": "ca", "mountPath": names.CA_MOUNT, "readOnly": True})
+    return volumes, mounts
+
+
+def _wait_for_result(cluster: Cluster, job: KubeObject, deadline: float) -> ProbeResult:
+    selector = f"batch.kubernetes.io/job-name={job['metadata']['name']}"
+    last_pod: KubeObject = {}
+    for last_pod in cluster.watch_pods(selector, deadline):
+        result = read_result(last_pod)
+        if result is not None:
+            return result
+    return ProbeResult(ProbeEnd.NOT_STARTED, _waiting_message(last_pod) or _newest_warning(cluster, job) or "the pod did not end in time")
+
+
+def read_result(pod: KubeObject) -> ProbeResult | None:
+    """Return the result of a pod, or None while it waits or runs."""
+    statuses = (pod.get("status") or {}).get("containerStatuses") or []
+    state = (statuses[0].get("state") or {}) if statuses else {}
+    waiting, terminated = state.get("waiting") or {}, state.get("terminated")
+    if terminated is not None:
+        message = str(terminated.get("message") or "").strip()
+        return ProbeResult(ProbeEnd.FINISHED, message or f"exit code {terminated.get('exitCode')}", _parse_message(message))
+    ends: tuple[tuple[tuple[str, ...], ProbeEnd], ...] = ((PULL_PROBLEMS, ProbeEnd.NOT_PULLED), (CONFIG_PROBLEMS, ProbeEnd.NOT_CONFIGURED))
+    for reasons, end in ends:
+        if waiting.get("reason") in reasons:
+            return ProbeResult(end, f"{waiting['reason']}: {waiting.get('message') or 'no details'}")
+    return None
+
+
+def _parse_message(message: str) -> StorageCheckResult | None:
+    try:
+        return StorageCheckResult.model_validate_json(message.splitlines()[-1] if message else "")
+    except ValidationError:
+        return None
+
+
+def _waiting_message(pod: KubeObject) -> str:
+    """Return why a pod waits: the scheduler's message, or that the image is being pulled."""
+    status = pod.get("status") or {}
+    scheduled: Callable[[KubeObject], bool] = lambda one: one["type"] == "PodScheduled" and one["status"] == "False"  # noqa: E731
+    message = next((str(one.get("message") or "") for one in filter(scheduled, status.get("conditions") or [])), "")
+    if message:
+        return f"no node takes the pod: {message}"
+    return "the image is still being pulled" if (pod.get("spec") or {}).get("nodeName") else ""
+
+
+def _newest_warning(cluster: Cluster, job: KubeObject) -> str:
+    """Return the newest warning about the Job, for example that a quota refuses the pod."""
+    warnings = [event for event in cluster.list_events({job["metadata"]["uid"]}) if event.get("type") == "Warning"]
+    return str(warnings[-1].get("note") or "") if warnings else ""

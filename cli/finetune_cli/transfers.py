@@ -1,0 +1,103 @@
+"""What uploads and downloads share: the sizes of parts, digests of local files, and the progress of a transfer."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Protocol
+
+MIB = 1 << 20
+PART_BYTES = 8 * MIB
+"""Smallest part of a multipart upload. Smaller files are uploaded with one request, as the trainer does."""
+MAX_PARTS = 9000
+"""S3 allows 10000 parts."""
+PARALLEL_TRANSFERS = 4
+"""Parts (uploads) or files (downloads) that are transferred at the same time."""
+PART_SUFFIX = ".part"
+"""Suffix of files whose download is incomplete."""
+
+
+class FileState(StrEnum):
+    """What a transfer did with a file."""
+
+    TRANSFERRED = "transferred"
+    """The whole file was transferred."""
+    RESUMED = "resumed"
+    """An earlier, interrupted transfer was continued."""
+    UNCHANGED = "unchanged"
+    """The destination has the same content already."""
+
+
+class Check(StrEnum):
+    """How the content of a downloaded file was checked."""
+
+    SHA256 = "sha256"
+    """The file has the sha256 of the manifest."""
+    ETAG = "etag"
+    """The file has the MD5 digests in the store's ETag."""
+    SIZE = "size"
+    """Only the size could be compared, because the store's ETag contains no MD5 digest."""
+
+
+@dataclass(frozen=True)
+class TransferredFile:
+    """A file at its destination. `uri` names the object in storage."""
+
+    path: Path
+    uri: str
+    size: int
+    sha256: str
+    state: FileState
+    check: Check
+
+
+class Progress(Protocol):
+    """Receives the progress of a transfer. The methods are called from several threads."""
+
+    def begin_file(self, name: str, size: int) -> Callable[[int], None]:
+        """Announce a file. The returned function receives the bytes of each part that is at its destination."""
+
+
+class SilentProgress:
+    """Shows nothing."""
+
+    def begin_file(self, name: str, size: int) -> Callable[[int], None]:
+        """Return a function that does nothing."""
+        return lambda byte_count: None
+
+
+@dataclass(frozen=True)
+class LocalDigest:
+    """Digests of a local file: its sha256 (hex), and the MD5 digest of each part of `part_bytes` bytes."""
+
+    size: int
+    part_bytes: int
+    sha256: str
+    part_md5s: tuple[bytes, ...]
+
+    @property
+    def etag(self) -> str:
+        """The ETag that S3 gives to an object of these parts, without server-side encryption with KMS keys."""
+        if self.size <= self.part_bytes:
+            return self.part_md5s[0].hex()
+        return f"{hashlib.md5(b''.join(self.part_md5s), usedforsecurity=False).hexdigest()}-{len(self.part_md5s)}"
+
+
+def part_bytes_of(size: int) -> int:
+    """Return the size of the parts in which a file of `size` bytes is uploaded. Only the size decides, so that a later run finds equal parts."""
+    return max(PART_BYTES, -(-size // MAX_PARTS // MIB) * MIB)
+
+
+def digest_file(path: Path, part_bytes: int | None = None) -> LocalDigest:
+    """Read a local file and return its digests. Raises OSError."""
+    size = path.stat().st_size
+    length = part_bytes or part_bytes_of(size)
+    whole, parts = hashlib.sha256(), []
+    with path.open("rb") as file:
+        while part := file.read(length):
+            whole.update(part)
+            parts.append(hashlib.md5(part, usedforsecurity=False).digest())
+    return LocalDigest(size, length, whole.hexdigest(), tuple(parts) or (hashlib.md5(usedforsecurity=False).digest(),))

@@ -1,0 +1,170 @@
+"""What `finetune wait --for` waits for: a condition, the existence of a job, or a value at a JSONPath."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, ClassVar
+
+from finetune_api.names import Condition, Phase
+from finetune_api.status import FineTuneJobStatus
+
+from finetune_cli.jsonpath import EXAMPLE, JsonPath, parse_json_path, text_of
+from finetune_cli.output import CommandError
+from finetune_cli.status_text import has_succeeded, status_of
+
+RUNNING = "running"
+FORMS = f"condition=Finished, condition=Suspended=False, jsonpath='{EXAMPLE}'=Running, create, delete"
+OPTIONAL_CONDITIONS = (Condition.SUSPENDED, Condition.RECONCILING, Condition.STALLED)
+"""Conditions that a successful job need not reach. Every successful job reaches the others."""
+_DURATION = re.compile(r"^(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s?)?$")
+WEEK_SECONDS = 7 * 24 * 3600
+
+
+class InvalidGoal(CommandError):
+    """The value of `--for` or `--timeout` cannot be used."""
+
+
+class Existence(StrEnum):
+    """Goals about the existence of the job."""
+
+    CREATE = "create"
+    """The job exists."""
+    DELETE = "delete"
+    """The job does not exist."""
+
+
+@dataclass(frozen=True)
+class ConditionGoal:
+    """A condition with a status."""
+
+    condition: Condition
+    status: str = "True"
+    ends_with_job: ClassVar[bool] = True
+    """Whether the goal cannot be reached after the end of the job."""
+
+    def is_reached(self, job: dict[str, Any]) -> bool:
+        """Whether the job has the condition with this status."""
+        entry = status_of(job).condition(self.condition)
+        return entry is not None and entry.status == self.status
+
+    def accepts_failed_job(self) -> bool:
+        """Whether a failed job that has reached the goal is a success of the wait."""
+        return (self.condition, self.status) in ((Condition.SUCCEEDED, "False"), (Condition.STALLED, "True"))
+
+    def can_follow_end(self, status: FineTuneJobStatus) -> bool:
+        """Whether a job that ended without a report of this condition has reached the goal nevertheless."""
+        return self.status == "True" and self.condition not in OPTIONAL_CONDITIONS and has_succeeded(status)
+
+
+@dataclass(frozen=True)
+class RunningGoal:
+    """The model is being trained or evaluated, or the job has succeeded."""
+
+    ends_with_job: ClassVar[bool] = True
+
+    def is_reached(self, job: dict[str, Any]) -> bool:
+        """Whether a pod trains, evaluates or uploads."""
+        return status_of(job).phase in (Phase.RUNNING, Phase.EVALUATING, Phase.UPLOADING)
+
+    def accepts_failed_job(self) -> bool:
+        """A failed job is never a success."""
+        return False
+
+    def can_follow_end(self, status: FineTuneJobStatus) -> bool:
+        """A successful job has been running."""
+        return has_succeeded(status)
+
+
+@dataclass(frozen=True)
+class JsonPathGoal:
+    """A value at a path; without `value`, the path exists."""
+
+    path: JsonPath
+    value: str | None = None
+
+    def is_reached(self, job: dict[str, Any]) -> bool:
+        """Whether the path has the value. Raises InvalidGoal if the path has several values, or a list or an object."""
+        found = self.path.find(job)
+        if self.value is None or not found:
+            return bool(found)
+        if len(found) > 1 or isinstance(found[0], dict | list):
+            kind = f"{len(found)} values" if len(found) > 1 else "an object or a list"
+            raise InvalidGoal(f"{self.path.text} has {kind}, which cannot equal {self.value!r}; write the path of one value, for example {EXAMPLE}")
+        return text_of(found[0]) == self.value
+
+    @property
+    def ends_with_job(self) -> bool:
+        """Whether the path is in the status, which does not change after the end of the job."""
+        return self.path.parts[0] == ".status"
+
+    def accepts_failed_job(self) -> bool:
+        """The user decides which value is a failure."""
+        return True
+
+    def can_follow_end(self, status: FineTuneJobStatus) -> bool:
+        """Only the value counts."""
+        return False
+
+
+Goal = ConditionGoal | RunningGoal | JsonPathGoal | Existence
+
+
+def parse_goal(text: str) -> Goal:
+    """Parse the value of `--for`, as kubectl writes it, or as the name of a condition. Raises InvalidGoal, InvalidJsonPath."""
+    kind, has_value, rest = text.partition("=")
+    match kind.lower():
+        case "delete" | "create" if not has_value:
+            return Existence(kind.lower())
+        case "jsonpath" if rest:
+            return _parse_json_path_goal(rest)
+        case "condition" if rest:
+            name, _, status = rest.partition("=")
+            return ConditionGoal(_parse_condition(name, text), _parse_status(status, text))
+        case "running" if not has_value:
+            return RunningGoal()
+    if has_value:
+        raise InvalidGoal(f"--for {text}: write one of {FORMS}")
+    return ConditionGoal(_parse_condition(text, text))
+
+
+def _parse_condition(name: str, text: str) -> Condition:
+    found = {condition.value.lower(): condition for condition in Condition}.get(name.lower())
+    if found is None:
+        raise InvalidGoal(f"--for {text}: unknown condition; write one of {RUNNING}, {', '.join(Condition)}; other forms: {FORMS}")
+    return found
+
+
+def _parse_status(status: str, text: str) -> str:
+    found = next((known for known in ("True", "False", "Unknown") if known.lower() == (status or "True").lower()), None)
+    if found is None:
+        raise InvalidGoal(f"--for {text}: {status} is not the status of a condition; write True, False or Unknown")
+    return found
+
+
+def _parse_json_path_goal(text: str) -> JsonPathGoal:
+    unquoted = text.strip("'\"") if text.endswith(("'", '"')) else text
+    if unquoted.startswith("{") or unquoted.startswith(("'{", '"{')):
+        path, brace, rest = unquoted.rpartition("}")
+        path, rest = path + brace, rest.lstrip("'\"")
+    else:
+        cut = re.search(r"=(?![^\[]*\])", unquoted)
+        path, rest = (unquoted[: cut.start()], unquoted[cut.start() :]) if cut else (unquoted, "")
+    if rest and not rest.startswith("="):
+        raise InvalidGoal(f"--for jsonpath={text}: write `=` and a value after the path, for example jsonpath='{EXAMPLE}'=Running")
+    return JsonPathGoal(parse_json_path(path), rest[1:].strip("'\"") if rest else None)
+
+
+def parse_timeout(text: str | None) -> float | None:
+    """Return a time limit in seconds from `90`, `30s`, `5m` or `1h30m`. As in kubectl, a negative time means one week. Raises InvalidGoal."""
+    if text is None:
+        return None
+    if text.startswith("-") and text[1:]:
+        parse_timeout(text[1:])
+        return WEEK_SECONDS
+    match = _DURATION.match(text) if text else None
+    if match is None:
+        raise InvalidGoal(f"--timeout {text}: this is not a duration; write for example 90, 30s, 5m or 1h30m")
+    hours, minutes, seconds = (float(part or 0) for part in match.groups())
+    return hours * 3600 + minutes * 60 + seconds

@@ -1,0 +1,106 @@
+"""The wheel is built from the checkout, and pip installs it into an empty environment with only the packages of requirements/cli.lock."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import distribution
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+PACKAGES = ("crds/finetune_api", "operator/finetune_operator", "trainer-image/finetune_trainer", "cli/finetune_cli", "localcluster")
+FILES = ("pyproject.toml", "README.md", "LICENSE", "NOTICE", "requirements")
+HEAVY_PACKAGES = ("torch", "transformers", "kopf")
+
+
+@dataclass(frozen=True)
+class Installed:
+    """The environment with the installed wheel, and a folder for its files."""
+
+    environment: Path
+    folder: Path
+
+    def run(self, program: str, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        """Run a program of the environment. No variable of this test run reaches it."""
+        env = {"PATH": f"{self.environment / 'bin'}:/usr/bin:/bin", "HOME": str(self.folder), **variables}
+        return subprocess.run([self.environment / "bin" / program, *words], env=env, cwd=self.folder, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
+    """Build the wheel in a copy of the checkout, and install it with pip into a new environment."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source, home = folder / "source", folder / "home"
+    home.mkdir()
+    for name in (*PACKAGES, *FILES):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+        else:
+            shutil.copy(ROOT / name, source / name)
+    program = "import sys, setuptools.build_meta as backend; backend.build_wheel(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", program, folder], cwd=source, check=True, capture_output=True)
+    (wheel,) = folder.glob("*.whl")
+    subprocess.run([sys.executable, "-m", "venv", folder / "env"], check=True, capture_output=True)
+    link_locked_packages(next((folder / "env/lib").glob("python*/site-packages")))
+    found = Installed(folder / "env", home)
+    done = found.run("pip", "install", "--no-index", "--disable-pip-version-check", str(wheel))
+    assert done.returncode == 0, done.stdout + done.stderr
+    return found
+
+
+def link_locked_packages(target: Path) -> None:
+    """Link the packages of requirements/cli.lock from the environment of this test run, so that no network is needed."""
+    for name in locked_names():
+        found = distribution(name)
+        top_names = {file.parts[0] for file in found.files or [] if ".." not in file.parts and file.parts[0] != "__pycache__"}
+        for top_name in top_names:
+            path = Path(str(found.locate_file(top_name)))
+            if path.exists() and not (target / top_name).exists():
+                (target / top_name).symlink_to(path)
+
+
+def locked_names() -> Iterator[str]:
+    text = (ROOT / "requirements/cli.lock").read_text(encoding="utf-8")
+    for name, version, marker in re.findall(r"^([\w.-]+)==(\S+)(?: ; (.*?))?(?: \\)?$", text, re.MULTILINE):
+        if not marker:
+            assert distribution(name).version == version, f"{name} differs from requirements/cli.lock"
+            yield name
+
+
+def test_dependencies_of_the_wheel_are_complete(installed: Installed) -> None:
+    done = installed.run("pip", "check", "--disable-pip-version-check")
+    assert (done.returncode, done.stdout) == (0, "No broken requirements found.\n")
+
+
+def test_programs_of_the_wheel_work(installed: Installed) -> None:
+    assert installed.run("finetune", "--version").stdout == "finetune 0.2.0\n"
+    assert installed.run("kubectl-finetune", "--version").stdout == "kubectl finetune 0.2.0\n"
+    manifest = installed.run("finetune", "init", "bot", "--model", "org/m", "--data", "s3://data/t.jsonl", "-o", "job.yaml")
+    assert (manifest.returncode, manifest.stdout) == (0, ""), manifest.stderr
+    checked = installed.run("finetune", "validate", "job.yaml")
+    assert checked.returncode == 0, checked.stderr
+    (installed.folder / "t.jsonl").write_text("{}\n")
+    uploaded = installed.run("finetune", "upload", "t.jsonl", f"file://{installed.folder}/data/")
+    assert (uploaded.returncode, (installed.folder / "data/t.jsonl").read_text()) == (0, "{}\n"), uploaded.stderr
+    unreachable = installed.run("finetune", "doctor", "--kubeconfig", "none")
+    assert (unreachable.returncode, unreachable.stdout.startswith("✗ cluster   no cluster: --kubeconfig none")) == (2, True), unreachable.stderr
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_shell_completion_is_printed(installed: Installed, shell: str) -> None:
+    done = installed.run("finetune", "--show-completion", shell, _TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION="1")
+    assert (done.returncode, "_FINETUNE_COMPLETE=complete_" in done.stdout) == (0, True), done.stderr
+    completed = installed.run("finetune", _FINETUNE_COMPLETE="complete_bash", COMP_WORDS="finetune down", COMP_CWORD="1")
+    assert completed.stdout.split() == ["download"]
+
+
+def test_environment_of_the_test_is_empty(installed: Installed) -> None:
+    done = installed.run("python", "-c", f"import importlib.util as u; print([n for n in {HEAVY_PACKAGES} if u.find_spec(n)])")
+    assert done.stdout == "[]\n"
