@@ -18,6 +18,7 @@ from finetune_api.lineage import (
     BASE_MODEL,
     BUILD_TYPE,
     ENVELOPE_KEY,
+    IMAGE_SETS,
     PAYLOAD_TYPE,
     REVISION,
     STATEMENT_KEY,
@@ -352,6 +353,9 @@ def contradictions_with_manifest(statement: Statement, manifest: dict[str, Any])
     beside = facts.get("beside") or {}
     for path, name in (("dataset.validation", "validation data"), ("dataset.test", "test data")):
         if name in beside and not _has_digest(statement, beside[name], (path,)):
+            yield f"the digest of the {name}"
+    for name in IMAGE_SETS:
+        if name in beside and not _has_digest(statement, beside[name], (name,)):
             yield f"the digest of the {name}"
 
 

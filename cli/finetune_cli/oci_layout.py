@@ -1,7 +1,10 @@
 """Writes a final model as an OCI image layout: a folder from which skopeo, ORAS and crane copy to a registry.
 
-There are two forms. A ModelPack artefact holds each file unchanged, for tools that support ModelPack. An image holds each file in a tar
-layer below `/models`, so that Kubernetes can mount it as an image volume, and KServe can use it as a modelcar without further steps.
+There are two forms. A ModelPack artefact holds each file as it is, for tools that know models. An image holds each file in a tar layer
+below `/models`, so that Kubernetes can mount it as an image volume, and KServe can use it as a modelcar without further steps.
+
+A model runs on every processor, but the image specification requires an architecture, and containerd refuses an image of another architecture than the
+node's. So the image is an index with one manifest for each architecture, and all manifests have the same layers.
 """
 
 from __future__ import annotations
@@ -21,7 +24,6 @@ from finetune_api.oci import (
     MANIFEST_TYPE,
     MODEL_TYPE,
     ModelFile,
-    OciArtefact,
     descriptor,
     digest_of,
     modelpack_artefact,
@@ -41,6 +43,9 @@ from finetune_cli.job_storage import (
 from finetune_cli.transfers import SilentProgress
 
 LAYER_TYPE, IMAGE_CONFIG_TYPE = "application/vnd.oci.image.layer.v1.tar", "application/vnd.oci.image.config.v1+json"
+INDEX_TYPE = "application/vnd.oci.image.index.v1+json"
+ARCHITECTURES = ("amd64", "arm64")
+"""Architectures of nodes with GPUs, in the words of the image specification."""
 MODELS_FOLDER = "models"
 """Folder of the files in an image. KServe expects models there."""
 BLOBS = Path("blobs/sha256")
@@ -88,15 +93,15 @@ def _write(storage: JobStorage, target: Path, form: LayoutForm, tag: str, report
         file = RemoteFile(key, str(entry["path"]), int(entry["size"]), sha256=str(entry["sha256"]))
         Download(storage, file, target / BLOBS / file.sha256).run(SilentProgress(), overwrite=False)
     entries = [ModelFile(str(entry["path"]), int(entry["size"]), str(entry["sha256"])) for entry in files]
-    artefact = _pack_image(target, entries) if form is LayoutForm.IMAGE else _modelpack(manifest, entries)
-    _write_blob(target, artefact.config)
-    _write_blob(target, artefact.manifest)
-    index = {**descriptor(MANIFEST_TYPE, artefact.manifest), "annotations": {"org.opencontainers.image.ref.name": tag}}
-    if form is LayoutForm.MODELPACK:
-        index["artifactType"] = MODEL_TYPE
-    (target / "index.json").write_bytes(to_bytes({"schemaVersion": 2, "mediaType": "application/vnd.oci.image.index.v1+json", "manifests": [index]}))
+    entry = _pack_image(target, entries) if form is LayoutForm.IMAGE else _write_modelpack(target, manifest, entries)
+    entry["annotations"] = {"org.opencontainers.image.ref.name": tag}
+    (target / "index.json").write_bytes(_index_of([entry]))
     (target / "oci-layout").write_bytes(to_bytes({"imageLayoutVersion": "1.0.0"}))
-    return WrittenLayout(artefact.digest, sum(file.size for file in entries))
+    return WrittenLayout(entry["digest"], sum(file.size for file in entries))
+
+
+def _index_of(entries: list[dict[str, Any]]) -> bytes:
+    return to_bytes({"schemaVersion": 2, "mediaType": INDEX_TYPE, "manifests": entries})
 
 
 def _committed_model(storage: JobStorage) -> tuple[CommittedFolder, dict[str, Any]]:
@@ -113,14 +118,21 @@ def _committed_model(storage: JobStorage) -> tuple[CommittedFolder, dict[str, An
     return model, read_manifest(storage, model)
 
 
-def _modelpack(manifest: dict[str, Any], files: list[ModelFile]) -> OciArtefact:
+def _write_modelpack(target: Path, manifest: dict[str, Any], files: list[ModelFile]) -> dict[str, Any]:
+    """Write config and manifest of the artefact. Returns the descriptor of the manifest."""
     name = str(manifest.get("job") or "").split("/")[1:2]
     kind = OutputKind(manifest.get("kind") or OutputKind.MODEL)
-    return modelpack_artefact(name[0] if name else "model", kind, files)
+    artefact = modelpack_artefact(name[0] if name else "model", kind, files)
+    _write_blob(target, artefact.config)
+    _write_blob(target, artefact.manifest)
+    return {**descriptor(MANIFEST_TYPE, artefact.manifest), "artifactType": MODEL_TYPE}
 
 
-def _pack_image(target: Path, files: list[ModelFile]) -> OciArtefact:
-    """Replace each file by a tar layer with this file. All times and owners are constant, so equal models give equal digests."""
+def _pack_image(target: Path, files: list[ModelFile]) -> dict[str, Any]:
+    """Replace each file by a tar layer with this file, and write one image for each architecture. Returns the descriptor of the images' index.
+
+    All times and owners are constant, so equal models give equal digests.
+    """
     ordered = sorted(files, key=lambda file: file.path)
     uses = Counter(file.sha256 for file in files)
     layers = []
@@ -130,14 +142,18 @@ def _pack_image(target: Path, files: list[ModelFile]) -> OciArtefact:
         if not uses[file.sha256]:  # files with the same content share one downloaded blob
             (target / BLOBS / file.sha256).unlink()
     history = [{"created_by": f"finetune export: {file.path}"} for file in ordered]
-    config = to_bytes(
-        {
-            "architecture": "amd64", "os": "linux", "config": {}, "history": history,
-            "rootfs": {"type": "layers", "diff_ids": [layer["digest"] for layer in layers]},
-        }
-    )  # fmt: skip
-    manifest = {"schemaVersion": 2, "mediaType": MANIFEST_TYPE, "config": descriptor(IMAGE_CONFIG_TYPE, config), "layers": layers}
-    return OciArtefact(config, to_bytes(manifest))
+    rootfs = {"type": "layers", "diff_ids": [layer["digest"] for layer in layers]}
+    images = []
+    for architecture in ARCHITECTURES:
+        platform = {"architecture": architecture, "os": "linux"}
+        config = to_bytes({**platform, "config": {}, "history": history, "rootfs": rootfs})
+        manifest = to_bytes({"schemaVersion": 2, "mediaType": MANIFEST_TYPE, "config": descriptor(IMAGE_CONFIG_TYPE, config), "layers": layers})
+        _write_blob(target, config)
+        _write_blob(target, manifest)
+        images.append({**descriptor(MANIFEST_TYPE, manifest), "platform": platform})
+    index = _index_of(images)
+    _write_blob(target, index)
+    return descriptor(INDEX_TYPE, index)
 
 
 def _pack_layer(target: Path, file: ModelFile) -> dict[str, Any]:

@@ -33,6 +33,9 @@ BASE_MODEL = "model.source"
 TRAINER_IMAGE = "trainer image"
 REVISION = "revision"
 """Annotation of the base model: the commit of a hub model, or a fingerprint of the files."""
+TRAINING_IMAGES, HELD_OUT_IMAGES = "training image set", "held-out image set"
+"""The images that the rows name, among the inputs of a run. Their digests cover the contents of the images."""
+IMAGE_SETS = (TRAINING_IMAGES, HELD_OUT_IMAGES)
 
 
 class Resource(LenientModel):

@@ -123,16 +123,28 @@ def test_a_job_without_training_evaluates_the_model_of_another_job_and_leaves_it
 
 
 @pytest.mark.faults
-def test_a_job_without_training_evaluates_a_checkpoint(trained: tuple[Path, Output], model: Path) -> None:
+def test_a_job_without_training_runs_every_stage_with_a_checkpoint(trained: tuple[Path, Output], model: Path) -> None:
     folder, _ = trained
-    uri = f"file://{stored(folder, 'checkpoints/step-00000002', OTHER_JOB)}"
-    spec = merge(EVALUATES_ONLY, {"phases": {"from": uri}, "evaluation": {"gates": None}, "output": {"dir": None, "layout": None}})
-    with comparing_pod(folder, model, spec, uid=UID.replace("1", "2")) as pod:
+    uri, uid = f"file://{stored(folder, 'checkpoints/step-00000002', OTHER_JOB)}", UID.replace("1", "2")
+    output = {"dir": None, "layout": None, "mergeAdapter": True, "verify": True}
+    evaluation = {"gates": None, "benchmarks": [{"name": "human-eval", "limit": 2}]}
+    spec = merge(EVALUATES_ONLY, {"phases": {"from": uri}, "evaluation": evaluation, "output": output})
+    with comparing_pod(folder, model, spec, uid=uid) as pod:
         assert pod.end() == ExitCode.OK, pod.text[-6000:]
         message = pod.termination_message()
         assert not list((pod.folder / "work" / "final-model").rglob("optimizer*"))
     assert message.output is not None and message.output.kind == "adapter" and (message.output.uri or "").startswith(f"{uri}/a1-")
     assert message.evaluation is not None and message.evaluation.rows == 8 and message.output.promoted is None
+    stages = {path.stem for path in stored(folder, "run/stages", uid).glob("*.json")}
+    assert stages == {"evaluating", "merging", "verifying", "benchmarking"}
+    assert (message.output.merged_uri or "").startswith(f"file://{stored(folder, 'merged', uid)}/a1-")
+    assert stored(folder, "evaluation/human_rating.csv", uid).exists()
+    verification = message.output.verification
+    assert verification is not None and verification.result == "NotVerified"
+    reason = "the model is a checkpoint, and a trainer records reference values only for its final model"
+    assert [(one.artefact, one.code, one.reason) for one in verification.artefacts] == [
+        ("adapter", "NoReferenceValues", reason), ("merged", "NoReferenceValues", reason),
+    ]  # fmt: skip
 
 
 def test_an_adapter_of_another_base_model_is_refused_before_any_stage(trained: tuple[Path, Output], tmp_path: Path) -> None:

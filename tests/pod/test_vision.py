@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 from finetune_api.names import ExitCode
-from finetune_api.pod import ResumeConfig
+from finetune_api.pod import ResumeConfig, StoreTarget
 from finetune_api.status import VerificationOutcome
 from finetune_trainer.inputs import Inputs
 from pod_buckets import Bucket
-from pod_harness import Pod, merge, run_config, write_rows
+from pod_harness import UID, Pod, merge, run_config, write_rows
 from recorded_run import traced_pod, weight_hashes
 
 from tests.support.vision import COLOURS, make_vision_model, png
@@ -77,6 +77,45 @@ def test_a_killed_run_on_images_resumes_exactly(bucket: Bucket, vision_model: Pa
     assert uninterrupted.folder is not None
     expected = hashlib.sha256((uninterrupted.folder / "adapter_model.safetensors").read_bytes()).hexdigest()
     assert weight_hashes(bucket, message) == {"adapter_model.safetensors": expected}
+
+
+@pytest.mark.faults
+def test_a_swapped_image_of_equal_size_is_noticed_by_resume_and_lineage(vision_model: Path, tmp_path: Path) -> None:
+    """The images lie beside the data file, without dataset.images.root."""
+    rows = []
+    for name, colour in COLOURS.items():
+        (tmp_path / f"{name}.png").write_bytes(png(colour))
+        question = [{"type": "image", "url": f"{name}.png"}, {"type": "text", "text": "question"}]
+        rows.append({"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": name}]})
+    file = write_rows(tmp_path / "rows.jsonl", rows)
+    spec = {
+        "model": {"source": f"file://{vision_model}", "modality": "visionLanguage"}, "dataset": {"train": f"file://{file}"},
+        "training": {"maxSteps": 4, "batchSizePerDevice": 1, "gradientAccumulationSteps": 1}, "checkpoint": {"steps": 2, "keep": 0},
+    }  # fmt: skip
+    root = tmp_path / "store" / "team" / "job" / UID
+    target = StoreTarget(uri=f"file://{root}")
+    with Pod(run_config(spec, target), tmp_path / "one") as first:
+        assert first.end() == ExitCode.OK, first.text[-6000:]
+    statement = json.loads((root / "lineage" / "statement.json").read_text())
+    dependencies = {one["name"]: one for one in statement["predicate"]["buildDefinition"]["resolvedDependencies"]}
+    lines = sorted(f"{name}.png\0{hashlib.sha256(png(colour)).hexdigest()}" for name, colour in COLOURS.items())
+    digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    assert dependencies["training image set"]["annotations"] == {"combinedDigest": digest}
+    (root / "model" / "_COMMITTED").unlink()  # the job had stopped before its end
+
+    content = (tmp_path / "red.png").read_bytes()
+    swapped = png((20, 20, 222))
+    assert len(content) == len(swapped)
+    (tmp_path / "red.png").write_bytes(swapped)
+    with Pod(run_config(spec, target, attempt=2), tmp_path / "two") as second:
+        assert second.end() == ExitCode.CONFIG_INVALID, second.text[-6000:]
+    message = second.termination_message()
+    assert message.code == "CheckpointIncompatible" and "was made with another training image set" in (message.message or "")
+    (tmp_path / "red.png").write_bytes(content)
+    with Pod(run_config(spec, target, attempt=3), tmp_path / "three") as third:
+        assert third.end() == ExitCode.OK, third.text[-6000:]
+    message = third.termination_message()
+    assert message.resumed_from_step == 4 and message.resolved is not None and message.resolved.resume_exact is True
 
 
 @pytest.mark.faults

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune_api.defaults import PlatformDefaults, resolve_defaults
+from finetune_api.lineage import TRAINING_IMAGES
 from finetune_api.pod import ResumeConfig, RunConfig, StoreTarget, World
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.cluster import StorageRoot
@@ -75,7 +76,7 @@ def _inputs(folder: Path) -> Inputs:
     train, test = [folder / "train.jsonl"], [folder / "test.jsonl"]
     return Inputs(
         model=folder / "base", train=train, test=test, model_revision=fingerprint(folder / "base"),
-        dataset_digest=combined_digest(train, sha256_file), output_dir=folder, config_maps=folder / "none",
+        dataset_digest=combined_digest(train, sha256_file), image_digests={TRAINING_IMAGES: "1" * 64}, output_dir=folder, config_maps=folder / "none",
     )  # fmt: skip
 
 

@@ -56,15 +56,18 @@ def preload(run: RunConfig, objective_module: str) -> None:
     importlib.import_module("transformers.utils.import_utils").is_scipy_available.cache_clear()
 
 
-def hide_unneeded(run: RunConfig) -> None:
-    """Set the variables of the libraries, and hide the libraries that the job does not need."""
+def hide_unneeded(run: RunConfig, *, keeps_bitsandbytes: bool = False) -> None:
+    """Set the variables of the libraries, and hide the libraries that the job does not need.
+
+    `keeps_bitsandbytes`: another job quantised the base model, so bitsandbytes is needed whatever the spec says.
+    """
     for name, value in LIBRARY_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     threads = run.spec.dataset.num_proc
     if threads is not None:
         os.environ["RAYON_NUM_THREADS"] = str(threads)  # The thread pool of tokenizers reads this variable only once.
     needed_packages = {
-        "bitsandbytes": needs_bitsandbytes(run),
+        "bitsandbytes": keeps_bitsandbytes or needs_bitsandbytes(run),
         "deepspeed": needs_deepspeed(run),
         "wandb": False,  # Another process sends values to trackers (`finetune_trainer.trackers`).
         "mlflow": False,

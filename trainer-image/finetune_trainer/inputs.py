@@ -44,6 +44,9 @@ class Inputs(WireModel):
     mixture: list[list[Path]] = Field(default_factory=list, description="Files of each item of dataset.mixture.")
     validation: list[Path] = Field(default_factory=list, description="Validation files.")
     images: Path | None = Field(default=None, description="Folder with the images (dataset.images.root).")
+    image_digests: dict[str, str] = Field(
+        default_factory=dict, description="sha256 (hex) over the contents of the images that the rows name. The keys are the words in messages."
+    )
     test: list[Path] = Field(default_factory=list, description="Test files.")
     model_revision: str = Field(description="Commit of a hub model, or a fingerprint of the files of another model.")
     dataset_digest: str = Field(description="sha256 (hex) over the training files' contents.")

@@ -40,7 +40,7 @@ def export(
 ) -> None:
     """Write the final model for a container registry, as an OCI image layout. The merged model is written if there is one.
 
-    Then copy it to a registry, for example with `skopeo copy oci:./layout:latest docker://registry.example.com/support-bot:1`.
+    Then copy it to a registry, for example with `skopeo copy --all oci:./layout:latest docker://registry.example.com/support-bot:1`.
 
     Example: finetune export support-bot --to ./layout
 

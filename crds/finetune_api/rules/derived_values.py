@@ -132,6 +132,22 @@ def prompts_to_compare(spec: FineTuneJobSpec) -> ConfigMapKeyRef | None:
     return spec.evaluation.comparison.prompts_ref if spec.evaluation.comparison else None
 
 
+def verifies_artefacts(spec: FineTuneJobSpec) -> bool:
+    """Whether the stored artefacts are compared with the trained model.
+
+    Without `output.verify`, a job that does not train verifies only what it makes itself: a merged model, or manifests for servers.
+    """
+    if spec.output.verify is not None:
+        return spec.output.verify
+    return spec.phases.train is not False or spec.output.merge_adapter is True or bool(spec.output.serving)
+
+
+def reads_rows_after_training(spec: FineTuneJobSpec) -> bool:
+    """Whether a stage after training reads rows of the data: for metrics, predictions, compared answers, or benchmarks (their end tokens)."""
+    reads_questions = bool(metrics_after_training(spec)) or bool(benchmarks_after_training(spec))
+    return reads_questions or writes_predictions(spec) or prompts_to_compare(spec) is not None
+
+
 def compares_metrics(spec: FineTuneJobSpec) -> bool:
     """Whether the metrics of the base model are also measured: for `evaluation.comparison`, or for a gate with `notWorseThanBase`."""
     has_gate = any(gate.not_worse_than_base is not None for gate in spec.evaluation.gates or [])

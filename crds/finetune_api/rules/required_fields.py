@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from finetune_api.errors import ConfigError
 from finetune_api.rules.base import ExecutionTarget, Findings, rule
+from finetune_api.rules.derived_values import reads_rows_after_training
 from finetune_api.sources import ConfigMapSource, HttpsSource, parse, redact_source
 from finetune_api.spec import FineTuneJobSpec
 
@@ -29,8 +30,10 @@ def check_model_missing(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findi
 @rule("DatasetMissing")
 def check_dataset_missing(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     dataset = spec.dataset
-    has_rows_to_evaluate = spec.phases.train is False and (dataset.test is not None or dataset.validation is not None)
-    if dataset.train is None and dataset.mixture is None and not has_rows_to_evaluate:
+    has_held_out_rows = dataset.test is not None or dataset.validation is not None
+    reads_rows = reads_rows_after_training(spec) or dataset.split is not None
+    needs_no_training_data = spec.phases.train is False and (has_held_out_rows or not reads_rows)
+    if dataset.train is None and dataset.mixture is None and not needs_no_training_data:
         yield (
             "dataset.train",
             "the spec names no training data",

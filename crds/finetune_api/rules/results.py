@@ -24,6 +24,7 @@ from finetune_api.rules.derived_values import (
     trainer_type_of,
     trains_base_weights,
     uses_loftq,
+    verifies_artefacts,
     writes_predictions,
 )
 from finetune_api.sources import HubSource, parse, redact_source
@@ -82,12 +83,6 @@ def check_output_options(spec: FineTuneJobSpec, target: ExecutionTarget) -> Find
             "output.project",
             f"{spec.output.project}, but project has no effect without output.dir and without trackers",
             "write output.dir, or remove project",
-        )
-    if spec.output.verify and spec.phases.train is False and not spec.output.serving:
-        yield (
-            "output.verify",
-            "true, but the model of phases.from was verified by the job that trained it",
-            "remove verify",
         )
     if exports_oci(spec) and spec.phases.train is False:
         yield (
@@ -406,7 +401,7 @@ def check_phases(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
         yield (
             "phases",
             "train, infer and evaluate are all false, so the job would do nothing",
-            "write evaluation.metrics or evaluation.benchmarks without `evaluate: false`, or `infer: true`, or remove `train: false`",
+            "write evaluation.metrics or evaluation.benchmarks without `evaluate: false`, or `infer: true`, or output.verify: true, or remove `train: false`",
         )
 
 
@@ -415,7 +410,7 @@ def _has_work_after_training(spec: FineTuneJobSpec) -> bool:
     output, hub = spec.output, spec.output.hub
     publishes = output.dir is not None or output.merge_adapter is True or bool(output.serving) or (hub is not None and hub.push is True)
     evaluates = bool(metrics_after_training(spec)) or bool(benchmarks_after_training(spec)) or prompts_to_compare(spec) is not None
-    return writes_predictions(spec) or evaluates or publishes
+    return writes_predictions(spec) or evaluates or publishes or verifies_artefacts(spec)
 
 
 def _is_hub_source(text: str) -> bool:

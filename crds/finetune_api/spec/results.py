@@ -112,8 +112,8 @@ class Output(Group):
         example=["safetensors"],
     )
     verify: bool | None = spec_field(
-        "After training, load the stored model in a new process with plain transformers and PEFT, and compare its log-probabilities with those of the trained model. If they differ, the job fails and the files are kept. If false, only the uploaded files are checked against their hashes.",
-        default_text="true",
+        "After training, load the stored model in a new process with plain transformers and PEFT, and compare its log-probabilities with those of the trained model. If they differ, the job fails and the files are kept. If false, only the uploaded files are checked against their hashes. A job with phases.train: false compares the model of phases.from with the values that the other job's trainer recorded.",
+        default_text="true; with phases.train: false, only if the job merges the adapter or names output.serving",
         example=False,
         since="0.2.0",
     )

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from finetune_api.pod import RunConfig
 from finetune_api.spec.enums import OutputKind
 from finetune_api.status import ArtefactVerification, VerificationOutcome
 from finetune_trainer.channel import Channel
+from finetune_trainer.inputs import Inputs
 from finetune_trainer.stages.verify import Artefact, Verifier
 from finetune_trainer.verification.reference import FILE_NAME, ReferenceValues
 
@@ -71,9 +73,31 @@ def train_and_verify(folder: Path, model: Path, spec: dict[str, Any], rows: list
     assert outcome.folder is not None and outcome.kind is not None
     reference = ReferenceValues.model_validate_json((inputs.output_dir / FILE_NAME).read_text())
     assert reference.reason is None
+    return verify(run, folder, inputs, reference, outcome), reference
+
+
+def verify(run: RunConfig, folder: Path, inputs: Inputs, reference: ReferenceValues, outcome: RunOutcome) -> ArtefactVerification:
+    assert outcome.folder is not None and outcome.kind is not None
     verifier = Verifier(run, Channel.create_recording(folder / "work"), inputs, reference)
     (result,) = verifier.verify([Artefact(outcome.kind, outcome.folder, OutputKind(outcome.kind))])
-    return result, reference
+    return result
+
+
+@pytest.mark.parametrize("name", ["qlora", "new tokens"])
+def test_a_job_with_other_settings_verifies_the_artefact_as_it_was_trained(name: str, model: Path, tmp_path: Path) -> None:
+    """A job without training may leave out the settings of the training. The recorded values say how the model must be loaded."""
+    run, inputs = make_run(tmp_path, model, merge_mappings(BASE, METHODS[name]), list(TEN_ROWS))
+    outcome = train_here(run, inputs)
+    reference = ReferenceValues.model_validate_json((inputs.output_dir / FILE_NAME).read_text())
+    assert (reference.device, reference.trusts_code) == ("cpu", False)
+    (tmp_path / "other").mkdir()
+    other_run, other_inputs = make_run(tmp_path / "other", model, {"phases": {"train": False, "from": "s3://b/job/model"}, "output": {"verify": True}})
+    found = verify(other_run, tmp_path / "other", other_inputs, reference, outcome)
+    assert found == verify(run, tmp_path, inputs, reference, outcome) and found.result is VerificationOutcome.VERIFIED
+    untrusted = verify(other_run, tmp_path / "other", other_inputs, reference.model_copy(update={"trusts_code": True}), outcome)
+    assert (untrusted.result, untrusted.code) == (VerificationOutcome.NOT_VERIFIED, "CodeNotTrusted")
+    on_gpu = {"device": "cuda", "attention": "flash_attention_2"}
+    assert verify(other_run, tmp_path / "other", other_inputs, reference.model_copy(update=on_gpu), outcome).result is VerificationOutcome.VERIFIED
 
 
 @pytest.mark.parametrize("name", slices(METHODS))

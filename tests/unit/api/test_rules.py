@@ -445,7 +445,6 @@ PROBLEM_CASES: list[tuple[str, dict[str, Any], str]] = [
     ("OutputPathInvalid", {"output": {"dir": "a/../b"}}, "output.dir"),
     ("OutputPathInvalid", {"output": {"dir": "a", "project": ".."}}, "output.project"),
     ("OutputOptionWithoutEffect", {"output": {"export": ["oci"]}, "phases": {"train": False, "from": "s3://b/m", "infer": True}}, "output.export"),
-    ("OutputOptionWithoutEffect", {"output": {"verify": True}, "phases": {"train": False, "from": "s3://b/m", "infer": True}}, "output.verify"),
     ("AdaptersNotCombinable", {"output": {"adapterWeight": 0.5}}, "output.adapterWeight"),
     ("AdaptersNotCombinable", {"output": {"combineAdapters": [{"source": "s3://b/a"}]}}, "output.combineAdapters"),
     (
@@ -566,6 +565,7 @@ PROBLEM_CASES: list[tuple[str, dict[str, Any], str]] = [
     ("PhasesContradiction", {"phases": {"train": False, "infer": True}}, "phases.from"),
     ("PhasesContradiction", {"phases": {"train": False, "infer": True, "from": "org/model"}}, "phases.from"),
     ("PhasesContradiction", {"phases": {"train": False, "from": "s3://bucket/model"}}, "phases"),
+    ("PhasesContradiction", {"phases": {"train": False, "from": "s3://bucket/model"}, "output": {"verify": False}}, "phases"),
     ("PhasesContradiction", {"phases": {"evaluate": True}}, "phases.evaluate"),
     (
         "PhasesContradiction",
@@ -586,6 +586,17 @@ PROBLEM_CASES: list[tuple[str, dict[str, Any], str]] = [
     ("SourceInvalid", {"phases": {"train": False, "infer": True, "from": "configmap://name/key"}}, "phases.from"),
     ("SourceInvalid", {"evaluation": {"metrics": ["bertscore"], "metricModels": {"bertscore": "./roberta"}}}, "evaluation.metricModels.bertscore"),
     ("DatasetMissing", {"dataset": {"train": None}, "phases": {"train": False, "infer": True, "from": "s3://bucket/model"}}, "dataset.train"),
+    (
+        "DatasetMissing",
+        {"dataset": {"train": None}, "phases": {"train": False, "from": "s3://bucket/model"}}
+        | benchmarks({"name": "lm-eval", "folder": "s3://bucket/tasks"}),
+        "dataset.train",
+    ),
+    (
+        "DatasetMissing",
+        {"dataset": {"train": None, "split": {"test": 0.1}}, "output": {"verify": True}, "phases": {"train": False, "from": "s3://bucket/model"}},
+        "dataset.train",
+    ),
     (
         "EnvironmentReserved",
         {"placement": {"env": [{"name": "AWS_ACCESS_KEY_ID", "value": "x"}]}},
@@ -730,6 +741,8 @@ def test_resolved_spec_without_its_defaults_has_the_same_problems() -> None:
         TESTED | {"phases": {"train": False, "from": "https://host/jobs/model"}, "evaluation": {"metrics": ["bleu"]}},
         {"phases": {"evaluate": True}} | benchmarks({"name": "openai-humaneval", "folder": "a/b", "allowCodeExecution": True}),
         {"phases": {"train": False, "from": "s3://bucket/model"}, "output": {"serving": ["vllm"]}},
+        {"phases": {"train": False, "from": "s3://bucket/model"}, "output": {"verify": True}, "dataset": {"train": None}},
+        {"phases": {"train": False, "from": "s3://bucket/model"}, "output": {"mergeAdapter": True}, "dataset": {"train": None}},
     ],
 )
 def test_valid_spec_has_no_problems(change: dict[str, Any]) -> None:

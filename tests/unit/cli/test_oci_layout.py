@@ -63,9 +63,14 @@ def test_a_modelpack_layer_is_a_file(storage: JobStorage, tmp_path: Path) -> Non
     assert digest == json.loads((tmp_path / "layout/index.json").read_bytes())["manifests"][0]["digest"]
 
 
-def test_an_image_has_the_files_below_models(storage: JobStorage, tmp_path: Path) -> None:
+def test_an_image_has_the_files_below_models_for_each_architecture(storage: JobStorage, tmp_path: Path) -> None:
     digest = export(storage, tmp_path / "image", LayoutForm.IMAGE)
-    manifest = manifest_of(tmp_path / "image")
+    images = manifest_of(tmp_path / "image")["manifests"]
+    assert [image["platform"] for image in images] == [{"architecture": "amd64", "os": "linux"}, {"architecture": "arm64", "os": "linux"}]
+    manifest, other = (json.loads(blob(tmp_path / "image", image["digest"])) for image in images)
+    assert manifest["layers"] == other["layers"]
+    configs = [json.loads(blob(tmp_path / "image", one["config"]["digest"])) for one in (manifest, other)]
+    assert [config.pop("architecture") for config in configs] == ["amd64", "arm64"] and configs[0] == configs[1]
     extracted = {}
     for layer in manifest["layers"]:
         blob(tmp_path / "image", layer["digest"])
@@ -79,7 +84,7 @@ def test_an_image_has_the_files_below_models(storage: JobStorage, tmp_path: Path
     config = json.loads(blob(tmp_path / "image", manifest["config"]["digest"]))
     assert config["rootfs"]["diff_ids"] == [layer["digest"] for layer in manifest["layers"]]
     blobs = list((tmp_path / "image/blobs/sha256").iterdir())
-    assert len(blobs) == len(FILES) + 2, "only layers, config and manifest: also the file that two layers contain is not left over"
+    assert len(blobs) == len(FILES) + 5, "only layers, two configs, two manifests and their index: also the file that two layers contain is not left over"
     assert export(storage, tmp_path / "again", LayoutForm.IMAGE) == digest
 
 
@@ -125,9 +130,22 @@ def test_skopeo_copies_the_layout(storage: JobStorage, tmp_path: Path, form: Lay
     if shutil.which("skopeo") is None:
         pytest.skip("needs skopeo")
     digest = export(storage, tmp_path / "layout", form)
-    command = ["skopeo", "copy", "--quiet", "--insecure-policy", "--preserve-digests", f"oci:{tmp_path / 'layout'}:v1", f"dir:{tmp_path / 'copy'}"]
+    command = ["skopeo", "copy", "--quiet", "--all", "--insecure-policy", "--preserve-digests", f"oci:{tmp_path / 'layout'}:v1", f"dir:{tmp_path / 'copy'}"]
     subprocess.run(command, check=True, timeout=60)
     assert f"sha256:{hashlib.sha256((tmp_path / 'copy/manifest.json').read_bytes()).hexdigest()}" == digest
+
+
+def test_skopeo_finds_the_image_of_every_architecture_with_gpus(storage: JobStorage, tmp_path: Path) -> None:
+    if shutil.which("skopeo") is None:
+        pytest.skip("needs skopeo")
+    export(storage, tmp_path / "layout", LayoutForm.IMAGE)
+    layers = []
+    for architecture in ("amd64", "arm64"):
+        command = ["skopeo", "inspect", f"--override-arch={architecture}", "--override-os=linux", f"oci:{tmp_path / 'layout'}:v1"]
+        found = json.loads(subprocess.run(command, check=True, timeout=60, capture_output=True).stdout)
+        assert (found["Architecture"], found["Os"]) == (architecture, "linux")
+        layers.append(found["Layers"])
+    assert layers[0] == layers[1] and len(layers[0]) == len(FILES)
 
 
 def test_command_writes_a_new_folder(storage: JobStorage, tmp_path: Path, run_command: RunCommand) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from finetune_api.lineage import TRAINING_IMAGES
 from finetune_api.spec.cluster import StorageRoot
 from finetune_cli import main
 from finetune_cli.job_storage import JobStorage, root_of_uri
@@ -168,6 +169,11 @@ def change_data_file(statement: Any) -> None:
     entry["digest"]["sha256"] = "0" * 64
 
 
+def change_images(statement: Any) -> None:
+    entry = next(one for one in definition(statement)["resolvedDependencies"] if one["name"] == TRAINING_IMAGES)
+    entry["annotations"]["combinedDigest"] = "0" * 64
+
+
 def swap_lineage(run: SignedRun) -> None:
     shutil.rmtree(run.root / "lineage")
     shutil.copytree(run.other_root / "lineage", run.root / "lineage")
@@ -232,6 +238,9 @@ TAMPERINGS: dict[str, tuple[Callable[[SignedRun], object], list[str], list[str]]
     ),
     "the digest of a data file is changed": (
         edit_statement(change_data_file), ["StatementContradictsManifest", "SignedStatementDiffers"], ["StatementContradictsManifest"],
+    ),
+    "the digest of the images is changed": (
+        edit_statement(change_images), ["StatementContradictsManifest", "SignedStatementDiffers"], ["StatementContradictsManifest"],
     ),
     "the seed is changed": (
         edit_statement(lambda one: definition(one)["externalParameters"]["spec"]["training"].update(seed=7)),

@@ -21,6 +21,19 @@ def test_every_bitsandbytes_optimizer_imports_bitsandbytes(tmp_path: Path) -> No
     assert not imports.needs_bitsandbytes(run)
 
 
+def test_bitsandbytes_stays_visible_for_a_base_model_that_another_job_quantised(tmp_path: Path) -> None:
+    run, _ = make_run(tmp_path, tmp_path / "model")
+    program = (
+        "import sys; from finetune_api.pod import RunConfig; from finetune_trainer import imports; "
+        "run = RunConfig.model_validate_json(sys.stdin.read()); imports.hide_unneeded(run, keeps_bitsandbytes={}); "
+        "print([name for name in ('bitsandbytes', 'wandb') if name in sys.modules])"
+    )
+    for keeps, hidden in ((True, ["wandb"]), (False, ["bitsandbytes", "wandb"])):
+        command = [sys.executable, "-c", program.format(keeps)]
+        done = subprocess.run(command, input=run.model_dump_json(by_alias=True), capture_output=True, text=True)
+        assert (done.returncode, done.stdout) == (0, f"{hidden}\n"), done.stderr
+
+
 def test_ranks_never_import_trackers_and_no_garbage_is_collected_during_imports(tmp_path: Path) -> None:
     """TRL imports wandb and mlflow if they are installed, which takes 0.6 s and 2 s. Another process sends values to trackers."""
     run, _ = make_run(tmp_path, tmp_path / "model", {"tracking": {"reportTo": ["mlflow"], "mlflow": {"trackingUri": "http://mlflow.mlops:5000"}}})

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 from finetune_api.errors import ConfigError, FineTuneError
-from finetune_trainer.data.prepare import NO_TOKENIZER_LIMIT, PreparedData, max_sequence_length, prepare
+from finetune_api.lineage import TRAINING_IMAGES
+from finetune_trainer.data.prepare import NO_TOKENIZER_LIMIT, PreparedData, cache_key, max_sequence_length, prepare
 from finetune_trainer.data.rows import Completion
 
 from tests.support.data import decode_rows, prepare_rows, render_options, tokenizer, trained_texts
@@ -78,6 +79,13 @@ def test_a_length_beyond_the_model_is_refused_and_a_default_is_lowered(tmp_path:
     assert caught.value.code == "SequenceTooLong" and "512 positions" in caught.value.message
     assert prepare_rows(tmp_path, tokenizer(tmp_path)).max_sequence_length == 512
     assert prepare_rows(tmp_path, tokenizer(tmp_path), limit=4096).max_sequence_length == 2048
+
+
+def test_a_swapped_image_makes_new_tokens(tmp_path: Path) -> None:
+    run, inputs = make_run(tmp_path, Path("/models/tiny"), {}, list(TEN_ROWS))
+    vision, tok = SimpleNamespace(identity="processor"), tokenizer(tmp_path)
+    keys = {cache_key(run, inputs.model_copy(update={"image_digests": {TRAINING_IMAGES: digest}}), tok, 512, vision) for digest in "aab"}  # type: ignore[arg-type]
+    assert len(keys) == 2
 
 
 def test_tokens_are_cached_by_content(tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ class RunFacts(LenientModel):
     other_inputs: dict[str, str] = Field(
         default_factory=dict,
         alias="beside",  # Version 0.1.0 stored the field under this name.
-        description="A hash of each other input: tokenizer, reference model, adapter, validation data, test data, ConfigMaps.",
+        description="A hash of each other input: tokenizer, reference model, adapter, validation data, test data, images, ConfigMaps.",
     )
     config_sha256: str = ""
     versions: dict[str, str] = Field(default_factory=dict)

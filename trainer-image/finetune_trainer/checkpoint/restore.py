@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from finetune_api.errors import ConfigError, NoCheckpointError
+from finetune_api.lineage import TRAINING_IMAGES
 from finetune_api.names import Storage
 from finetune_api.pod import ResumeConfig, StoreTarget
 from finetune_api.sources import redact_source
@@ -222,7 +223,7 @@ MUST_MATCH = {
 }
 
 
-INPUTS_THAT_MUST_MATCH = ("tokenizer", "reference model", "adapter")
+INPUTS_THAT_MUST_MATCH = ("tokenizer", "reference model", "adapter", TRAINING_IMAGES)
 """Inputs whose contents must not have changed since the checkpoint was made."""
 
 

@@ -82,10 +82,20 @@ class ImageReader:
             return ImageFile(content=_decode_data_uri(value))
         return ImageFile(path=self._resolve_path(value, row))
 
+    def names_of(self, example: Example, row: RawRow) -> dict[Path, str]:
+        """The files of the example's images, with their names below the folder of the images."""
+        turns = example.turns if isinstance(example, Conversation) else ()
+        paths = (image.path for turn in turns for image in turn.images if image.path is not None)
+        return {path: path.relative_to(self._folder(row)).as_posix() for path in paths}
+
+    def _folder(self, row: RawRow) -> Path:
+        """The folder of the images: the local copy of `dataset.images.root`, else the folder of the data file."""
+        return (self.root or row.file.parent).resolve()
+
     def _resolve_path(self, text: str, row: RawRow) -> Path:
         """Return the file that a path or address names. The file must be below the root. Errors: RowError ImageOutsideRoot, ImageMissing."""
         address = (self.options.root or "").rstrip("/")
-        root = (self.root or row.file.parent).resolve()
+        root = self._folder(row)
         relative = text.removeprefix(f"{address}/") if address else text
         if "://" in relative:
             where = f"does not begin with dataset.images.root {address}/" if address else "is an address, but dataset.images.root is not set"

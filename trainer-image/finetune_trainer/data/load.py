@@ -50,6 +50,10 @@ class DataSummary:
     findings: checks.CheckFindings = field(default_factory=checks.CheckFindings)
     notes: list[str] = field(default_factory=list)
     """Sentences for the status."""
+    training_images: dict[Path, str] = field(default_factory=dict)
+    """Files of the images in the training data, with their names below the folder of the images. Images inside the data files are left out."""
+    held_out_images: dict[Path, str] = field(default_factory=dict)
+    """The same for the validation and test data."""
 
     @property
     def format_with_turns(self) -> DatasetFormat:
@@ -89,6 +93,7 @@ def load(run: RunConfig, inputs: Inputs) -> LoadedData:
     spec = run.spec.dataset
     reader = _SourceReader(run, inputs.images)
     sources = reader.apply_checks(_read_sources(reader, run, inputs))
+    reader.image_names = reader.summary.held_out_images
     validation = reader.read(inputs.validation, spec.format, spec.columns) if inputs.validation else []
     test = reader.read(inputs.test, spec.format, spec.columns) if inputs.test else []
     if spec.split is not None:
@@ -188,6 +193,8 @@ class _SourceReader:
         self.trainer = run.spec.trainer.type or TrainerType.SFT
         self.skips_bad_rows = self.spec.bad_rows is BadRows.SKIP
         self.summary = DataSummary(self.spec.format or DatasetFormat.MESSAGES)
+        self.image_names = self.summary.training_images
+        """Receives the images of the rows that are read."""
 
     def read(self, paths: list[Path], spec_format: DatasetFormat | None, columns: Columns | None) -> Rows:
         """Return the examples of one source. Errors: ConfigError, DataError."""
@@ -282,9 +289,11 @@ class _SourceReader:
         if self.images is None:
             return require_no_images(example) or example
         try:
-            return self.images.attach(example, row, columns)
+            found = self.images.attach(example, row, columns)
         except RowError as error:
             return error
+        self.image_names |= self.images.names_of(found, row)
+        return found
 
     def _limit_bad_rows(self, bad_rows: list[tuple[RawRow, RowError]], rows: int) -> None:
         """Add a note about the skipped rows. Errors: TooManyBadRows if there are more bad rows than allowed."""

@@ -39,7 +39,6 @@ from finetune_trainer.data.vision import (
     VisionEncoder,
     VisionProcessor,
     column_of_images,
-    image_files_of,
 )
 from finetune_trainer.inputs import Inputs
 
@@ -275,8 +274,7 @@ def cache_key(run: RunConfig, inputs: Inputs, tokenizer: Any, max_length: int, v
         tokenizer.chat_template,
     ]
     if vision is not None:
-        files = [*inputs.train, *(path for source in inputs.mixture for path in source), *inputs.validation, *inputs.test]
-        facts += [vision.identity, image_files_of([inputs.images] if inputs.images else [file.parent for file in files])]
+        facts += [vision.identity, inputs.image_digests]  # the number of an image's tokens depends on its size
     digest.update(json.dumps(facts, sort_keys=True, default=str).encode())
     digest.update(
         tokenizer.backend_tokenizer.to_str().encode()

@@ -158,12 +158,3 @@ def images_of_row(row: Mapping[str, Any]) -> list[ImageFile]:
 def column_of_images(images: Sequence[Sequence[ImageFile]]) -> list[list[dict[str, Any]]]:
     """Return the values of the column for the images of each row."""
     return [[{"path": str(image.path) if image.path else None, "bytes": image.content} for image in of_row] for of_row in images]
-
-
-def image_files_of(folders: Sequence[Path]) -> list[str]:
-    """Return the name and size of each file in the folders of images.
-
-    They are part of the cache key, because the number of an image's tokens depends on the image's size.
-    """
-    files = sorted({file for folder in folders for file in folder.rglob("*") if file.is_file()})
-    return [f"{file.name} {file.stat().st_size}" for file in files]

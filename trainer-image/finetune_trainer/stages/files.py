@@ -28,6 +28,7 @@ class StageTask(WireModel):
     evaluated: Path | None = Field(default=None, description="Folder with the files of the stage `evaluating`, for the stage `comparing`.")
     merged: Path | None = Field(default=None, description="Folder with the merged model; None without output.mergeAdapter.")
     merged_uri: str | None = Field(default=None, description="Address of the merged model in storage.")
+    reference_problem: str | None = Field(default=None, description="Why the folder has no reference values, for the stage `verifying`.")
 
     @staticmethod
     def read(folder: Path) -> StageTask:

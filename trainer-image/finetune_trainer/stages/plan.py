@@ -10,6 +10,7 @@ from finetune_api.rules import (
     metrics_after_training,
     prompts_to_compare,
     pushes_to_hub,
+    verifies_artefacts,
     writes_predictions,
 )
 from finetune_api.status import Stage
@@ -22,7 +23,7 @@ def planned_stages(run: RunConfig) -> list[Stage]:
         Stage.EVALUATING: bool(metrics_after_training(run.spec)) or writes_predictions(run.spec) or compares,
         Stage.COMPARING: compares,
         Stage.MERGING: run.spec.output.merge_adapter is True,
-        Stage.VERIFYING: (run.spec.output.verify is not False and run.spec.phases.train is not False) or bool(run.spec.output.serving),
+        Stage.VERIFYING: verifies_artefacts(run.spec) or bool(run.spec.output.serving),
         Stage.BENCHMARKING: bool(benchmarks_after_training(run.spec)),
         Stage.UPLOADING: run.publish is not None or pushes_to_hub(run.spec) or exports_oci(run.spec),
     }

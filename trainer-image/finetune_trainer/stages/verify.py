@@ -12,12 +12,13 @@ import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from finetune_api.errors import InternalError, MemoryExhaustedError
 from finetune_api.pod import RunConfig
+from finetune_api.rules import verifies_artefacts
 from finetune_api.spec.enums import OutputKind
 from finetune_api.status import ArtefactVerification, Stage, VerificationOutcome
 
@@ -38,7 +39,8 @@ from finetune_trainer.verification.reference import FILE_NAME, ReferenceValues
 from finetune_trainer.verification.weight_files import read_folder
 
 log = logging.getLogger(__name__)
-ATTENTION = ("sdpa", "eager", "flash_attention_2")
+CPU_ATTENTION = ("sdpa", "eager")
+ATTENTION = (*CPU_ATTENTION, "flash_attention_2")
 """Attention implementations of transformers itself. For all others, the stage uses sdpa."""
 
 
@@ -73,17 +75,19 @@ class ArtefactValues:
 
     values: list[float]
     base_values: list[float] | None = None
+    device: str = ""
+    """Type of the device that computed the values."""
 
 
 def run_stage(run: RunConfig, channel: Channel, inputs: Inputs, task: StageTask, folder: Path) -> StageResult:
     """Write the manifests for servers, and verify each artefact unless `output.verify` is false."""
     for name, text in serving_files(run.spec, ServedModel.of(run, task.uri, task.kind, task.model, task.merged_uri)).items():
         (folder / OUTPUT_FOLDER / name).write_text(text, encoding="utf-8")
-    if run.spec.output.verify is False:
+    if not verifies_artefacts(run.spec):
         return StageResult()
     reference = _read_reference(folder)
     with heartbeats_while_computing(channel):
-        results = Verifier(run, channel, inputs, reference).verify(artefacts_of(task))
+        results = Verifier(run, channel, inputs, reference, missing_reason=task.reference_problem).verify(artefacts_of(task))
     verification = compare.summarise(results, reference)
     for result in results:
         if result.result is not VerificationOutcome.VERIFIED or result.reason:
@@ -105,7 +109,11 @@ def _read_reference(folder: Path) -> ReferenceValues | None:
 class Verifier:
     """Loads artefacts and compares their values with those of the training."""
 
-    def __init__(self, run: RunConfig, channel: Channel, inputs: Inputs, reference: ReferenceValues | None) -> None:
+    def __init__(
+        self, run: RunConfig, channel: Channel, inputs: Inputs, reference: ReferenceValues | None, *, missing_reason: str | None = None
+    ) -> None:
+        """`missing_reason`: why `reference` is None."""
+        self._missing_reason = missing_reason or "the trainer wrote no reference values"
         self._run, self._channel, self._inputs, self._reference = run, channel, inputs, reference
         self._base_values: list[float] | None = None
         self._vision: VisionProcessor | None = None
@@ -122,8 +130,11 @@ class Verifier:
         if fault is not None:
             return compare.failed(artefact.name, fault.code, fault.message)
         if reference is None or reference.reason is not None:
-            reason = "the trainer wrote no reference values" if reference is None else str(reference.reason)
+            reason = self._missing_reason if reference is None else str(reference.reason)
             return compare.not_verified(artefact.name, "NoReferenceValues", reason)
+        if reference.trusts_code and not self._trusts_code:
+            reason = "the training ran code from the repository of the model, but model.trustRemoteCode of this job is not true"
+            return compare.not_verified(artefact.name, "CodeNotTrusted", reason)
         self._channel.report_stage(Stage.VERIFYING, f"loading the {artefact.name}")
         try:
             measured = self._measure(artefact, reference)
@@ -134,7 +145,7 @@ class Verifier:
         except NotComparableError as error:
             return compare.not_verified(artefact.name, error.code, str(error))
         is_rounded = artefact.name == MERGED and has_16_bit_weights(artefact.folder)
-        return compare.judge(artefact.name, measured.values, base_values, expected, is_rounded=is_rounded)
+        return compare.judge(artefact.name, measured.values, base_values, expected, is_rounded=is_rounded, device=measured.device)
 
     def _expected(self, artefact: Artefact, trained: Path, reference: ReferenceValues) -> ReferenceValues:
         """Return the values that the artefact must compute: those of the training or, for combined adapters, those of the unmerged adapters."""
@@ -150,8 +161,8 @@ class Verifier:
         return expected
 
     def _measure(self, artefact: Artefact, reference: ReferenceValues) -> ArtefactValues:
-        """Load the artefact, compute the values of all rows, and release the model."""
-        imports.hide_unneeded(self._run)
+        """Load the artefact, and compute the values of all rows. The model is released afterwards."""
+        imports.hide_unneeded(self._run, keeps_bitsandbytes=_is_quantized(reference))
         is_adapter = artefact.kind is OutputKind.ADAPTER
         with _as_verification_errors(artefact.name, self._inputs.model):
             tokenizer = _load_tokenizer(artefact.folder, reference, trusts_code=self._trusts_code)
@@ -160,10 +171,10 @@ class Verifier:
             model = self._load(self._inputs.model if is_adapter else artefact.folder, reference, quantizes=is_adapter)
             if is_adapter:
                 model = _add_adapter(model, artefact.folder, reference)
-            measured = ArtefactValues(self._values(model, reference))
+            measured = ArtefactValues(self._values(model, reference), device=model.get_input_embeddings().weight.device.type)
             if is_adapter and reference.head == "causal" and not _has_biases(artefact.folder):
                 with model.disable_adapter():
-                    measured = ArtefactValues(measured.values, self._values(model, reference))
+                    measured = replace(measured, base_values=self._values(model, reference))
         del model
         _release_memory()
         return measured
@@ -213,11 +224,12 @@ class Verifier:
         from finetune_trainer.hardware import detect_hardware
 
         device = detect_hardware(self._run, 0).device
+        attention = ATTENTION if device.type == "cuda" else CPU_ATTENTION
         options: dict[str, Any] = {
-            "dtype": getattr(torch, reference.dtype), "attn_implementation": reference.attention if reference.attention in ATTENTION else "sdpa",
+            "dtype": getattr(torch, reference.dtype), "attn_implementation": reference.attention if reference.attention in attention else "sdpa",
             "trust_remote_code": self._trusts_code,
         }  # fmt: skip
-        is_quantized = quantizes and (reference.quantization or {}).get("quant_method") == "bitsandbytes"
+        is_quantized = quantizes and _is_quantized(reference)
         if is_quantized:
             options["quantization_config"] = BitsAndBytesConfig.from_dict(dict(reference.quantization or {}))
             options["device_map"] = {"": str(device)}
@@ -247,6 +259,11 @@ def choose_device_map(folder: Path, bytes_per_value: int, device: str, free_byte
     raise NotComparableError(
         "ModelTooLarge", f"the model needs {needed / 2**30:.1f} GiB, but the pod's GPUs ({len(free_bytes)}) have only {sum(free_bytes) / 2**30:.1f} GiB free"
     )
+
+
+def _is_quantized(reference: ReferenceValues) -> bool:
+    """Whether the training quantised the base model with bitsandbytes."""
+    return (reference.quantization or {}).get("quant_method") == "bitsandbytes"
 
 
 def has_16_bit_weights(folder: Path) -> bool:

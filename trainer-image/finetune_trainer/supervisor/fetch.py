@@ -424,13 +424,6 @@ def fingerprint(folder: Path) -> str:
     return "sha256:" + digest.hexdigest()
 
 
-def sizes_digest(folder: Path) -> str:
-    """Return a sha256 over the names and sizes of all files of a folder. Reading the contents of many images would take minutes."""
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
-    lines = (f"{file.relative_to(folder).as_posix()}\0{file.stat().st_size}" for file in files)
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-
 def combined_digest(files: list[Path], sha256: Callable[[Path], str]) -> str:
     """Return one sha256 over the sha256 of each file, in the given order."""
     return hashlib.sha256("\n".join(sha256(file) for file in files).encode()).hexdigest()

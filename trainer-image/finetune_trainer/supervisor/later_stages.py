@@ -6,7 +6,6 @@ first unfinished stage. A stage's files are uploaded before its record.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import shutil
@@ -34,7 +33,7 @@ from finetune_api.status import GateResult, Output, Stage, Verification, Verific
 from pydantic import ValidationError
 
 from finetune_trainer.checkpoint.address import download_committed
-from finetune_trainer.checkpoint.tree import CheckpointTree
+from finetune_trainer.checkpoint.tree import CheckpointTree, FencedOutError
 from finetune_trainer.failure import classify_error, failure_from_exit_code, failure_from_message
 from finetune_trainer.inputs import Inputs
 from finetune_trainer.processes import ChildProcess, kill_all_descendants, killed_for_memory
@@ -53,16 +52,17 @@ from finetune_trainer.stages.files import (
 from finetune_trainer.stages.plan import planned_stages
 from finetune_trainer.storage.base import join, sha256_file
 from finetune_trainer.supervisor.agent_process import rank_environment
+from finetune_trainer.supervisor.existing_model import ExistingModel
 from finetune_trainer.supervisor.exit_decision import StageFailure, StageReport
 from finetune_trainer.supervisor.hub import push_to_hub
 from finetune_trainer.supervisor.interruptible import POLL_SECONDS, StoppedError, run_until
 from finetune_trainer.supervisor.merged_model import commit_merged_model, committed_merged_model, fetch_merged_model
 from finetune_trainer.supervisor.oci_artefact import store_oci_artefact
 from finetune_trainer.supervisor.rank_channel import RankChannel
+from finetune_trainer.supervisor.reference_values import copy_reference_values
 from finetune_trainer.supervisor.run_results import RunResults
 from finetune_trainer.supervisor.run_state import RunState, store_quietly
 from finetune_trainer.supervisor.stall import StallWatch, dump_rank_stacks
-from finetune_trainer.verification.reference import FILE_NAME, MANIFEST_KEY, stored_key
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -87,15 +87,17 @@ class LaterStages:
     def __init__(
         self, run: RunConfig, settings: Settings, tree: CheckpointTree, run_state: RunState, *,
         results: RunResults, fetch_inputs: Callable[[], Inputs], is_stop_requested: Callable[[], bool], is_save_deadline_passed: Callable[[], bool],
+        existing: ExistingModel | None = None,
     ) -> None:  # fmt: skip
         """`results` copies files to `output.dir`. `fetch_inputs` downloads the inputs of a pod that has not trained.
 
-        `is_stop_requested`: whether the pod must end. `is_save_deadline_passed`: whether it is too late in the grace period to store the
-        result of a finished stage.
+        `existing`: the model of `phases.from`; None if the job trains.
+        `is_stop_requested`: whether the pod must end. `is_save_deadline_passed`: whether the part of the grace period has ended in which the
+        result of a finished stage may still be stored.
         """
         self._run, self._settings, self._tree, self._state = run, settings, tree, run_state
         self._results, self._fetch_inputs, self._is_stop_requested = results, fetch_inputs, is_stop_requested
-        self._is_save_deadline_passed = is_save_deadline_passed
+        self._is_save_deadline_passed, self._existing = is_save_deadline_passed, existing
         self._folder = settings.work / "stages"
         self._parts_folder, self._parts_key = self._folder, ""
         self._stored_parts: set[str] = set()
@@ -144,11 +146,12 @@ class LaterStages:
         return True
 
     def _fail_stage(self, stage: Stage, error: FineTuneError, report: StageReport) -> bool:
-        """Report the failure of a stage.
+        """Report the failure of a stage. Returns whether the next stage may run.
 
-        Returns whether the next stage may run: if a gate has failed, the job fails for that reason, and the stage's failure is only a note.
+        A failed gate has decided the job's end, so the failure of another stage is a note. But an attempt that was replaced by a later one ends at
+        once: the later attempt runs the same stages and writes the same objects.
         """
-        if not self._failed_gates():
+        if isinstance(error, FencedOutError) or not self._failed_gates():
             report.failure = StageFailure(stage, error)
             return False
         self._state.add_note(f"the stage {stage} failed: {error.code}: {error.message}")
@@ -225,9 +228,7 @@ class LaterStages:
         self._run_process(stage, folder)
         if stage is Stage.MERGING:
             return self._until_stop(lambda: self._record(stage, output, self._commit_merged_model(output, folder / OUTPUT_FOLDER), []))
-        return self._until_save_deadline(
-            lambda: self._record(stage, output, _read_result(folder), self._upload_files(stage, folder / OUTPUT_FOLDER))
-        )
+        return self._until_save_deadline(lambda: self._store_result(stage, output, folder))
 
     def _begin_stage(self, stage: Stage, output: Output, folder: Path) -> StageResult | None:
         """Prepare the process of a stage. Returns the result of a stage that needs no process."""
@@ -249,14 +250,20 @@ class LaterStages:
             stage=stage, model=self._local_model(output), kind=output.kind or OutputKind.MODEL, uri=output.uri or "",
             evaluated=self._local_evaluation() if stage is Stage.COMPARING else None,
             merged=self.merged_model(output) if stage is Stage.VERIFYING else None, merged_uri=output.merged_uri,
+            reference_problem=self._copy_reference_values(folder) if stage is Stage.VERIFYING else None,
         )  # fmt: skip
         (folder / TASK_FILE).write_text(task.model_dump_json(by_alias=True))
-        if stage is Stage.VERIFYING:
-            self._write_reference_values(folder)
         return None
 
+    def _store_result(self, stage: Stage, output: Output, folder: Path) -> StageRecord:
+        """Store the files of a stage that is done, then its record. Errors: InternalError `NoStageResult`; FencedOutError; those of storage."""
+        result = _read_result(folder)
+        self._tree.require_newest_attempt(self._run.attempt)
+        return self._record(stage, output, result, self._upload_files(stage, folder / OUTPUT_FOLDER))
+
     def _record(self, stage: Stage, output: Output, result: StageResult, files: list[StoredFile]) -> StageRecord:
-        """Write the record of a stage that is done."""
+        """Write the record of a stage that is done. Errors: FencedOutError; those of storage."""
+        self._tree.require_newest_attempt(self._run.attempt)
         record = StageRecord(
             stage=stage, model_sha256=output.sha256 or "", attempt=self._run.attempt, time=datetime.now(UTC).isoformat(), result=result, files=files
         )
@@ -335,17 +342,11 @@ class LaterStages:
             hub_uri = push_to_hub(self._run, model, retry_seconds=self._settings.final_upload_timeout)
         return StageResult(published_uri=published_uri, hub_uri=hub_uri, oci_digest=oci_digest)
 
-    def _write_reference_values(self, folder: Path) -> None:
-        """Copy the trainer's reference values from storage to the folder of a stage.
-
-        A model that was trained by an older trainer has no reference values.
-        """
-        committed = self._tree.get_committed(None)
-        manifest = self._tree.read_manifest(committed) if committed is not None else None
-        digest = manifest.extra.get(MANIFEST_KEY) if manifest is not None else None
-        data = self._tree.store.get(stored_key(digest)) if isinstance(digest, str) else None
-        if data is not None and hashlib.sha256(data).hexdigest() == digest:
-            (folder / FILE_NAME).write_bytes(data)
+    def _copy_reference_values(self, folder: Path) -> str | None:
+        """Copy the reference values to the folder of a stage, from the job that trained the model. Returns why there are none, or None."""
+        if self._existing is not None:
+            return copy_reference_values(self._existing.tree, self._existing.committed, folder)
+        return copy_reference_values(self._tree, self._tree.get_committed(None), folder)
 
     # ---- the process of a stage ----
 
@@ -451,7 +452,16 @@ class LaterStages:
         return [path for path in self._parts_folder.glob("*.json") if path.name not in self._stored_parts]
 
     def _store_parts(self) -> None:
-        """Upload the parts that are new. If a part cannot be stored, the next attempt runs it again, so a failure only adds a note."""
+        """Upload the parts that are new. A part that cannot be stored is run again by the next attempt, so a failure adds only a note.
+
+        Errors: FencedOutError if a later attempt has begun.
+        """
+        try:
+            self._tree.require_newest_attempt(self._run.attempt)
+        except FencedOutError:
+            raise
+        except FineTuneError:
+            log.warning("storage did not say whether a later attempt has begun", exc_info=True)
         for path in self._new_parts():
             self._stored_parts.add(path.name)
             store_quietly(self._state, "results of finished tasks", partial(self._tree.store.put_file, path, f"{self._parts_key}/{path.name}"))

@@ -17,6 +17,7 @@ from finetune_api.lineage import (
     BASE_MODEL,
     BUILD_TYPE,
     BUILDER_ID,
+    IMAGE_SETS,
     REVISION,
     STATEMENT_KEY,
     TRAINER_IMAGE,
@@ -150,10 +151,9 @@ def _models(run: RunConfig, facts: RunFacts, inputs: Inputs | None, digests: Fil
         yield from _model_files(BASE_MODEL, inputs.model, digests)
     adapter = spec.method.adapter.source if spec.method.adapter else None
     reference = spec.trainer.dpo.reference_model if spec.trainer.dpo else None
-    images = spec.dataset.images.root if spec.dataset.images else None
     others = (
         ("model.tokenizer", spec.model.tokenizer, "tokenizer"), ("method.adapter.source", adapter, "adapter"),
-        ("trainer.dpo.referenceModel", reference, "reference model"), ("dataset.images.root", images, "images"),
+        ("trainer.dpo.referenceModel", reference, "reference model"),
     )  # fmt: skip
     others += tuple(
         (f"output.combineAdapters[{number}].source", item.source, adapter_name(number))
@@ -187,6 +187,11 @@ def _data(run: RunConfig, facts: RunFacts, inputs: Inputs | None, digests: FileD
     for path, source, files, fact in held_out:
         if source:
             yield from _data_files([(path, source, files)], facts.other_inputs.get(fact, ""), digests)
+    root = data.images.root if data.images else None
+    for name in IMAGE_SETS:
+        if name in facts.other_inputs:
+            digest = facts.other_inputs[name]
+            yield Resource(name=name, uri=redact_source(root) if root else None, annotations={"combinedDigest": digest})
 
 
 def _data_files(sources: list[tuple[str, str, list[Path]]], digest: str, digests: FileDigests) -> Iterator[Resource]:

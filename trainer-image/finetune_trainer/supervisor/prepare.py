@@ -11,11 +11,12 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from finetune_api.errors import ConfigError, StorageError
+from finetune_api.lineage import IMAGE_SETS
 from finetune_api.names import Env, Reason
 from finetune_api.pod import RunConfig
 from finetune_api.rules import benchmarks_after_training, prompts_to_compare, pushes_to_hub
@@ -37,16 +38,10 @@ from finetune_trainer.supervisor.existing_model import (
     find_existing_model,
     require_same_base,
 )
-from finetune_trainer.supervisor.fetch import (
-    MODEL_SOURCE,
-    Fetcher,
-    SourceKind,
-    combined_digest,
-    fingerprint,
-    sizes_digest,
-)
+from finetune_trainer.supervisor.fetch import MODEL_SOURCE, Fetcher, SourceKind, combined_digest, fingerprint
 from finetune_trainer.supervisor.file_digests import FileDigests
 from finetune_trainer.supervisor.hub import require_token
+from finetune_trainer.supervisor.image_digests import image_set_digest
 from finetune_trainer.supervisor.run_state import RunState
 
 if TYPE_CHECKING:
@@ -138,10 +133,20 @@ class Preparation:
         self._state.enter_stage(Stage.DOWNLOADING)
         inputs = self._run_timed("fetch", self._fetch)
         facts = run_facts_of(self._run, self._sha256, inputs, self._digests.of)
-        require_expected_inputs(facts)
+        require_expected_inputs(facts, without=IMAGE_SETS)  # a replay with other data must say so, even if their rows are not usable
         self._state.enter_stage(Stage.CHECKING)
-        self._run_timed("check", lambda: self._check_data(inputs))
-        return inputs, facts
+        summary = self._run_timed("check", lambda: self._check_data(inputs))
+        image_digests = self._run_timed("images", lambda: self._digest_images(summary))
+        facts = facts.model_copy(update={"other_inputs": facts.other_inputs | image_digests})
+        require_expected_inputs(facts)
+        return inputs.model_copy(update={"image_digests": image_digests}), facts
+
+    def _digest_images(self, summary: DataSummary) -> dict[str, str]:
+        """The digest of the images that the rows name, for training and held-out data. Data without such images have no entry."""
+        sets = zip(IMAGE_SETS, (summary.training_images, summary.held_out_images), strict=True)
+        return {
+            name: image_set_digest(images, self._digests, lambda text: self._state.enter_stage(Stage.CHECKING, text)) for name, images in sets if images
+        }
 
     def claim_storage(self, tree: CheckpointTree) -> None:
         """Fence out earlier attempts, then remove the leftovers of killed incarnations. Called only in rank 0's pod.
@@ -235,7 +240,7 @@ class Preparation:
             folders.append(folder)
         return folders
 
-    def _check_data(self, inputs: Inputs) -> None:
+    def _check_data(self, inputs: Inputs) -> DataSummary:
         from finetune_trainer.benchmarks.plan import plan_tasks
         from finetune_trainer.data import check_files  # This module imports neither torch nor transformers.
 
@@ -253,6 +258,7 @@ class Preparation:
                 dataset_format=str(summary.format),
             )
         )
+        return summary
 
     def _run_timed(self, name: str, task: Callable[[], T]) -> T:
         started = time.monotonic()
@@ -286,14 +292,17 @@ def with_restored_checkpoint(inputs: Inputs, restore_result: RestoreResult) -> I
     return inputs.model_copy(update={"restore": checkpoint})
 
 
-def require_expected_inputs(facts: RunFacts) -> None:
-    """Compare the inputs with `Env.EXPECTED_INPUTS`, which a replay sets. Errors: ConfigError `InputsChanged`."""
+def require_expected_inputs(facts: RunFacts, *, without: Sequence[str] = ()) -> None:
+    """Compare the inputs with `Env.EXPECTED_INPUTS`, which a replay sets. Errors: ConfigError `InputsChanged`.
+
+    `without`: names of inputs that are not known yet.
+    """
     text = os.environ.get(Env.EXPECTED_INPUTS)
     if not text:
         return
     expected = RunFacts.model_validate_json(text)
     pairs = [("base model", expected.model_revision, facts.model_revision), ("training data", expected.dataset_digest, facts.dataset_digest)]
-    pairs += [(name, digest, facts.other_inputs.get(name, "")) for name, digest in expected.other_inputs.items()]
+    pairs += [(name, digest, facts.other_inputs.get(name, "")) for name, digest in expected.other_inputs.items() if name not in without]
     changed = [f"{name} is {found or 'absent'} instead of {digest}" for name, digest, found in pairs if digest != found]
     if changed:
         raise ConfigError(
@@ -347,9 +356,7 @@ def other_inputs_of(inputs: Inputs, sha256: Callable[[Path], str]) -> dict[str, 
         "validation data": inputs.validation, "test data": inputs.test,
         "contents of ConfigMaps": _mounted_files(inputs.config_maps),
     }  # fmt: skip
-    if inputs.images is not None:
-        hashes["images"] = sizes_digest(inputs.images)
-    return hashes | {name: combined_digest(paths, sha256) for name, paths in files.items() if paths}
+    return hashes | inputs.image_digests | {name: combined_digest(paths, sha256) for name, paths in files.items() if paths}
 
 
 def _mounted_files(folder: Path) -> list[Path]:

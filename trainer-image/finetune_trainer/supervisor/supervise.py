@@ -35,7 +35,7 @@ from finetune_trainer.storage.base import join
 from finetune_trainer.storage.roots import open_store
 from finetune_trainer.supervisor.agent_process import start_agent
 from finetune_trainer.supervisor.attempt_recorder import AttemptRecorder
-from finetune_trainer.supervisor.existing_model import find_existing_model, record_existing_model
+from finetune_trainer.supervisor.existing_model import ExistingModel, find_existing_model, record_existing_model
 from finetune_trainer.supervisor.exit_decision import (
     AttemptFacts,
     ExitDecision,
@@ -101,6 +101,7 @@ class Supervisor:
         self._results: RunResults | None = None
         self._report_writer: ReportWriter | None = None
         self._started_at = datetime.now(UTC)
+        self._existing: ExistingModel | None = None
         self._recorder: AttemptRecorder | None = None
         self._digests = FileDigests()
         self._lineage: Lineage | None = None
@@ -246,7 +247,7 @@ class Supervisor:
             store_quietly(self._state, FILES_OF_RESULTS, self._results.record_start)
             record_existing_model(existing, tree, run.attempt)
             inputs.write(self._settings.work)
-            self._facts.output = existing.output
+            self._existing, self._facts.output = existing, existing.output
             self._start_tracking([])
         self._must_end.set()
 
@@ -455,7 +456,7 @@ class Supervisor:
         stages = LaterStages(
             run, self._settings, tree, self._state, results=results, fetch_inputs=lambda: self._fetch_for_stages(run),
             is_stop_requested=lambda: self._facts.stop_requested_at is not None,
-            is_save_deadline_passed=lambda: time.monotonic() > self._time_of_grace_share(SAVE_SHARE),
+            is_save_deadline_passed=lambda: time.monotonic() > self._time_of_grace_share(SAVE_SHARE), existing=self._existing,
         )  # fmt: skip
         try:
             self._facts.stages = stages.run(output)

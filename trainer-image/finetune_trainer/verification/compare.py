@@ -73,11 +73,12 @@ def with_values(reference: ReferenceValues, values: Sequence[float]) -> Referenc
 
 
 def judge(
-    name: str, values: Sequence[float], base_values: Sequence[float] | None, reference: ReferenceValues, *, is_rounded: bool = False
-) -> ArtefactVerification:
+    name: str, values: Sequence[float], base_values: Sequence[float] | None, reference: ReferenceValues, *, is_rounded: bool = False,
+    device: str = "",
+) -> ArtefactVerification:  # fmt: skip
     """Return the result for one artefact. `base_values`: values of the base model; None if it computes no such values.
 
-    `is_rounded`: whether merging has rounded the weights to 16 bits.
+    `is_rounded`: whether merging has rounded the weights to 16 bits. `device`: type of the device that computed `values`; empty if unknown.
     """
     change = root_mean_square(values, base_values) if base_values is not None else None
     difference, tolerance = difference_and_tolerance(values, reference, change, is_rounded=is_rounded)
@@ -97,6 +98,13 @@ def judge(
     if difference > tolerance and may_be_rounding:
         text = f"its log-probabilities differ by {difference:.3g} nats, more than {tolerance:.3g}, but the rounding of 16-bit numbers can explain it"
         return result.model_copy(update={"result": VerificationOutcome.NOT_VERIFIED, "code": "RoundingUnclear", "reason": text})
+    is_other_device = bool(device and reference.device and device != reference.device) and not reference.is_exact
+    if difference > tolerance and is_other_device and difference <= SHARE_OF_DOUBT * (change or 0.0):
+        text = (
+            f"its log-probabilities differ by {difference:.3g} nats, more than {tolerance:.3g}, but the training computed them on {reference.device} "
+            f"and this pod on {device}: they round differently"
+        )
+        return result.model_copy(update={"result": VerificationOutcome.NOT_VERIFIED, "code": "OtherDevice", "reason": text})
     if difference > tolerance:
         text = f"its log-probabilities differ by {difference:.3g} nats from those of the trained model, but at most {tolerance:.3g} nats are accepted"
         return _failed(result, "ValuesDiffer", text)

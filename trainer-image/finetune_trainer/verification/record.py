@@ -98,7 +98,8 @@ def record_values(
     """Return the reference values of the trained model. With sharded weights, every rank must call this function with the same rows."""
     base = trainer.model.get_base_model() if hasattr(trainer.model, "get_base_model") else trainer.model
     found = ReferenceValues(
-        head=head, dtype=_dtype_of(base), autocast="bfloat16" if hardware.bf16 else "float16" if hardware.fp16 else None,
+        head=head, device=hardware.device.type, trusts_code=run.spec.model.trust_remote_code is True, dtype=_dtype_of(base),
+        autocast="bfloat16" if hardware.bf16 else "float16" if hardware.fp16 else None,
         attention=hardware.attention, quantization=_quantization_of(base), is_tf32=hardware.device.type == "cuda" and _rounds_to_tf32(),
         pad_token_id=int(tokenizer.pad_token_id or 0), tokenizer_length=len(tokenizer), architecture=type(base).__name__,
         chat_template_sha256=text_sha256(tokenizer.chat_template) if isinstance(tokenizer.chat_template, str) else None,

@@ -51,6 +51,8 @@ class ReferenceValues(LenientModel):
     version: int = 1
     reason: str | None = Field(default=None, description="Why there are no values. None if there are values.")
     head: str = Field(default="causal", description="causal: log-probabilities of tokens. reward: one score for each row.")
+    device: str = Field(default="", description="Type of the device that computed the values: cpu or cuda. Empty if the trainer did not record it.")
+    trusts_code: bool = Field(default=False, description="Whether the training ran code from the repository of the model.")
     dtype: str = Field(default="float32", description="Number format of the base model's weights.")
     autocast: str | None = Field(default=None, description="Number format of torch's autocast; None without autocast.")
     attention: str = Field(default="sdpa", description="Attention implementation of transformers.")

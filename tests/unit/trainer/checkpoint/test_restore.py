@@ -20,7 +20,10 @@ from web_server import WebServer
 FACTS = RunFacts(
     model_revision="m", dataset_digest="d", method="lora", trainer="sft", effective_batch=4, versions={"torch": "2"},
     strategy="ddp", learning_rate=0.001, settings={"training": "one", "dataset": "two"},
-    other_inputs={"tokenizer": "a", "adapter": "a", "reference model": "a", "validation data": "a", "test data": "a", "contents of ConfigMaps": "a"},
+    other_inputs={
+        "tokenizer": "a", "adapter": "a", "reference model": "a", "validation data": "a", "test data": "a", "contents of ConfigMaps": "a",
+        "training image set": "a", "held-out image set": "a",
+    },
 )  # fmt: skip
 
 
@@ -122,6 +125,7 @@ def test_a_uri_without_a_checkpoint_is_refused(two_checkpoints: CheckpointTree, 
         ({"other_inputs": {"tokenizer": "b"}}, "another tokenizer"),
         ({"other_inputs": {"adapter": "b"}}, "another adapter"),
         ({"other_inputs": {"reference model": "b"}}, "another reference model"),
+        ({"other_inputs": {"training image set": "b"}}, "another training image set"),
     ],
 )
 def test_a_checkpoint_of_a_different_run_is_refused(
@@ -143,6 +147,7 @@ def test_a_checkpoint_of_a_different_run_is_refused(
         ({"other_inputs": {"validation data": "b"}}, "made with other validation data"),
         ({"other_inputs": {"validation data": "a", "test data": "b"}}, "made with other test data"),
         ({"other_inputs": {"contents of ConfigMaps": "b"}}, "made with other contents of ConfigMaps"),
+        ({"other_inputs": {"held-out image set": "b"}}, "made with other held-out image set"),
     ],
 )
 def test_an_inexact_resume_reports_the_reason(two_checkpoints: CheckpointTree, tmp_path: Path, change: dict[str, object], word: str) -> None:

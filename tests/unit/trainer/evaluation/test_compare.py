@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from finetune_api.errors import InternalError
 from finetune_api.pod import RunConfig
+from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.enums import OutputKind
 from finetune_api.status import Stage
 from finetune_trainer.evaluation.measurements import Measurements
@@ -84,3 +85,26 @@ def test_measurements_that_cannot_be_read_are_a_named_failure(tmp_path: Path) ->
 )
 def test_stages_of_a_comparison(evaluation: dict[str, Any], stages: list[Stage], tmp_path: Path) -> None:
     assert planned_stages(run_of(tmp_path, evaluation)) == stages
+
+
+FROM = {"train": False, "from": "s3://bucket/job/model"}
+
+
+@pytest.mark.parametrize(
+    ("spec", "stages"),
+    [
+        ({}, [Stage.VERIFYING]),
+        ({"output": {"verify": False}}, []),
+        ({"phases": FROM}, []),
+        ({"phases": FROM, "output": {"verify": True}}, [Stage.VERIFYING]),
+        ({"phases": FROM, "output": {"mergeAdapter": True}}, [Stage.MERGING, Stage.VERIFYING]),
+        ({"phases": FROM, "output": {"mergeAdapter": True, "verify": False}}, [Stage.MERGING]),
+        ({"phases": FROM, "output": {"serving": ["vllm"]}}, [Stage.VERIFYING]),
+        ({"phases": FROM, "output": {"serving": ["vllm"], "verify": False}}, [Stage.VERIFYING]),
+    ],
+)
+def test_a_job_without_training_verifies_if_it_says_so_or_makes_an_artefact(spec: dict[str, Any], stages: list[Stage], tmp_path: Path) -> None:
+    run, _ = make_run(tmp_path, tmp_path / "model")
+    change = FineTuneJobSpec.model_validate(spec)
+    run = run.model_copy(update={"spec": run.spec.model_copy(update={"phases": change.phases, "output": change.output})})
+    assert planned_stages(run) == stages

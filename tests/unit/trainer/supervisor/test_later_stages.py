@@ -111,6 +111,34 @@ def test_an_attempt_that_was_superseded_runs_no_stage(tmp_path: Path, output: Ou
     assert report.failure is not None and isinstance(report.failure.error, FencedOutError) and attempt.stages.calls == []
 
 
+def test_an_attempt_that_is_superseded_while_its_stage_runs_stores_nothing(tmp_path: Path, output: Output, monkeypatch: pytest.MonkeyPatch) -> None:
+    attempt = Attempt(tmp_path, 1)
+    write_result = FakeStages.behaviour
+
+    def run(folder: Path) -> None:
+        write_result(folder)
+        attempt.tree.begin_attempt(2, b"{}")
+
+    monkeypatch.setattr(FakeStages, "behaviour", staticmethod(run))
+    report = attempt.end(output)
+    assert report.failure is not None and isinstance(report.failure.error, FencedOutError)
+    assert attempt.tree.store.get(RECORD) is None and list(attempt.tree.store.list("evaluation/")) == []
+
+
+def test_a_superseded_attempt_stores_no_part_and_ends_its_stage(tmp_path: Path, output: Output) -> None:
+    attempt = Attempt(tmp_path, 1)
+
+    def run(folder: Path) -> None:
+        (folder / PARTS_FOLDER / "task-1.json").write_text("{}")
+        attempt.tree.begin_attempt(2, b"{}")
+        attempt.stages._store_parts()
+
+    attempt.stages.behaviour = run  # type: ignore[method-assign]
+    report = attempt.end(output)
+    assert report.failure is not None and isinstance(report.failure.error, FencedOutError)
+    assert list(attempt.tree.store.list("run/stages/")) == []
+
+
 def test_a_process_without_a_result_is_a_failure(tmp_path: Path, output: Output, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FakeStages, "behaviour", staticmethod(lambda _folder: None))
     report = Attempt(tmp_path, 1).end(output)
@@ -240,6 +268,16 @@ def test_a_failed_gate_is_the_failure_even_if_a_later_stage_fails(tmp_path: Path
     assert "the stage verifying failed: Bad: broken" in (attempt.state.report().resolved.notes or [])
 
 
+def test_a_superseded_attempt_ends_at_once_also_after_a_failed_gate(tmp_path: Path, output: Output, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without this rule, the attempt would run its other stages beside the later attempt, and end with GateFailed."""
+    fenced = FencedOutError("FencedOut", "a later attempt has begun")
+    later, attempt = gated(tmp_path, 1, {Stage.EVALUATING: decided([FAILED]), Stage.COMPARING: fenced}, monkeypatch)
+    report = later.run(output)
+    assert later.calls == [Stage.EVALUATING, Stage.COMPARING] and report.failure is not None
+    assert (report.failure.stage, report.failure.error) == (Stage.COMPARING, fenced)
+    assert not attempt.state.report().resolved.notes
+
+
 def test_a_stop_after_a_failed_gate_leaves_the_other_stages_to_the_next_attempt(
     tmp_path: Path, output: Output, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -256,7 +294,13 @@ def test_without_gates_nothing_is_promoted(tmp_path: Path, output: Output, monke
 
 def test_a_superseded_attempt_promotes_nothing(tmp_path: Path, output: Output, monkeypatch: pytest.MonkeyPatch) -> None:
     later, attempt = gated(tmp_path, 1, {Stage.COMPARING: decided([PASSED])}, monkeypatch)
-    attempt.tree.begin_attempt(2, b"{}")
+    promote = later._promote
+
+    def promote_beside_a_later_attempt(*arguments: Any) -> None:
+        attempt.tree.begin_attempt(2, b"{}")
+        promote(*arguments)
+
+    monkeypatch.setattr(later, "_promote", promote_beside_a_later_attempt)
     report = later.run(output)
     assert report.failure is not None and isinstance(report.failure.error, FencedOutError)
     assert attempt.tree.store.get(MARKER) is None and Stage.UPLOADING not in later.calls

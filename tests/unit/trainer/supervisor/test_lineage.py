@@ -52,7 +52,9 @@ def test_a_later_pod_writes_a_missing_statement_without_digests_of_files(root: P
     (root / "lineage/statement.json").unlink()
     Lineage(run, tree, RunState(), FileDigests()).write_statement(None)
     statement = Statement.model_validate_json((root / "lineage/statement.json").read_bytes())
-    assert [one.name for one in statement.predicate.build_definition.resolved_dependencies] == ["model.source", "dataset.train", "dataset.test"]
+    assert [one.name for one in statement.predicate.build_definition.resolved_dependencies] == [
+        "model.source", "dataset.train", "dataset.test", "training image set",
+    ]  # fmt: skip
     assert [one.incarnation for one in statement.run.attempts] == ["a1-1f3c9a2b"]
 
 
@@ -72,11 +74,14 @@ def test_files_that_have_changed_since_the_training_have_no_digest(root: Path, t
     assert manifest is not None
     inputs = _inputs(tmp_path / "run")
     names = [one.name for one in dependencies_of(run, manifest.facts, inputs, FileDigests())]
-    assert names == ["model.source", "model.source/config.json", "dataset.train", "dataset.train/train.jsonl", "dataset.test", "dataset.test/test.jsonl"]
+    assert names == [
+        "model.source", "model.source/config.json", "dataset.train", "dataset.train/train.jsonl", "dataset.test", "dataset.test/test.jsonl",
+        "training image set",
+    ]  # fmt: skip
     (tmp_path / "run/train.jsonl").write_text("changed")
     (tmp_path / "run/base/config.json").write_text("changed")
     without = [one.name for one in dependencies_of(run, manifest.facts, inputs, FileDigests())]
-    assert without == ["model.source", "dataset.train", "dataset.test", "dataset.test/test.jsonl"]
+    assert without == ["model.source", "dataset.train", "dataset.test", "dataset.test/test.jsonl", "training image set"]
     monkeypatch.setattr(subject, "MAX_READ_MODEL_BYTES", 1)
     commit = manifest.facts.model_copy(update={"model_revision": "c" * 40})
     (base, *_) = dependencies_of(run, commit, inputs, FileDigests())

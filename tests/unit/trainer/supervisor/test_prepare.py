@@ -207,16 +207,6 @@ def test_a_resumed_run_reports_its_step_and_why_it_is_not_exact(tmp_path: Path, 
     assert with_restored_checkpoint(inputs, preparation.restore(tree, RunFacts())).restore is None
 
 
-def test_changed_images_are_a_changed_input(tmp_path: Path) -> None:
-    (tmp_path / "images").mkdir()
-    inputs = Inputs(
-        model=tmp_path, images=tmp_path / "images", model_revision="m", dataset_digest="d", output_dir=tmp_path, config_maps=tmp_path / "none"
-    )
-    before = subject.other_inputs_of(inputs, sha256_file)
-    (tmp_path / "images" / "a.png").write_bytes(b"1")
-    assert list(before) == ["images"] and subject.other_inputs_of(inputs, sha256_file) != before
-
-
 @pytest.mark.parametrize(
     ("training", "expected"), [({}, (1, 1, 0, 6)), ({"batchSizePerDevice": 2, "gradientAccumulationSteps": 4, "seed": 3}, (2, 4, 3, 48))]
 )

@@ -90,6 +90,23 @@ def test_a_model_that_was_merged_into_another_base_than_the_trained_one_is_not_c
     assert judge("adapter", shifted(0.2), shifted(1.0), made).result == "Failed"
 
 
+@pytest.mark.parametrize(
+    ("made", "device", "difference", "result", "code"),
+    [
+        (reference(autocast="bfloat16"), "cpu", 0.3, "NotVerified", "OtherDevice"),
+        (reference(autocast="bfloat16"), "cpu", 0.6, "Failed", "ValuesDiffer"),
+        (reference(autocast="bfloat16"), "cuda", 0.3, "Failed", "ValuesDiffer"),
+        (reference(autocast="bfloat16"), "", 0.3, "Failed", "ValuesDiffer"),
+        (reference(), "cpu", 0.3, "Failed", "ValuesDiffer"),
+    ],
+)
+def test_another_kind_of_device_rounds_differently(made: ReferenceValues, device: str, difference: float, result: str, code: str) -> None:
+    """The change from the base model is 1: up to half of it may be rounding, but not in 32 bits."""
+    values = shifted(difference)
+    found = judge("adapter", values, [value + 1 for value in values], made.model_copy(update={"device": "cuda"}), device=device)
+    assert (found.result, found.code, found.difference) == (result, code, difference)
+
+
 def test_values_that_are_not_finite_fail() -> None:
     found = judge("adapter", [math.nan, *VALUES[1:]], None, reference())
     assert (found.result, found.code, found.difference) == (VerificationOutcome.FAILED, "ValuesNotFinite", None)

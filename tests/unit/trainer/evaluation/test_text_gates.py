@@ -1,0 +1,116 @@
+"""Error rate and power of gates for BLEU and ROUGE, with texts that are measured as the stages measure them.
+
+Each population has 1500 rows: a correct answer, and the answers of a base model and of a trained model. The measurements of the whole population are the true
+values of the metrics. A comparison draws rows of the population, with replacement, so the model is exactly at the boundary.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from finetune_api.spec.results import Gate
+from finetune_trainer.evaluation.bootstrap import Numbers, bleu_of_sums
+from finetune_trainer.evaluation.gates import evaluate_gates
+from finetune_trainer.evaluation.measurements import Measurements, paired_sums
+from finetune_trainer.evaluation.predictions import Prediction
+from finetune_trainer.evaluation.text_metrics import bleu, bleu_sums, rouge
+from finetune_trainer.evaluation.values import MetricValue, mean_of_rows
+
+COMPARISONS, POPULATION = 200, 1500
+WORDS = [f"w{first}{end}" for first in "bcdfghjklmnpqrstvwxz" for end in ("a", "en", "ing", "ed", "ion", "er", "ly", "est")]
+FREQUENCIES = 1 / np.arange(1, len(WORDS) + 1) / (1 / np.arange(1, len(WORDS) + 1)).sum()
+"""Zipf's frequencies."""
+SHARE_OF_CUT_ANSWERS = 0.1
+
+
+@dataclass(frozen=True)
+class Answers:
+    """The answers of one model to all questions, and their measurements."""
+
+    predictions: list[Prediction]
+    bleu_sums: Numbers
+    rouge_scores: Numbers
+
+    @staticmethod
+    def of(predictions: list[Prediction]) -> Answers:
+        return Answers(predictions, np.array(bleu_sums(predictions)), np.array(rouge(predictions)["rougeL"].rows))
+
+    def measurements(self, rows: Numbers) -> Measurements:
+        """The measurements of some rows, as the stage would store them for these rows."""
+        sums = self.bleu_sums[rows]
+        values = {"bleu": MetricValue(float(bleu_of_sums(sums.sum(axis=0)))), "rougeL": mean_of_rows(self.rouge_scores[rows].tolist(), {})}
+        return Measurements(row_count=len(rows), bleu_sums=sums.tolist()).with_values(values)
+
+    @property
+    def true_values(self) -> dict[str, float]:
+        return {"bleu": float(bleu_of_sums(self.bleu_sums.sum(axis=0))), "rouge": float(self.rouge_scores.mean())}
+
+
+def draw_answers(generator: np.random.Generator, correct: list[Numbers], difficulty: Numbers, skill: float) -> Answers:
+    """A model with more skill knows more words. Some answers are cut."""
+    predictions = []
+    for wanted, difficult in zip(correct, difficulty, strict=True):
+        is_known = generator.random(len(wanted)) < skill - difficult
+        answer = np.where(is_known, wanted, generator.choice(len(WORDS), len(wanted), p=FREQUENCIES))
+        if generator.random() < SHARE_OF_CUT_ANSWERS:
+            answer = answer[: max(1, int(len(answer) * generator.random()))]
+        texts = (" ".join(WORDS[number] for number in words) for words in (answer, wanted))
+        predictions.append(Prediction(None, "question", *texts))
+    return Answers.of(predictions)
+
+
+@pytest.fixture(scope="module")
+def models() -> dict[str, Answers]:
+    """The answers of a base model, of a worse model, and of a model with the base model's skill."""
+    generator = np.random.default_rng(11)
+    lengths = np.ceil(generator.lognormal(2.7, 0.5, POPULATION)).astype(int)
+    correct = [generator.choice(len(WORDS), length, p=FREQUENCIES) for length in lengths]
+    difficulty = generator.normal(0, 0.15, POPULATION)
+    return {name: draw_answers(generator, correct, difficulty, skill) for name, skill in (("base", 0.8), ("worse", 0.7), ("equal", 0.8))}
+
+
+def count_promoted(base: Answers, trained: Answers, margins: dict[str, float], count: int) -> dict[str, int]:
+    """The number of promoted models of `COMPARISONS`, by metric."""
+    gates = [Gate.model_validate({"metric": metric, "notWorseThanBase": {"margin": margin}}) for metric, margin in margins.items()]
+    generator, promoted = np.random.default_rng(20_260_301 + count), Counter[str]()
+    for _ in range(COMPARISONS):
+        rows = generator.integers(0, POPULATION, count)
+        measured, measured_base = trained.measurements(rows), base.measurements(rows)
+        results = evaluate_gates(gates, measured.gate_values, measured_base.gate_values, paired_sums(measured_base, measured))
+        promoted.update(result.metric for result in results if result.passed)
+    return {metric: promoted[metric] for metric in margins}
+
+
+def test_the_measurements_of_drawn_rows_are_those_of_their_texts(models: dict[str, Answers]) -> None:
+    rows = np.random.default_rng(3).integers(0, POPULATION, 40)
+    predictions = [models["worse"].predictions[row] for row in rows]
+    found = models["worse"].measurements(rows)
+    assert found.values["bleu"].value == pytest.approx(bleu(predictions).value, rel=1e-9)
+    assert found.values["rougeL"] == rouge(predictions)["rougeL"]
+    assert found.bleu_sums == bleu_sums(predictions)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [30, 100, 300])
+def test_a_model_exactly_at_the_margin_is_promoted_in_about_5_percent(count: int, models: dict[str, Answers]) -> None:
+    base, worse = models["base"], models["worse"]
+    margins = {name: value - worse.true_values[name] for name, value in base.true_values.items()}
+    assert min(margins.values()) > 0
+    promoted = count_promoted(base, worse, margins, count)
+    assert max(promoted.values()) <= 18, promoted
+
+
+EFFECTS = {"bleu": 12.8, "rouge": 0.089}
+"""Distances from the margin that the gate detects in 100 rows with a probability of about 99 %."""
+
+
+@pytest.mark.slow
+def test_an_effect_with_99_percent_power_is_promoted(models: dict[str, Answers]) -> None:
+    """The margin is that far below the true difference of the two models, which have the same skill."""
+    base, equal = models["base"], models["equal"]
+    margins = {name: EFFECTS[name] - (equal.true_values[name] - value) for name, value in base.true_values.items()}
+    promoted = count_promoted(base, equal, margins, 100)
+    assert min(promoted.values()) >= 190, promoted

@@ -1,0 +1,39 @@
+"""Reads the reference values of a committed model from storage, for the stage `verifying`.
+
+A job that does not train reads them from the folder of the job that trained the model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from finetune_api.sources import redact_source
+from pydantic import ValidationError
+
+from finetune_trainer.checkpoint.tree import CheckpointTree, CommittedCheckpoint
+from finetune_trainer.verification.reference import FILE_NAME, MANIFEST_KEY, ReferenceValues, stored_key
+
+
+def copy_reference_values(tree: CheckpointTree, committed: CommittedCheckpoint | None, folder: Path) -> str | None:
+    """Copy the reference values of a committed model to `folder`. Returns why there are none, or None. Errors: those of storage."""
+    manifest = tree.read_manifest(committed) if committed is not None else None
+    if committed is None or manifest is None:
+        return "the manifest of the model cannot be read"
+    if committed.step is not None:
+        return "the model is a checkpoint, and a trainer records reference values only for its final model"
+    digest = manifest.extra.get(MANIFEST_KEY)
+    if not isinstance(digest, str):
+        return "the job that trained the model recorded no reference values: its output.verify was false, or its trainer is older than 0.2.0"
+    key = stored_key(digest)
+    data, shown = tree.store.get(key), redact_source(tree.uri(key))
+    if data is None:
+        return f"the reference values {shown} are missing"
+    if hashlib.sha256(data).hexdigest() != digest:
+        return f"the reference values {shown} are damaged"
+    try:
+        ReferenceValues.model_validate_json(data)
+    except ValidationError:
+        return f"the reference values {shown} cannot be read by this trainer; a later version may have written them"
+    (folder / FILE_NAME).write_bytes(data)
+    return None
