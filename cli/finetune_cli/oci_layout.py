@@ -85,7 +85,7 @@ def write_layout(storage: JobStorage, target: Path, form: LayoutForm, tag: str, 
 
 def _write(storage: JobStorage, target: Path, form: LayoutForm, tag: str, report_file: Callable[[str, int], None]) -> WrittenLayout:
     committed, manifest = _committed_model(storage)
-    files = checked_file_list(storage, manifest)
+    files = checked_file_list(storage.uri, manifest)
     (target / BLOBS).mkdir(parents=True)
     for entry in files:
         report_file(str(entry["path"]), int(entry["size"]))

@@ -12,8 +12,8 @@ from typing import Any
 
 from finetune_api.spec.enums import DatasetFormat, TrainerType
 
-FORMATS_WITHOUT_TURNS = (DatasetFormat.PLAIN_TEXT, DatasetFormat.CUSTOM)
-"""Data formats in which a row is one text, without questions and answers."""
+FORMATS_WITHOUT_TURNS = (DatasetFormat.PLAIN_TEXT, DatasetFormat.CUSTOM, DatasetFormat.PRE_TOKENIZED)
+"""Data formats in which a row is one text, or its tokens, without questions and answers."""
 CONVERSATION_FORMATS = (
     DatasetFormat.MESSAGES, DatasetFormat.SHAREGPT, DatasetFormat.OASST, DatasetFormat.INSTRUCTION, DatasetFormat.ALPACA,
     DatasetFormat.QA, DatasetFormat.MCQ, DatasetFormat.PROMPT_COMPLETION,

@@ -304,8 +304,7 @@ class TrainingSession:
     def _write_test_split(self) -> None:
         """Write the raw rows of the test set to the output folder.
 
-        All data is read again, because the token cache does not contain raw rows. The function is called before the model is loaded, while
-        the pod has enough memory for the rows.
+        The data files are read again, because the stored rows contain only tokens.
         """
         from finetune_trainer.data import load
         from finetune_trainer.results.file_names import ResultFile
@@ -313,7 +312,7 @@ class TrainingSession:
 
         self.inputs.output_dir.mkdir(parents=True, exist_ok=True)
         with (self.inputs.output_dir / ResultFile.TEST_SPLIT).open("w", encoding="utf-8") as file:
-            file.writelines(jsonl_lines(row for row, _ in load(self.run, self.inputs).test))
+            file.writelines(jsonl_lines(row for row, _ in load(self.run, self.inputs, training_rows=0).test))
 
     def _save_output(self, trainer: Any, trainable_model: TrainableModel) -> tuple[Path, dict[str, Any]]:
         """Write the final artefact as a folder for transformers or PEFT. All ranks must call it; rank 0 writes."""

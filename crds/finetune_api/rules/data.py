@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 
+from pydantic.alias_generators import to_camel
+
 from finetune_api.objectives import FORMATS_WITHOUT_TURNS
 from finetune_api.rules.base import ExecutionTarget, Findings, rule
 from finetune_api.rules.derived_values import (
+    is_vision_language,
     value_or_default,
 )
 from finetune_api.spec import FineTuneJobSpec
@@ -80,10 +83,36 @@ def check_data_options(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findin
             )
 
 
+TEXT_OPTIONS = ("system_prompt", "chat_template", "use_chat_template", "add_eos_token", "add_bos_token", "response_only", "columns")
+TEXT_CHECKS = ("validate_json", "pii_scan", "balance")
+
+
+@rule("OptionOfTextRows")
+def check_options_of_text_rows(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
+    dataset, mixture = spec.dataset, spec.dataset.mixture or []
+    given = [f"dataset.mixture[{number}].columns" for number, item in enumerate(mixture) if item.columns is not None and _is_tokenised(spec, item.format)]
+    if _is_tokenised(spec, None) and all(_is_tokenised(spec, item.format) for item in mixture):
+        given += [f"dataset.{to_camel(name)}" for name in TEXT_OPTIONS if getattr(dataset, name) is not None]
+        given += [f"dataset.checks.{to_camel(name)}" for name in TEXT_CHECKS if getattr(dataset.checks, name, None)]
+    for field in given:
+        yield field, f"{field} has no effect, because rows of format preTokenized are used as they are", f"remove {field}, or give the rows as text"
+
+
+def _is_tokenised(spec: FineTuneJobSpec, item_format: DatasetFormat | None) -> bool:
+    return (item_format or spec.dataset.format) is DatasetFormat.PRE_TOKENIZED
+
+
+@rule("ImagesOfTokenRows")
+def check_images_of_token_rows(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
+    formats = [spec.dataset.format, *(item.format for item in spec.dataset.mixture or [])]
+    if is_vision_language(spec) and DatasetFormat.PRE_TOKENIZED in formats:
+        yield "dataset.format", "rows of format preTokenized cannot have images", "give the rows as messages, or remove `model.modality: visionLanguage`"
+
+
 @rule("ResponseOnlyWithoutTurns")
 def check_response_only(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     options, dataset_format = spec.dataset.response_only, spec.dataset.format
-    has_no_turns = dataset_format in FORMATS_WITHOUT_TURNS
+    has_no_turns = dataset_format in FORMATS_WITHOUT_TURNS and dataset_format is not DatasetFormat.PRE_TOKENIZED
     if options is not None and options.enabled and has_no_turns and not (options.question_marker or options.answer_marker):
         yield (
             "dataset.responseOnly.enabled",

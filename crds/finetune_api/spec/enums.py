@@ -223,6 +223,8 @@ class DatasetFormat(StrEnum):
     """Columns `prompt`, `completion` and `label`, for kto."""
     CUSTOM = "custom"
     """Any columns, rendered with dataset.template. The loss includes all tokens."""
+    PRE_TOKENIZED = "preTokenized"
+    """A column `input_ids` with token ids. `labels`, `completion_mask` or `assistant_masks` mark the tokens of the loss. Since 0.2.0."""
 
 
 class FileFormat(StrEnum):

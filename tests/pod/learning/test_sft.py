@@ -18,11 +18,11 @@ pytestmark = pytest.mark.pod
 
 def test_a_second_attempt_uses_the_cached_tokens(model: Path, tmp_path: Path) -> None:
     """A second attempt with the same disk and another number of workers reads no rows and trains on the same sequences."""
-    from finetune_trainer.data import prepare as prepare_module
+    from finetune_trainer.data import encode
 
     first = run_training(tmp_path, model, {"training": {"maxSteps": 2}})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare_module, "load", None)
+        patch.setattr(encode, "RowReader", None)
         again = run_training(tmp_path, model, {"training": {"maxSteps": 2}, "dataset": {"numProc": 3}})
     assert again.losses == first.losses
     assert [note for note in again.notes if note.startswith("train:")] == [

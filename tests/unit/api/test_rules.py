@@ -285,6 +285,14 @@ PROBLEM_CASES: list[tuple[str, dict[str, Any], str]] = [
     ("DataOptionWithoutEffect", {"dataset": {"format": "custom"}}, "dataset.template"),
     ("DataOptionWithoutEffect", {"dataset": {"format": "alpaca", "mcq": {"includeOptions": True}}}, "dataset.mcq"),
     ("DataOptionWithoutEffect", {"dataset": {"chatTemplate": {}}}, "dataset.chatTemplate"),
+    ("OptionOfTextRows", {"dataset": {"format": "preTokenized", "addEosToken": True}}, "dataset.addEosToken"),
+    ("OptionOfTextRows", {"dataset": {"format": "preTokenized", "checks": {"piiScan": True}}}, "dataset.checks.piiScan"),
+    (
+        "OptionOfTextRows",
+        {"dataset": {"train": None, "mixture": [{"source": "s3://b/a", "format": "preTokenized", "columns": {"text": "a"}}]}},
+        "dataset.mixture[0].columns",
+    ),
+    ("ImagesOfTokenRows", {"dataset": {"format": "preTokenized"}, "model": {"modality": "visionLanguage"}}, "dataset.format"),
     (
         "DataOptionWithoutEffect",
         {"dataset": {"chatTemplate": {"text": "x"}, "useChatTemplate": False}},

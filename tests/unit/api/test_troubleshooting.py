@@ -26,7 +26,7 @@ COMPUTED_CODES: dict[tuple[str, str], set[str]] = {
     ("user_config.py", "problem.code"): set(),  # codes of rules
     ("detect.py", "error.code"): set(),  # codes of RowError, which the scan finds
     ("read.py", "error.code"): set(),
-    ("prepare.py", "code"): set(),
+    ("encode.py", "row.code"): set(),
     ("engine.py", "code"): {"LossNotFinite", "GradientNotFinite"},
     ("fetch.py", "f'{kind.code}Gated'"): {"ModelGated", "DatasetGated", "BenchmarkGated"},
     ("fetch.py", "f'{kind.code}NotFound'"): {"ModelNotFound", "DatasetNotFound", "BenchmarkNotFound"},

@@ -153,3 +153,17 @@ def test_mixture_repeats_rows_by_weight(tmp_path: Path) -> None:
     assert len(loaded.train) == 15
     assert sum(example.role_names == ("Question", "Answer") for _, example in loaded.train) == 10  # type: ignore[union-attr]
     assert "s3://data/b.jsonl 5 rows, weight 2" in loaded.summary.notes[0]
+
+
+@pytest.mark.parametrize("dataset", [{}, {"split": {"validation": 0.2, "test": 0.2}}])
+def test_a_limit_on_training_rows_keeps_all_other_rows(dataset: dict[str, object], tmp_path: Path) -> None:
+    from finetune_trainer.data import load
+
+    mixture = [{"source": "s3://data/0.jsonl", "weight": 1}, {"source": "s3://data/1.jsonl", "weight": 2}]
+    run, inputs = make_data_run(tmp_path, {"dataset": {"train": None, "mixture": mixture, **dataset}})
+    files = [[write_rows(tmp_path / f"{i}.jsonl", text_rows(10, 100 * i))] for i in range(2)]
+    inputs = inputs.model_copy(update={"train": [], "mixture": files})
+    whole, limited = load(run, inputs), load(run, inputs, training_rows=3)
+    assert limited.train == whole.train[:3] and len(whole.train) > 3
+    assert (limited.validation, limited.test) == (whole.validation, whole.test)
+    assert limited.summary == whole.summary

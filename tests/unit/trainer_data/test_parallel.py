@@ -6,9 +6,17 @@ from pathlib import Path
 
 import pytest
 from finetune_api.errors import DataError
+from finetune_trainer.data.prepared import open_prepared
 
 from tests.support.data import SYSTEM_FIRST, prepare_rows, tokenizer
 from tests.support.learning import TEN_ROWS
+
+
+def _shard_hashes(folder: Path) -> list[str]:
+    (manifest,) = (folder / "tokens").glob("*/manifest.json")
+    prepared = open_prepared(manifest.parent)
+    prepared.verify()
+    return [file.sha256 for file in prepared.manifest.files]
 
 
 @pytest.mark.timeout(120)
@@ -20,7 +28,7 @@ def test_several_processes_give_the_same_tokens_as_one(tmp_path: Path, monkeypat
     tok = tokenizer(tmp_path, SYSTEM_FIRST, bos=True)
     dataset = {"badRows": "skip", "numProc": 2}
     alone = prepare_rows(tmp_path / "a", tok, dataset, rows)
-    monkeypatch.setattr(parallel, "ROWS_PER_WORKER", 1000)
+    monkeypatch.setattr(parallel, "ROWS_WITHOUT_WORKERS", 1000)
     started: list[int] = []
     pool = parallel._start_pool
     monkeypatch.setattr(parallel, "_start_pool", lambda work, workers: started.append(workers) or pool(work, workers))
@@ -29,6 +37,7 @@ def test_several_processes_give_the_same_tokens_as_one(tmp_path: Path, monkeypat
     assert with_workers.train["input_ids"] == alone.train["input_ids"]
     assert with_workers.train["labels"] == alone.train["labels"]
     assert with_workers.notes == alone.notes
+    assert _shard_hashes(tmp_path / "b") == _shard_hashes(tmp_path / "a")
     assert len(with_workers.train) == 2498
     assert any("2 rows were left out; the first: train.jsonl, row 8" in note for note in with_workers.notes)
     with pytest.raises(DataError) as caught:

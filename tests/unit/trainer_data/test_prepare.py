@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from finetune_api.errors import ConfigError, FineTuneError
 from finetune_api.lineage import TRAINING_IMAGES
-from finetune_trainer.data.prepare import NO_TOKENIZER_LIMIT, PreparedData, cache_key, max_sequence_length, prepare
+from finetune_trainer.data.prepare import NO_TOKENIZER_LIMIT, PreparedData, inputs_digest, max_sequence_length, prepare
 from finetune_trainer.data.rows import Completion
 
 from tests.support.data import decode_rows, prepare_rows, render_options, tokenizer, trained_texts
@@ -84,7 +84,7 @@ def test_a_length_beyond_the_model_is_refused_and_a_default_is_lowered(tmp_path:
 def test_a_swapped_image_makes_new_tokens(tmp_path: Path) -> None:
     run, inputs = make_run(tmp_path, Path("/models/tiny"), {}, list(TEN_ROWS))
     vision, tok = SimpleNamespace(identity="processor"), tokenizer(tmp_path)
-    keys = {cache_key(run, inputs.model_copy(update={"image_digests": {TRAINING_IMAGES: digest}}), tok, 512, vision) for digest in "aab"}  # type: ignore[arg-type]
+    keys = {inputs_digest(run, inputs.model_copy(update={"image_digests": {TRAINING_IMAGES: digest}}), tok, 512, vision) for digest in "aab"}  # type: ignore[arg-type]
     assert len(keys) == 2
 
 

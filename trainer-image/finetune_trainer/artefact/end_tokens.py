@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from typing import Any
 
-from finetune_trainer.data.tokenise import IGNORED_LABEL
+from finetune_trainer.data.rows import IGNORED_LABEL
 
 MIN_SHARE = 0.01
 """Share of the answers that must end with a token. An answer that was cut off may end with any token."""

@@ -17,17 +17,10 @@ from finetune_api.names import Storage, checkpoint_folder
 from finetune_api.spec.enums import OutputKind
 from pydantic import Field
 
+from finetune_trainer.file_entry import FileEntry
 from finetune_trainer.storage.base import join, sha256_file
 
 _STEP_FOLDER_PATTERN = re.compile(r"^step-(\d{8,})$")
-
-
-class FileEntry(LenientModel):
-    """One file of a checkpoint."""
-
-    path: str = Field(description="Relative to the incarnation's folder.")
-    size: int = Field(description="Bytes.")
-    sha256: str = Field(description="Hex.")
 
 
 class RunFacts(LenientModel):

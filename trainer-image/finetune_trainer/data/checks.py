@@ -6,8 +6,10 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
+
+from finetune_api.spec.dataset import Checks
 
 from finetune_trainer.data.rows import (
     Completion,
@@ -16,9 +18,9 @@ from finetune_trainer.data.rows import (
     LabelledAnswer,
     Preference,
     Prompt,
-    RawRow,
     RowError,
     Text,
+    TokenSequence,
     Turn,
 )
 
@@ -33,6 +35,8 @@ PERSONAL_DATA_PATTERNS = {
     "iban": re.compile(r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){3,7}\b"),
 }
 TOP_ANSWERS = 10
+ANSWER_CHARACTERS = 80
+"""Answers are compared by their first characters."""
 
 
 @dataclass
@@ -46,22 +50,57 @@ class CheckFindings:
     """The most frequent answers with their counts."""
     share_of_top_answer: float | None = None
 
+    def notes(self) -> list[str]:
+        """Sentences for the status."""
+        notes = []
+        if self.duplicate_count is not None:
+            notes.append(f"{self.duplicate_count} duplicate rows were left out")
+        if self.personal_data_counts is not None:
+            hits = ", ".join(f"{kind} in {count}" for kind, count in self.personal_data_counts.items() if count)
+            notes.append(f"rows that may hold personal data: {hits or 'none'}")
+        if self.top_answer_counts:
+            top = next(iter(self.top_answer_counts))
+            notes.append(f"most frequent answer: {top!r}, {self.share_of_top_answer:.1%} of all")
+        return notes
 
-Rows = Sequence[tuple[RawRow, Example]]
 
+class RowChecks:
+    """Runs the checks of `dataset.checks` that compare or count training rows, one row at a time."""
 
-def deduplicate(sources: Sequence[Rows]) -> tuple[list[list[tuple[RawRow, Example]]], int]:
-    """Remove every row whose example equals an earlier example of any source. Returns the sources and the number of removed rows."""
-    seen_digests: set[bytes] = set()
-    unique_rows: list[list[tuple[RawRow, Example]]] = []
-    for rows in sources:
-        unique_rows.append([])
-        for raw, example in rows:
-            key = hashlib.blake2b(repr(example).encode(), digest_size=16).digest()
-            if key not in seen_digests:
-                seen_digests.add(key)
-                unique_rows[-1].append((raw, example))
-    return unique_rows, sum(map(len, sources)) - sum(map(len, unique_rows))
+    def __init__(self, options: Checks | None):
+        self.options = options or Checks()
+        self._seen_digests: set[bytes] = set()
+        self._duplicate_count = self._answer_count = 0
+        self._personal_data: Counter[str] = Counter(dict.fromkeys(PERSONAL_DATA_PATTERNS, 0))
+        self._answers: Counter[str] = Counter()
+
+    def accept(self, example: Example) -> bool:
+        """Count the row. Returns False if the row must be left out, because it equals an earlier row of any source."""
+        if self.options.deduplicate:
+            digest = hashlib.blake2b(repr(example).encode(), digest_size=16).digest()
+            if digest in self._seen_digests:
+                self._duplicate_count += 1
+                return False
+            self._seen_digests.add(digest)
+        if self.options.pii_scan:
+            text = "\n".join(all_texts(example))
+            self._personal_data.update(kind for kind, pattern in PERSONAL_DATA_PATTERNS.items() if pattern.search(text))
+        if self.options.balance:
+            self._answers.update(answer.strip()[:ANSWER_CHARACTERS] for answer in answer_texts(example))
+        return True
+
+    def findings(self) -> CheckFindings:
+        """The results for all rows so far."""
+        findings = CheckFindings()
+        if self.options.deduplicate:
+            findings.duplicate_count = self._duplicate_count
+        if self.options.pii_scan:
+            findings.personal_data_counts = dict(self._personal_data)
+        if self.options.balance:
+            top = self._answers.most_common(TOP_ANSWERS)
+            findings.top_answer_counts = dict(top)
+            findings.share_of_top_answer = top[0][1] / self._answers.total() if top else 0.0
+        return findings
 
 
 def find_json_error(example: Example) -> RowError | None:
@@ -76,23 +115,6 @@ def find_json_error(example: Example) -> RowError | None:
                 "write valid JSON, or set dataset.checks.validateJson: false",
             )
     return None
-
-
-def scan_personal(rows: Rows) -> dict[str, int]:
-    """Return the number of rows that match a pattern of personal data, by kind."""
-    matching_rows: Counter[str] = Counter(dict.fromkeys(PERSONAL_DATA_PATTERNS, 0))
-    for _, example in rows:
-        text = "\n".join(all_texts(example))
-        matching_rows.update(kind for kind, pattern in PERSONAL_DATA_PATTERNS.items() if pattern.search(text))
-    return dict(matching_rows)
-
-
-def count_top_answers(rows: Rows) -> tuple[dict[str, int], float]:
-    """Return the most frequent answers (first 80 characters) with their counts, and the share of the most frequent answer."""
-    counts = Counter(answer.strip()[:80] for _, example in rows for answer in answer_texts(example))
-    total = sum(counts.values())
-    top = counts.most_common(TOP_ANSWERS)
-    return dict(top), (top[0][1] / total if total else 0.0)
 
 
 def answer_texts(example: Example) -> list[str]:
@@ -125,6 +147,8 @@ def all_texts(example: Example) -> list[str]:
             return [*_list_texts(prompt), *_list_texts(completion)]
         case Prompt(prompt, _):
             return list(_list_texts(prompt))
+        case TokenSequence():
+            return []
 
 
 def _list_texts(part: tuple[Turn, ...] | str) -> Iterable[str]:

@@ -1,30 +1,32 @@
 """Reads data files into typed examples, and normalises, checks, splits and counts them. These stages need no torch.
 
-The supervisor runs these stages before the ranks start (`check_files`), so that a bad row ends a job within seconds. The ranks run
-the stages again to get the examples.
+The supervisor runs these stages before the ranks start (`check_files`), so that a bad row ends a job within seconds. One rank of each node
+runs the stages again to get the examples. Rows are read one by one (`RowReader`), so that the data may be larger than the memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from array import array
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, islice
+from itertools import accumulate, chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from finetune_api.errors import ConfigError, DataError
 from finetune_api.objectives import FORMATS_WITHOUT_TURNS, OBJECTIVES
 from finetune_api.pod import RunConfig
 from finetune_api.rules import is_vision_language
 from finetune_api.sources import redact_source
-from finetune_api.spec.dataset import Columns, Dataset, Images, Split
+from finetune_api.spec.dataset import Columns, Dataset, Images
 from finetune_api.spec.enums import BadRows, DatasetFormat, FileFormat, TrainerType
 
 from finetune_trainer.data import checks
 from finetune_trainer.data.detect import SAMPLE_ROWS, detect_format, is_alpaca_instead, require_columns
 from finetune_trainer.data.formats import Format, ReadOptions, format_named
 from finetune_trainer.data.images import ImageReader, require_no_images
-from finetune_trainer.data.read import data_files, read_rows, row_error_as_data_error
+from finetune_trainer.data.read import SkippedRows, data_files, read_rows, row_error_as_data_error
 from finetune_trainer.data.rows import Completion, Conversation, Example, Prompt, RawRow, RowError
 from finetune_trainer.data.split import cut, mix
 
@@ -33,7 +35,9 @@ if TYPE_CHECKING:
 
 RESPONSE_ONLY = "dataset.responseOnly.enabled"
 DEFAULT_MAX_BAD_ROW_RATIO = 0.05
-Rows = list[tuple[RawRow, Example]]
+Row = tuple[RawRow, Example]
+Rows = list[Row]
+Item = TypeVar("Item")
 
 
 @dataclass
@@ -80,27 +84,35 @@ class LoadedData:
 
 
 def check_files(run: RunConfig, inputs: Inputs) -> DataSummary:
-    """Read and check every row of every file. Imports neither torch nor transformers.
+    """Read and check every row of every file, and keep none of them. Imports neither torch nor transformers.
 
     Errors: DataError (65) with file and row: DatasetEmpty, DatasetNotUtf8, DatasetRowInvalid, ColumnMissing, UnknownRole,
     ConversationEmpty, NoTrainableToken, FormatUnknown, SplitEmpty, TooManyBadRows; ConfigError (64): FormatMismatch.
     """
-    return load(run, inputs).summary
+    reader = RowReader(run, inputs)
+    for _ in reader.rows():
+        pass
+    reader.splits()
+    return reader.summary
 
 
-def load(run: RunConfig, inputs: Inputs) -> LoadedData:
-    """Return all examples of a run. Errors: see `check_files`."""
-    spec = run.spec.dataset
-    reader = _SourceReader(run, inputs.images)
-    sources = reader.apply_checks(_read_sources(reader, run, inputs))
-    reader.image_names = reader.summary.held_out_images
-    validation = reader.read(inputs.validation, spec.format, spec.columns) if inputs.validation else []
-    test = reader.read(inputs.test, spec.format, spec.columns) if inputs.test else []
-    if spec.split is not None:
-        sources, cut_validation, cut_test = _split_sources(sources, spec.split)
-        validation, test = validation or cut_validation, test or cut_test
-    train = _mix_sources(reader.summary, run, sources) if inputs.mixture else sources[0]
-    reader.summary.rows = {"train": len(train), "validation": len(validation), "test": len(test)}
+def load(run: RunConfig, inputs: Inputs, *, training_rows: int | None = None) -> LoadedData:
+    """The examples of a run, in memory. Errors: see `check_files`.
+
+    `training_rows`: number of training rows to keep; None for all. With a number, the files are read twice, so that the other training rows
+    never are in memory.
+    """
+    reader = RowReader(run, inputs)
+    if training_rows is None:
+        rows: Sequence[Row] | Mapping[int, Row] = list(reader.rows())
+        splits = reader.splits()
+    else:
+        for _ in reader.rows():
+            pass
+        splits = {name: numbers[:training_rows] if name == "train" else numbers for name, numbers in reader.splits().items()}
+        wanted = {number for numbers in splits.values() for number in numbers}
+        rows = {number: row for number, row in enumerate(RowReader(run, inputs).rows()) if number in wanted}
+    train, validation, test = ([rows[number] for number in splits[name]] for name in ("train", "validation", "test"))
     return LoadedData(train, validation, test, reader.summary)
 
 
@@ -122,31 +134,86 @@ def trains_on_answers_only(run: RunConfig, form: DatasetFormat) -> bool:
     )  # fmt: skip
 
 
-def _read_sources(reader: _SourceReader, run: RunConfig, inputs: Inputs) -> list[Rows]:
-    """Return the training rows of each source. A job that does not train may have no rows."""
-    spec = run.spec.dataset
-    if not inputs.mixture and not inputs.train and run.spec.phases.train is False:
-        return [[]]
-    if not inputs.mixture:
-        return [reader.read(inputs.train, spec.format, spec.columns)]
-    return [
-        reader.read(paths, item.format or spec.format, item.columns or spec.columns)
-        for paths, item in zip(inputs.mixture, spec.mixture or [], strict=True)
-    ]
+class RowReader:
+    """Reads the usable rows of a run one by one, and then assigns their numbers to the splits.
 
-
-def _split_sources(sources: Sequence[Rows], split: Split) -> tuple[list[Rows], Rows, Rows]:
-    """Return the training rows of each source, the validation rows and the test rows.
-
-    The rows are split before the sources are mixed, because a mixture repeats the rows of a small source. If the mixture were split,
-    copies of one row could be in both training and validation data.
+    Rows are numbered from 0 in the order of reading: the training rows of each source, then the rows of the validation files, then those of the
+    test files. Rows are assigned to splits before sources are mixed, because a mixture repeats the rows of a small source. Otherwise, copies of
+    one row could be in both training and validation data.
     """
-    train, validation, test = cut([(number, row) for number, rows in enumerate(sources) for row in rows], split)
-    train_by_source: list[Rows] = [[row for source, row in train if source == number] for number in range(len(sources))]
-    return train_by_source, [row for _, row in validation], [row for _, row in test]
+
+    def __init__(self, run: RunConfig, inputs: Inputs):
+        self.run = run
+        self.summary = DataSummary(run.spec.dataset.format or DatasetFormat.MESSAGES)
+        self._checks = checks.RowChecks(run.spec.dataset.checks)
+        self._policy = SourceReader(run, self.summary, inputs.images)
+        self._sources = self._list_sources(inputs)
+        self._held_out = [self._new_source(paths) if paths else None for paths in (inputs.validation, inputs.test)]
+        self._counts: list[int] = []
+        """Usable rows of each source, then of the validation and test files."""
+
+    def _list_sources(self, inputs: Inputs) -> list[Source]:
+        """The sources of training rows. A job that does not train may have none."""
+        spec = self.run.spec.dataset
+        if inputs.mixture:
+            items = zip(inputs.mixture, spec.mixture or [], strict=True)
+            return [Source(self._policy, paths, item.format or spec.format, item.columns or spec.columns) for paths, item in items]
+        if not inputs.train and self.run.spec.phases.train is False:
+            return []
+        return [self._new_source(inputs.train)]
+
+    def _new_source(self, paths: list[Path]) -> Source:
+        spec = self.run.spec.dataset
+        return Source(self._policy, paths, spec.format, spec.columns)
+
+    def detect_formats(self) -> None:
+        """Find out `summary.format` and `summary.format_with_turns`, which are needed before the first row is rendered."""
+        for source in self._sources:
+            source.open()
+            if self.summary.format_with_turns not in FORMATS_WITHOUT_TURNS:
+                return
+        for held_out in self._held_out:
+            if held_out is not None:
+                held_out.open()
+
+    def rows(self) -> Iterator[Row]:
+        """Yield every usable row. Can be called once. Errors: see `check_files`."""
+        for source in self._sources:
+            count = 0
+            for row, example in source.rows():
+                if self._checks.accept(example):
+                    count += 1
+                    yield row, example
+            self._counts.append(count)
+        self.summary.findings = self._checks.findings()
+        self.summary.notes += self.summary.findings.notes()
+        self._policy.image_names = self.summary.held_out_images
+        for held_out in self._held_out:
+            count = 0
+            for pair in held_out.rows() if held_out is not None else ():
+                count += 1
+                yield pair
+            self._counts.append(count)
+
+    def splits(self) -> dict[str, array[int]]:
+        """The numbers of the rows of train, validation and test, in the order in which they are used. Valid when all rows have been read.
+
+        Errors: DataError SplitEmpty, DatasetEmpty.
+        """
+        ends = list(accumulate(self._counts))
+        *sources, validation, test = (range(end - count, end) for end, count in zip(ends, self._counts, strict=True))
+        parts: dict[str, Sequence[int]] = {"validation": validation, "test": test}
+        if self.run.spec.dataset.split is not None:
+            training, *cut_parts = cut(range(sum(map(len, sources))), self.run.spec.dataset.split)
+            sources = [training[bisect_left(training, source.start) : bisect_left(training, source.stop)] for source in sources]
+            parts = {name: part or held_out for (name, part), held_out in zip(parts.items(), cut_parts, strict=True)}
+        is_mixture = bool(self.run.spec.dataset.mixture)
+        train: Sequence[int] = _mix_sources(self.summary, self.run, sources) if is_mixture else sources[0] if sources else ()
+        self.summary.rows = {"train": len(train), **{name: len(part) for name, part in parts.items()}}
+        return {"train": array("q", train), **{name: array("q", part) for name, part in parts.items()}}
 
 
-def _mix_sources(summary: DataSummary, run: RunConfig, sources: Sequence[Rows]) -> Rows:
+def _mix_sources(summary: DataSummary, run: RunConfig, sources: Sequence[Sequence[Item]]) -> list[Item]:
     """Mix the sources of `dataset.mixture` by their weights and the seed. Errors: DataError DatasetEmpty."""
     items = run.spec.dataset.mixture or []
     weights = [1.0 if item.weight is None else item.weight for item in items]
@@ -182,40 +249,58 @@ def convert_to_prompt(example: Example, row: RawRow) -> Example | RowError:
             return example
 
 
-class _SourceReader:
-    """Reads the sources one after the other, with one policy for bad rows and one summary."""
+class Source:
+    """The rows of one source."""
 
-    def __init__(self, run: RunConfig, image_root: Path | None = None):
+    def __init__(self, reader: SourceReader, paths: list[Path], spec_format: DatasetFormat | None, columns: Columns | None):
+        self._reader, self._paths = reader, paths
+        self._spec_format, self._columns = spec_format, columns or Columns()
+        self._bad_rows = SkippedRows()
+        self._stream: Iterator[RawRow] | None = None
+
+    def open(self) -> None:
+        """Read the first rows and choose the format from them. Errors: ConfigError, DataError."""
+        if self._stream is not None:
+            return
+        reader, files = self._reader, data_files(self._paths)
+        stream = read_rows(
+            files, reader.spec.file_format or FileFormat.AUTO, bad_rows=self._bad_rows if reader.skips_bad_rows else None
+        )
+        sample = list(islice(stream, SAMPLE_ROWS))
+        self._names = ", ".join(file.name for file in files)
+        if not sample and not self._bad_rows.count:
+            raise DataError("DatasetEmpty", f"{self._names}: no rows", hint="give a file with at least one row")
+        self._format, self._columns = reader.choose_format(sample, self._spec_format, self._columns)
+        self._stream = chain(sample, stream)
+
+    def rows(self) -> Iterator[Row]:
+        """Yield the usable rows. Can be called once. Errors: ConfigError, DataError."""
+        self.open()
+        assert self._stream is not None, "`open` has opened it"
+        count = 0
+        for row in self._reader.read_examples(self._stream, self._format, self._columns, self._bad_rows):
+            count += 1
+            yield row
+        self._reader.limit_bad_rows(self._bad_rows, count + self._bad_rows.count)
+        if not count:
+            raise DataError("DatasetEmpty", f"{self._names}: no usable rows", hint="fix the rows")
+
+
+class SourceReader:
+    """Converts the rows of all sources to examples, with one policy for bad rows and one summary."""
+
+    def __init__(self, run: RunConfig, summary: DataSummary, image_root: Path | None = None):
         self.run = run
+        self.summary = summary
         self.spec: Dataset = run.spec.dataset
         self.images = ImageReader(self.spec.images or Images(), image_root) if is_vision_language(run.spec) else None
         """None for a text model."""
+        self.image_names = summary.training_images
+        """Receives the images of the rows that are read."""
         self.trainer = run.spec.trainer.type or TrainerType.SFT
         self.skips_bad_rows = self.spec.bad_rows is BadRows.SKIP
-        self.summary = DataSummary(self.spec.format or DatasetFormat.MESSAGES)
-        self.image_names = self.summary.training_images
-        """Receives the images of the rows that are read."""
 
-    def read(self, paths: list[Path], spec_format: DatasetFormat | None, columns: Columns | None) -> Rows:
-        """Return the examples of one source. Errors: ConfigError, DataError."""
-        bad_rows: list[tuple[RawRow, RowError]] = []
-        files = data_files(paths)
-        stream = read_rows(
-            files, self.spec.file_format or FileFormat.AUTO, bad_rows=bad_rows if self.skips_bad_rows else None
-        )
-        sample = list(islice(stream, SAMPLE_ROWS))
-        names = ", ".join(file.name for file in files)
-        if not sample and not bad_rows:
-            raise DataError("DatasetEmpty", f"{names}: no rows", hint="give a file with at least one row")
-        row_format, columns = self._choose_format(sample, spec_format, columns or Columns())
-        examples = self._read_examples(chain(sample, stream), row_format, columns, bad_rows)
-        self._limit_bad_rows(bad_rows, len(examples) + len(bad_rows))
-        if not examples:
-            raise DataError("DatasetEmpty", f"{names}: no usable rows", hint="fix the rows")
-        self.summary.bad_rows += len(bad_rows)
-        return examples
-
-    def _choose_format(
+    def choose_format(
         self, sample: list[RawRow], spec_format: DatasetFormat | None, columns: Columns
     ) -> tuple[Format, Columns]:
         """Return the format of the rows and the column names to use. Errors: ConfigError FormatMismatch; DataError."""
@@ -262,12 +347,9 @@ class _SourceReader:
             needs_answer=self.trainer is TrainerType.SFT and trains_on_answers_only(self.run, form.name),
         )  # fmt: skip
 
-    def _read_examples(
-        self, rows: Iterable[RawRow], form: Format, columns: Columns, bad_rows: list[tuple[RawRow, RowError]]
-    ) -> Rows:
-        """Return the usable rows, and add the bad rows to `bad_rows`. Errors: DataError for the first bad row if bad rows are not skipped."""
+    def read_examples(self, rows: Iterable[RawRow], form: Format, columns: Columns, bad_rows: SkippedRows) -> Iterator[Row]:
+        """Yield the usable rows, and count the bad rows. Errors: DataError for the first bad row if bad rows are not skipped."""
         needs_json = self.spec.checks is not None and self.spec.checks.validate_json is True
-        usable: Rows = []
         options = self._read_options(form, columns)
         for row, result in form.read_all(rows, options):
             if not isinstance(result, RowError):
@@ -277,12 +359,11 @@ class _SourceReader:
             if needs_json and not isinstance(result, RowError):
                 result = checks.find_json_error(result) or result
             if not isinstance(result, RowError):
-                usable.append((row, result))
+                yield row, result
             elif self.skips_bad_rows:
-                bad_rows.append((row, result))
+                bad_rows.add(row, result)
             else:
                 raise row_error_as_data_error(row, result)
-        return usable
 
     def _with_images(self, example: Example, row: RawRow, columns: Columns) -> Example | RowError:
         """Return the example with the files of its images, or the error of the row. Rows of a text job must have no images."""
@@ -295,40 +376,21 @@ class _SourceReader:
         self.image_names |= self.images.names_of(found, row)
         return found
 
-    def _limit_bad_rows(self, bad_rows: list[tuple[RawRow, RowError]], rows: int) -> None:
-        """Add a note about the skipped rows. Errors: TooManyBadRows if there are more bad rows than allowed."""
-        if not bad_rows:
+    def limit_bad_rows(self, bad_rows: SkippedRows, rows: int) -> None:
+        """Add a note about the skipped rows of a source with `rows` rows. Errors: TooManyBadRows if there are more bad rows than allowed."""
+        self.summary.bad_rows += bad_rows.count
+        if bad_rows.first is None:
             return
         limit = DEFAULT_MAX_BAD_ROW_RATIO if self.spec.max_bad_row_ratio is None else self.spec.max_bad_row_ratio
-        first_row, error = bad_rows[0]
-        if len(bad_rows) > limit * rows:
+        first_row, error = bad_rows.first
+        if bad_rows.count > limit * rows:
             raise DataError(
-                "TooManyBadRows", f"{len(bad_rows)} of {rows} rows cannot be used, more than {limit:.1%}; the first: {first_row.location}: {error.message}",
+                "TooManyBadRows", f"{bad_rows.count} of {rows} rows cannot be used, more than {limit:.1%}; the first: {first_row.location}: {error.message}",
                 hint=f"{error.hint}; or raise dataset.maxBadRowRatio",
             )  # fmt: skip
         self.summary.notes.append(
-            f"{len(bad_rows)} of {rows} rows were left out; the first: {first_row.location}: {error.message}"
+            f"{bad_rows.count} of {rows} rows were left out; the first: {first_row.location}: {error.message}"
         )
-
-    def apply_checks(self, sources: list[Rows]) -> list[Rows]:
-        """Run the checks of `dataset.checks` that need all training rows. Returns the rows without duplicates."""
-        options, findings, notes = self.spec.checks, self.summary.findings, self.summary.notes
-        if options is None:
-            return sources
-        if options.deduplicate:
-            sources, findings.duplicate_count = checks.deduplicate(sources)
-            notes.append(f"{findings.duplicate_count} duplicate rows were left out")
-        rows = list(chain.from_iterable(sources))
-        if options.pii_scan:
-            findings.personal_data_counts = checks.scan_personal(rows)
-            hits = ", ".join(f"{kind} in {count}" for kind, count in findings.personal_data_counts.items() if count)
-            notes.append(f"rows that may hold personal data: {hits or 'none'}")
-        if options.balance:
-            findings.top_answer_counts, findings.share_of_top_answer = checks.count_top_answers(rows)
-            if findings.top_answer_counts:
-                top = next(iter(findings.top_answer_counts))
-                notes.append(f"most frequent answer: {top!r}, {findings.share_of_top_answer:.1%} of all")
-        return sources
 
 
 __all__ = ["DataSummary", "LoadedData", "check_files", "load", "trains_on_answers_only"]

@@ -1,7 +1,9 @@
 """Renders and tokenises rows in several processes. The results keep the order of the rows.
 
 Rendering conversations takes most of the time. It is Python code, so the tokenizer's own threads help little. Workers are spawned,
-because forking a process with threads may deadlock. Spawning takes a few seconds, so this process encodes small data sets itself.
+because forking a process with threads may deadlock. Spawning takes a few seconds, so this process encodes the first rows itself. Workers return
+Arrow batches: eight bytes for a token with its label, where Python objects need more than 40. Only a few batches exist at a time, so that the
+memory does not depend on the number of rows.
 """
 
 from __future__ import annotations
@@ -9,106 +11,86 @@ from __future__ import annotations
 import math
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext
-from dataclasses import dataclass
-from itertools import islice
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
 
-from finetune_trainer.data.rows import Example, RowError
-from finetune_trainer.data.template import Rendered, RenderOptions, render
-from finetune_trainer.data.tokenise import BATCH_ROWS, EncodedRow, TokeniseOptions, encode
+from finetune_trainer.data.batches import BatchEncoder, EncodedBatch
+from finetune_trainer.data.checks import all_texts
+from finetune_trainer.data.rows import Example, TokenSequence
+from finetune_trainer.data.tokenise import BATCH_ROWS
 
-ROWS_PER_WORKER = 10_000
-"""Minimum number of rows for each worker. With fewer rows, starting a worker would take longer than the work."""
+ROWS_WITHOUT_WORKERS = 10_000
+"""This process encodes so many rows before it starts workers. With fewer rows, starting a worker takes longer than the work."""
+BATCH_CHARACTERS = 500_000
+"""A batch ends when its texts have at least this many characters; a row of token ids counts one for each. The Python objects of the batch's
+tokens then need some tens of megabytes."""
+BATCHES_PER_WORKER = 2
+"""Batches for each worker that are being encoded or wait for their turn."""
 CGROUP_CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")
-Result = TypeVar("Result", covariant=True)
+Batch = list[tuple[str, Example]]
+
+_encoder: BatchEncoder | None = None
 
 
-class RejectedRow(NamedTuple):
-    """A row that cannot be rendered: its location and the fields of its RowError."""
-
-    location: str
-    code: str
-    message: str
-    hint: str
-
-
-class BatchEncoder(Protocol[Result]):
-    """A function that a worker applies to a batch of rows. It is pickled, together with its data."""
-
-    def __call__(self, rows: Sequence[tuple[str, Example]]) -> Sequence[Result | RejectedRow]:
-        """Return one result for each row (location, example)."""
-
-
-@dataclass(frozen=True)
-class SupervisedEncoder:
-    """Renders and tokenises rows of supervised training."""
-
-    render_with: RenderOptions
-    options: TokeniseOptions
-
-    def __call__(self, rows: Sequence[tuple[str, Example]]) -> list[EncodedRow | RejectedRow]:
-        """Render and tokenise the rows. Errors: ConfigError of `render` and `encode`."""
-        rejected: list[tuple[int, RejectedRow]] = []
-
-        def render_rows() -> Iterator[tuple[str, Rendered]]:
-            for number, (location, example) in enumerate(rows):
-                try:
-                    yield location, render(example, self.render_with)
-                except RowError as error:
-                    rejected.append((number, RejectedRow(location, error.code, error.message, error.hint)))
-
-        results: list[EncodedRow | RejectedRow] = list(encode(render_rows(), self.render_with.tokenizer, self.options))
-        for number, row in rejected:
-            results.insert(number, row)
-        return results
-
-
-_encoder: BatchEncoder[Any] | None = None
-
-
-def _start_worker(encoder: BatchEncoder[Any]) -> None:
-    global _encoder  # A worker process uses the same encoder for its lifetime.
+def _start_worker(encoder: BatchEncoder) -> None:
+    global _encoder  # a worker process keeps one encoder for its lifetime
     _encoder = encoder
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # One worker runs per core, so more threads would not help.
 
 
-def _encode_batch(rows: Sequence[tuple[str, Example]]) -> Sequence[Any]:
+def _encode_batch(rows: Sequence[tuple[str, Example]]) -> EncodedBatch:
     assert _encoder is not None, "`_start_worker` runs first in every worker"
     return _encoder(rows)
 
 
 def encode_rows(
-    rows: Sequence[tuple[Any, Example]], encoder: BatchEncoder[Result], *, processes: int,
-    on_bad_row: Callable[[str, str, str, str], None], rows_per_worker: int | None = None,
-) -> Iterator[Result]:  # fmt: skip
-    """Yield the encoder's result for every row, in order. A rejected row is passed to `on_bad_row`, which either raises an error or
-    returns. If it returns, the row is skipped.
+    rows: Iterable[tuple[str, Example]], encoder: BatchEncoder, *, processes: int, rows_without_workers: int | None = None
+) -> Iterator[EncodedBatch]:
+    """Yield the encoder's results for all rows, in order. `rows` are read only as far as needed.
 
-    `rows_per_worker`: minimum number of rows for each worker process; None: the default for text.
+    `rows_without_workers`: rows that this process encodes itself; None for the number that suits text.
     """
     batches = _split_into_batches(rows)
-    workers = min(processes, len(rows) // (rows_per_worker or ROWS_PER_WORKER))
-    pool = _start_pool(encoder, workers) if workers > 1 else None
-    with pool or nullcontext():
-        for batch in pool.map(_encode_batch, batches) if pool else map(encoder, batches):
-            for result in batch:
-                if isinstance(result, RejectedRow):
-                    on_bad_row(*result)
-                else:
-                    yield result
+    encoded_rows = 0
+    for batch in batches:
+        if processes > 1 and encoded_rows >= (rows_without_workers or ROWS_WITHOUT_WORKERS):
+            yield from _encode_in_workers(chain([batch], batches), encoder, processes)
+            return
+        encoded_rows += len(batch)
+        yield encoder(batch)
 
 
-def _start_pool(encoder: BatchEncoder[Any], workers: int) -> ProcessPoolExecutor:
+def _encode_in_workers(batches: Iterable[Batch], encoder: BatchEncoder, workers: int) -> Iterator[EncodedBatch]:
+    pending: deque[Future[EncodedBatch]] = deque()
+    with _start_pool(encoder, workers) as pool:
+        try:
+            for batch in batches:
+                pending.append(pool.submit(_encode_batch, batch))
+                if len(pending) >= BATCHES_PER_WORKER * workers:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _start_pool(encoder: BatchEncoder, workers: int) -> ProcessPoolExecutor:
     return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, (encoder,))
 
 
-def _split_into_batches(rows: Sequence[tuple[Any, Example]]) -> Iterator[list[tuple[str, Example]]]:
-    stream = iter(rows)
-    while batch := [(raw.location, example) for raw, example in islice(stream, BATCH_ROWS)]:
+def _split_into_batches(rows: Iterable[tuple[str, Example]]) -> Iterator[Batch]:
+    batch: Batch = []
+    characters = 0
+    for location, example in rows:
+        batch.append((location, example))
+        characters += len(example.ids) if isinstance(example, TokenSequence) else sum(map(len, all_texts(example)))
+        if len(batch) >= BATCH_ROWS or characters >= BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
         yield batch
 
 

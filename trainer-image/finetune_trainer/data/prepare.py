@@ -1,53 +1,43 @@
-"""Turns examples into token sequences once per node, and caches them.
+"""Turns examples into token sequences once per node, and keeps them.
 
-One rank of each node writes the token sequences below the work folder. All ranks map these files into memory. The cache key is a
-hash of all inputs that affect the tokens. A second attempt on the same disk, or a repeated local run, reuses the cached files.
+One rank of each node writes the token sequences below the work folder. All ranks map these files into memory. The folder's name is a
+hash of all inputs that affect the tokens. A second attempt on the same disk, or a repeated local run, reuses the files.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune_api.errors import ConfigError, DataError, NotFoundError
+from finetune_api.errors import ConfigError, NotFoundError, StorageError
 from finetune_api.names import FailureClass
 from finetune_api.pod import RunConfig
 from finetune_api.rules import PROMPT_METHODS, method_type_of, value_or_default
-from finetune_api.spec.enums import BadRows, DatasetFormat, OverflowPolicy
+from finetune_api.spec.enums import DatasetFormat, OverflowPolicy
 
-from finetune_trainer.data.load import DEFAULT_MAX_BAD_ROW_RATIO, LoadedData, load, trains_on_answers_only
-from finetune_trainer.data.parallel import BatchEncoder, SupervisedEncoder, encode_rows, usable_cpus
-from finetune_trainer.data.rows import Completion
+from finetune_trainer.data.batches import Outcome
+from finetune_trainer.data.encode import EncodedRows, EncodedSplit, encode_sources, require_few_bad_rows
+from finetune_trainer.data.load import DataSummary, trains_on_answers_only
+from finetune_trainer.data.pack import pack, packed_batches, padding_share
+from finetune_trainer.data.prepared import PreparedFolder, open_prepared, write_prepared
+from finetune_trainer.data.rows import IGNORED_LABEL, Completion, Example
+from finetune_trainer.data.supervised import FittingEncoder, RowEncoder, SupervisedEncoder
 from finetune_trainer.data.template import RenderOptions
-from finetune_trainer.data.tokenise import (
-    EncodedRow,
-    TokenisedSplit,
-    TokeniseOptions,
-    TokenReport,
-    pack_split,
-    tokenise,
-)
-from finetune_trainer.data.vision import (
-    IMAGE_SOURCES,
-    ROWS_PER_WORKER,
-    VisionEncoder,
-    VisionProcessor,
-    column_of_images,
-)
+from finetune_trainer.data.tokenise import TokeniseOptions, TokenReport, no_row_left
+from finetune_trainer.data.vision import ROWS_WITHOUT_WORKERS, VisionEncoder, VisionProcessor
 from finetune_trainer.inputs import Inputs
 
 if TYPE_CHECKING:
+    import pyarrow
     from datasets import Dataset
 
-CACHE_VERSION = 5
-"""Part of the cache key. Increase the version if a code change affects the tokens or the layout of the cached files."""
-SUMMARY_FILE = "summary.json"
+TOKENS_VERSION = 6
+"""Part of the digest of the inputs. Increase the version when the code changes the tokens."""
 MAX_SEQUENCE_LENGTH = "dataset.maxSequenceLength"
 DEFAULT_MAX_SEQUENCE_LENGTH = 2048
 SHORTEST_SEQUENCE = 2
@@ -63,10 +53,6 @@ class Splits:
     train: Dataset
     validation: Dataset | None = None
     test: Dataset | None = None
-
-    def map(self, change: Callable[[Dataset], Dataset]) -> Splits:
-        """Apply the same change to each split."""
-        return Splits(change(self.train), self.validation and change(self.validation), self.test and change(self.test))
 
 
 @dataclass
@@ -103,12 +89,12 @@ def prepare(
             "ChatTemplateMissing", "the model's processor and tokenizer have no chat template, which writes the placeholders of the images",
             hint="give a template in dataset.chatTemplate",
         )  # fmt: skip
-    folder = cache / cache_key(run, inputs, tokenizer, max_length, vision)
-    with one_rank_first or nullcontext():
-        is_cached = (folder / SUMMARY_FILE).exists()
-        if not is_cached:
-            _write_tokens(folder, *_tokenise_splits(run, inputs, tokenizer, max_length, is_templated, vision), has_images=vision is not None)
-    return _load_prepared(folder, max_length, is_cached)
+    digest = inputs_digest(run, inputs, tokenizer, max_length, vision)
+    rank_order = one_rank_first or nullcontext()
+    with rank_order:
+        found = find_prepared(cache, digest)
+        prepared = found or _write_splits(run, inputs, tokenizer, max_length, is_templated, vision, cache, digest)
+    return _load_prepared(prepared, max_length, is_from_cache=found is not None)
 
 
 def max_sequence_length(run: RunConfig, tokenizer: Any, max_positions: int | None) -> int:
@@ -186,75 +172,110 @@ def render_options(run: RunConfig, tokenizer: Any, is_templated: bool, form: Dat
     )  # fmt: skip
 
 
-def _tokenise_splits(
-    run: RunConfig, inputs: Inputs, tokenizer: Any, max_length: int, is_templated: bool, vision: VisionProcessor | None
-) -> tuple[LoadedData, dict[str, TokenisedSplit], list[str]]:
-    """Load, render, tokenise and pack all splits. Returns the splits and the notes for the status."""
+def _write_splits(
+    run: RunConfig, inputs: Inputs, tokenizer: Any, max_length: int, is_templated: bool, vision: VisionProcessor | None, cache: Path, digest: str
+) -> PreparedFolder:  # fmt: skip
+    """Load, render, tokenise, pack and store all splits."""
     spec = run.spec.dataset
-    loaded = load(run, inputs)
     options = TokeniseOptions(
         max_length, spec.overflow or OverflowPolicy.TRUNCATE, spec.add_eos_token is not False, spec.add_bos_token
     )
-    render_with = render_options(run, tokenizer, is_templated, loaded.summary.format_with_turns)
-    encoder: BatchEncoder[EncodedRow] = SupervisedEncoder(render_with, options)
-    if vision is not None:
-        encoder = VisionEncoder(replace(render_with, has_parts=True), options, vision)
-    notes = list(loaded.summary.notes)
-    splits: dict[str, TokenisedSplit] = {}
-    for name, rows in loaded.splits():
-        if is_templated and spec.use_chat_template is None and any(isinstance(example, Completion) for _, example in rows):
+    folder = prepared_folder(cache, digest)
+    joins_unasked = is_templated and spec.use_chat_template is None
+
+    def make_encoder(summary: DataSummary) -> FittingEncoder:
+        render_with = render_options(run, tokenizer, is_templated, summary.format_with_turns)
+        encoder: RowEncoder = SupervisedEncoder(render_with, options)
+        if vision is not None:
+            encoder = VisionEncoder(replace(render_with, has_parts=True), options, vision)
+        return FittingEncoder(encoder, options, has_images=vision is not None)
+
+    def is_marked(example: Example) -> bool:
+        return joins_unasked and isinstance(example, Completion)
+
+    with encode_sources(
+        run, inputs, make_encoder, rows_folder(folder), is_marked=is_marked, rows_without_workers=None if vision is None else ROWS_WITHOUT_WORKERS
+    ) as encoded:
+        splits, reports, notes = _describe_splits(run, encoded, options)
+        summary = {
+            "format": encoded.summary.format, "rows": encoded.summary.rows, "notes": notes,
+            "multipleChoice": set(encoded.summary.formats) == {DatasetFormat.MCQ}, "reports": {name: asdict(report) for name, report in reports.items()},
+        }  # fmt: skip
+        return write_prepared(folder, splits, inputs_digest=digest, summary=summary)
+
+
+def _describe_splits(
+    run: RunConfig, encoded: EncodedRows, options: TokeniseOptions
+) -> tuple[dict[str, Iterator[pyarrow.RecordBatch]], dict[str, TokenReport], list[str]]:
+    """Return the rows to store, the report, and the notes of the splits. Errors: DataError TooManyBadRows, NoTrainableToken."""
+    notes = list(encoded.summary.notes)
+    splits: dict[str, Iterator[pyarrow.RecordBatch]] = {}
+    reports: dict[str, TokenReport] = {}
+    for split in encoded.splits:
+        if split.is_marked:
             notes.append(
                 "prompt and completion are joined without a chat template; dataset.useChatTemplate: true renders them as turns"
             )
-        bad_rows = BadRowPolicy(run, len(rows))
-        stream = encode_rows(
-            rows, encoder, processes=spec.num_proc or usable_cpus(), on_bad_row=bad_rows,
-            rows_per_worker=None if vision is None else ROWS_PER_WORKER,
-        )  # fmt: skip
-        splits[name] = tokenise(stream, options, on_bad_row=bad_rows)
-        notes += bad_rows.notes(name) + [f"{name}: {note}" for note in splits[name].report.notes(options)]
-    if spec.packing:
-        splits["train"] = pack_split(splits["train"], max_length)
-        notes.append(f"train: {splits['train'].report.notes(options)[-1]}")
-    return loaded, splits, list(dict.fromkeys(notes))
+        notes += require_few_bad_rows(run, split)
+        report = reports[split.name] = _report_on(split, options)
+        notes += [f"{split.name}: {note}" for note in report.notes(options)]
+        positions, lengths = split.positions[split.is_kept], split.lengths[split.is_kept]
+        splits[split.name] = encoded.shards.read(positions, lengths)
+        if run.spec.dataset.packing and split.name == "train":
+            bins = pack(lengths.tolist(), options.max_length)
+            report.sequences = len(bins)
+            report.padding_share = padding_share(report.tokens, len(bins), options.max_length)
+            splits["train"] = packed_batches(encoded.shards, positions, lengths, bins, IGNORED_LABEL)
+    if run.spec.dataset.packing:
+        notes.append(f"train: {reports['train'].notes(options)[-1]}")
+    return splits, reports, list(dict.fromkeys(notes))
 
 
-class BadRowPolicy:
-    """Applies `dataset.badRows` to rows that can be read, but not rendered or tokenised."""
-
-    def __init__(self, run: RunConfig, rows: int):
-        self.spec, self.rows = run.spec.dataset, rows
-        self.first: tuple[str, str] | None = None
-        """Location and message of the first bad row."""
-        self.count = 0
-
-    def __call__(self, location: str, code: str, message: str, hint: str) -> None:
-        """Count a bad row. Errors: DataError with `code` if bad rows are not skipped, else TooManyBadRows above the allowed share."""
-        if self.spec.bad_rows is not BadRows.SKIP:
-            raise DataError(
-                code, f"{location}: {message}", hint=f"{hint}; or `dataset.badRows: skip` to leave such rows out"
-            )
-        self.count += 1
-        self.first = self.first or (location, message)
-        limit = DEFAULT_MAX_BAD_ROW_RATIO if self.spec.max_bad_row_ratio is None else self.spec.max_bad_row_ratio
-        if self.count > limit * self.rows:
-            raise DataError(
-                "TooManyBadRows", f"more than {limit:.1%} of {self.rows} rows cannot be used; the first: {self.first[0]}: {self.first[1]}",
-                hint=f"{hint}; or raise dataset.maxBadRowRatio",
-            )  # fmt: skip
-
-    def notes(self, split: str) -> list[str]:
-        """Return a sentence for the status if rows were left out, else an empty list."""
-        if self.first is None:
-            return []
-        return [f"{split}: {self.count} rows were left out; the first: {self.first[0]}: {self.first[1]}"]
+def _report_on(split: EncodedSplit, options: TokeniseOptions) -> TokenReport:
+    """The counts of a split. Errors: DataError NoTrainableToken."""
+    lengths = split.lengths[split.is_kept]
+    lengths.sort()
+    dropped, answerless = split.count(Outcome.TOO_LONG), split.count(Outcome.ANSWERLESS)
+    rows = len(lengths)
+    if not rows:
+        raise no_row_left(dropped, answerless, options.max_length)
+    return TokenReport(
+        rows=rows, truncated=split.count(Outcome.CUT), dropped=dropped, answerless=answerless,
+        tokens=int(lengths.sum()), trained_tokens=int(split.trained[split.is_kept].sum()),
+        longest=int(lengths[-1]), median=int(lengths[(rows - 1) // 2]), percentile95=int(lengths[min(rows - 1, int(0.95 * rows))]), sequences=rows,
+    )  # fmt: skip
 
 
-# ---- cache
+# ---- stored rows
 
 
-def cache_key(run: RunConfig, inputs: Inputs, tokenizer: Any, max_length: int, vision: VisionProcessor | None = None) -> str:
-    """Return a hash of all inputs that affect the tokens: the contents of all files, the options, the tokenizer, the cache version."""
+def prepared_folder(cache: Path, digest: str) -> Path:
+    """Folder of the rows that were prepared from these inputs."""
+    return cache / digest[:24]
+
+
+def rows_folder(folder: Path) -> Path:
+    """Folder for the encoded rows until the splits are written to `folder`."""
+    return folder.with_name(folder.name + ".rows")
+
+
+def find_prepared(cache: Path, digest: str) -> PreparedFolder | None:
+    """The rows that were prepared from these inputs; None if they are missing or damaged."""
+    try:
+        return open_prepared(prepared_folder(cache, digest), digest)
+    except StorageError:
+        return None
+
+
+def splits_of(prepared: PreparedFolder) -> Splits:
+    """The splits, mapped into memory, so that all ranks of a node share the memory."""
+    train, validation, test = (prepared.dataset(name) for name in ("train", "validation", "test"))
+    assert train is not None, "a run without training rows prepares no rows"
+    return Splits(train, validation, test)
+
+
+def inputs_digest(run: RunConfig, inputs: Inputs, tokenizer: Any, max_length: int, vision: VisionProcessor | None = None) -> str:
+    """Hash of all inputs that affect the tokens: the contents of all files, the options, the tokenizer, the version of the code."""
     digest = hashlib.sha256(inputs.dataset_digest.encode())
     mixture = (path for source in inputs.mixture for path in source)
     for path in [*inputs.train, *mixture, *inputs.validation, *inputs.test]:
@@ -264,7 +285,7 @@ def cache_key(run: RunConfig, inputs: Inputs, tokenizer: Any, max_length: int, v
                 digest.update(hashlib.file_digest(stream, "sha256").digest())
     seed = run.spec.training.seed if run.spec.dataset.mixture else None
     facts = [
-        CACHE_VERSION,
+        TOKENS_VERSION,
         {name: value for name, value in run.spec.dataset.to_wire().items() if name != "numProc"},
         run.spec.trainer.type,
         run.spec.trainer.max_completion_length,
@@ -282,7 +303,7 @@ def cache_key(run: RunConfig, inputs: Inputs, tokenizer: Any, max_length: int, v
         else repr(tokenizer).encode()
     )
     digest.update(json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str).encode())
-    return digest.hexdigest()[:24]
+    return digest.hexdigest()
 
 
 def _defaulted_options(run: RunConfig) -> list[str]:
@@ -293,61 +314,15 @@ def _defaulted_options(run: RunConfig) -> list[str]:
     return sorted(path for path in run.defaults if path.startswith(("dataset.", "trainer.maxCompletionLength")))
 
 
-def _write_tokens(folder: Path, loaded: LoadedData, splits: dict[str, TokenisedSplit], notes: list[str], *, has_images: bool) -> None:
-    """Write the token files of all splits. `has_images`: the files get a column with the images of each row."""
-    from datasets import Dataset, Features, List, Value, concatenate_datasets
-
-    datasets = {}
-    for name, tokens in splits.items():
-        columns: dict[str, Any] = {"input_ids": tokens.input_ids, "labels": tokens.labels}
-        if tokens.lengths is not None:
-            columns["seq_lengths"] = tokens.lengths
-        datasets[name] = Dataset.from_dict(columns)
-        if has_images:
-            images = Features({IMAGE_SOURCES: List({"path": Value("string"), "bytes": Value("binary")})})
-            column = Dataset.from_dict({IMAGE_SOURCES: column_of_images(tokens.images)}, features=images)
-            datasets[name] = concatenate_datasets([datasets[name], column], axis=1)
-    summary = {
-        "format": loaded.summary.format, "rows": loaded.summary.rows, "notes": notes,
-        "multipleChoice": set(loaded.summary.formats) == {DatasetFormat.MCQ},
-        "reports": {name: asdict(tokens.report) for name, tokens in splits.items()},
-    }  # fmt: skip
-    write_cached(folder, datasets, summary)
-
-
-def write_cached(folder: Path, datasets: Mapping[str, Dataset], summary: Mapping[str, Any]) -> None:
-    """Write data sets and summary to a temporary folder, then rename the folder, so that no reader sees incomplete files."""
-    partial = folder.with_name(folder.name + ".part")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    for name, dataset in datasets.items():
-        dataset.save_to_disk(str(partial / name), num_shards=1)
-    (partial / SUMMARY_FILE).write_text(json.dumps(summary))
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
-
-
-def load_cached(folder: Path) -> tuple[Splits, Any]:
-    """Load the splits and the summary. The splits are memory-mapped, so that all ranks of a node share the memory."""
-    from datasets import Dataset
-
-    train, validation, test = (
-        Dataset.load_from_disk(str(folder / name)) if (folder / name).exists() else None
-        for name in ("train", "validation", "test")
-    )
-    assert train is not None, "The training rows are written before the summary, so they exist."
-    return Splits(train, validation, test), json.loads((folder / SUMMARY_FILE).read_text())
-
-
-def _load_prepared(folder: Path, max_length: int, is_cached: bool) -> PreparedData:
-    splits, summary = load_cached(folder)
+def _load_prepared(prepared: PreparedFolder, max_length: int, *, is_from_cache: bool) -> PreparedData:
+    summary = prepared.manifest.summary
     return PreparedData(
-        **vars(splits),
+        **vars(splits_of(prepared)),
         format=DatasetFormat(summary["format"]),
         max_sequence_length=max_length,
         reports={name: TokenReport(**report) for name, report in summary["reports"].items()},
         rows=summary["rows"],
         notes=summary["notes"],
         multiple_choice=summary["multipleChoice"],
-        is_from_cache=is_cached,
+        is_from_cache=is_from_cache,
     )

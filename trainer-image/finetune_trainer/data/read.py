@@ -9,6 +9,7 @@ import json
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -31,6 +32,19 @@ SURROGATE_ESCAPE = "\\ud"
 """The beginning of a JSON escape for a UTF-16 surrogate (half of a character), in lower case."""
 
 
+@dataclass
+class SkippedRows:
+    """The rows that were left out because they cannot be used: their number, and the first of them with its error."""
+
+    count: int = 0
+    first: tuple[RawRow, RowError] | None = None
+
+    def add(self, row: RawRow, error: RowError) -> None:
+        """Count a row."""
+        self.count += 1
+        self.first = self.first or (row, error)
+
+
 def data_files(paths: list[Path]) -> list[Path]:
     """List the data files at `paths`. For a folder, these are all data files below it, sorted by name. Errors: DatasetEmpty."""
     files: list[Path] = []
@@ -48,7 +62,7 @@ def data_files(paths: list[Path]) -> list[Path]:
 
 
 def read_rows(
-    files: list[Path], file_format: FileFormat, *, bad_rows: list[tuple[RawRow, RowError]] | None = None
+    files: list[Path], file_format: FileFormat, *, bad_rows: SkippedRows | None = None
 ) -> Iterator[RawRow]:
     """Yield all rows of all files, in order.
 
@@ -63,7 +77,7 @@ def read_rows(
             elif bad_rows is None:
                 raise row_error_as_data_error(*row)
             else:
-                bad_rows.append(row)
+                bad_rows.add(*row)
 
 
 def row_error_as_data_error(row: RawRow, error: RowError) -> DataError:

@@ -11,6 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+IGNORED_LABEL = -100
+"""The label of a token that is not trained on, in torch and transformers."""
+
 
 @dataclass(frozen=True, slots=True)
 class RawRow:
@@ -129,4 +132,12 @@ class Prompt:
     columns: Mapping[str, Any]
 
 
-Example = Conversation | Text | Completion | Preference | LabelledAnswer | Prompt
+@dataclass(frozen=True, slots=True)
+class TokenSequence:
+    """A row that is tokenised already. The label of a token is the token itself, or `IGNORED_LABEL` if the token is not trained on."""
+
+    ids: tuple[int, ...]
+    labels: tuple[int, ...]
+
+
+Example = TokenSequence | Conversation | Text | Completion | Preference | LabelledAnswer | Prompt

@@ -1,4 +1,4 @@
-"""Stages 6 and 7, tokenise and pack: convert texts to token ids and labels, and count them.
+"""Stage 6, tokenise: texts become token ids and labels, with counts.
 
 A text from a chat template already contains its special tokens, so the tokenizer adds none. The label of a token that
 overlaps a trained span is the token's id; all other labels are -100. The label depends on the token's position, not on its id. So
@@ -7,22 +7,19 @@ the end token is trained on even if the pad token has the same id.
 
 from __future__ import annotations
 
-import statistics
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any, NamedTuple
 
 from finetune_api.errors import ConfigError, DataError
 from finetune_api.spec.enums import OverflowPolicy
 
-from finetune_trainer.data.pack import pack, padding_share
-from finetune_trainer.data.rows import ImageFile
+from finetune_trainer.data.batches import Outcome, RejectedRow
+from finetune_trainer.data.rows import IGNORED_LABEL, ImageFile, RowError
 from finetune_trainer.data.template import Rendered
 
-IGNORED_LABEL = -100
-"""The label of a token that is not trained on, in torch and transformers."""
 BATCH_ROWS = 1000
 
 
@@ -48,16 +45,13 @@ class TokeniseOptions:
     """Whether rows get a beginning token. If None, the tokenizer's default applies."""
 
 
-@dataclass
-class TokenisedSplit:
-    """The sequences of one split. `lengths`: lengths of the documents in each packed sequence; None without packing."""
+class FittedRow(NamedTuple):
+    """A row within the length limit."""
 
-    input_ids: list[list[int]] = field(default_factory=list)
-    labels: list[list[int]] = field(default_factory=list)
-    images: list[tuple[ImageFile, ...]] = field(default_factory=list)
-    """The images of each row, in the order of their tokens."""
-    lengths: list[list[int]] | None = None
-    report: TokenReport = field(default_factory=lambda: TokenReport())
+    outcome: Outcome
+    """`KEPT` or `CUT`; otherwise the row is left out, and has no tokens."""
+    ids: list[int]
+    labels: list[int]
 
 
 @dataclass
@@ -103,88 +97,47 @@ class TokenReport:
         return notes
 
 
-def tokenise(
-    rows: Iterable[EncodedRow], options: TokeniseOptions, *, on_bad_row: Callable[[str, str, str, str], None]
-) -> TokenisedSplit:
-    """Collect the rows. `options.overflow` decides whether rows above the length limit are cut, dropped or refused.
+def fit_row(row: EncodedRow, options: TokeniseOptions) -> FittedRow | RejectedRow:
+    """Apply the length limit to a row. `options.overflow` decides whether a longer row is cut, left out or refused.
 
-    `on_bad_row(location, code, message, hint)` is called for a row without a trained token. If it does not raise, the row is skipped.
-    Errors: DataError RowTooLong (`overflow: fail`), NoTrainableToken (no row is left).
+    Errors: DataError RowTooLong (`overflow: fail`).
     """
-    result, lengths = TokenisedSplit(), []
-    report = result.report
-    for location, ids, labels, images, image_end in rows:
-        if _count_predicted(labels) == 0:
-            on_bad_row(
-                location,
-                "NoTrainableToken",
-                "no token of the row is trained on",
-                "write an answer, or remove the row",
-            )
-            continue
-        if len(ids) > options.max_length:
-            if options.overflow is OverflowPolicy.FAIL:
-                raise DataError(
-                    "RowTooLong", f"{location}: {len(ids)} tokens, more than dataset.maxSequenceLength {options.max_length}",
-                    hint="raise maxSequenceLength, or set dataset.overflow to truncate or drop",
-                )  # fmt: skip
-            if options.overflow is OverflowPolicy.DROP:
-                report.dropped += 1
-                continue
-            if image_end > options.max_length:
-                on_bad_row(
-                    location, "ImageCut", f"dataset.maxSequenceLength {options.max_length} would cut an image: the images end at token {image_end}",
-                    "raise maxSequenceLength, use smaller or fewer images, or set dataset.overflow: drop",
-                )  # fmt: skip
-                continue
-            ids, labels = ids[: options.max_length], labels[: options.max_length]
-            if _count_predicted(labels) == 0:
-                report.answerless += 1
-                continue
-            report.truncated += 1
-        result.input_ids.append(ids)
-        result.labels.append(labels)
-        result.images.append(images)
-        lengths.append(len(ids))
-        report.tokens += len(ids)
-        report.trained_tokens += len(labels) - labels.count(IGNORED_LABEL)
-    _measure_lengths(report, lengths, options)
-    return result
+    location, ids, labels, _, image_end = row
+    if _count_predicted(labels) == 0:
+        error = RowError("NoTrainableToken", "no token of the row is trained on", "write an answer, or remove the row")
+        return RejectedRow.of(location, error)
+    if len(ids) <= options.max_length:
+        return FittedRow(Outcome.KEPT, ids, labels)
+    if options.overflow is OverflowPolicy.FAIL:
+        raise DataError(
+            "RowTooLong", f"{location}: {len(ids)} tokens, more than dataset.maxSequenceLength {options.max_length}",
+            hint="raise maxSequenceLength, or set dataset.overflow to truncate or drop",
+        )  # fmt: skip
+    if options.overflow is OverflowPolicy.DROP:
+        return FittedRow(Outcome.TOO_LONG, [], [])
+    if image_end > options.max_length:
+        error = RowError(
+            "ImageCut", f"dataset.maxSequenceLength {options.max_length} would cut an image: the images end at token {image_end}",
+            "raise maxSequenceLength, use smaller or fewer images, or set dataset.overflow: drop",
+        )  # fmt: skip
+        return RejectedRow.of(location, error)
+    ids, labels = ids[: options.max_length], labels[: options.max_length]
+    if _count_predicted(labels) == 0:
+        return FittedRow(Outcome.ANSWERLESS, [], [])
+    return FittedRow(Outcome.CUT, ids, labels)
+
+
+def no_row_left(dropped: int, answerless: int, max_length: int) -> DataError:
+    """The error for a split without a row to train on."""
+    return DataError(
+        "NoTrainableToken", f"no row is left to train on: {dropped} are too long, {answerless} have no answer after truncation",
+        hint=f"raise dataset.maxSequenceLength (now {max_length}), or shorten the rows",
+    )  # fmt: skip
 
 
 def _count_predicted(labels: list[int]) -> int:
-    """Return the number of trained labels. The first position is not counted, because no preceding token predicts its token."""
-    return sum(label != IGNORED_LABEL for label in labels[1:])
-
-
-def _measure_lengths(report: TokenReport, lengths: list[int], options: TokeniseOptions) -> None:
-    """Compute the counts that need the lengths of all rows. Errors: DataError NoTrainableToken."""
-    report.rows = report.sequences = len(lengths)
-    if not lengths:
-        raise DataError(
-            "NoTrainableToken", f"no row is left to train on: {report.dropped} are too long, {report.answerless} have no answer after truncation",
-            hint=f"raise dataset.maxSequenceLength (now {options.max_length}), or shorten the rows",
-        )  # fmt: skip
-    ordered = sorted(lengths)
-    report.longest, report.median = ordered[-1], int(statistics.median_low(ordered))
-    report.percentile95 = ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))]
-
-
-def pack_split(tokens: TokenisedSplit, capacity: int) -> TokenisedSplit:
-    """Pack the documents into sequences of at most `capacity` tokens.
-
-    The first label of each document is masked, because the preceding token belongs to another document.
-    """
-    sizes = [len(ids) for ids in tokens.input_ids]
-    result = TokenisedSplit(lengths=[], report=tokens.report)
-    assert result.lengths is not None
-    for rows in pack(sizes, capacity):
-        result.input_ids.append([token for row in rows for token in tokens.input_ids[row]])
-        result.labels.append([label for row in rows for label in (IGNORED_LABEL, *tokens.labels[row][1:])])
-        result.lengths.append([sizes[row] for row in rows])
-    result.report.sequences = len(result.input_ids)
-    result.report.padding_share = padding_share(sizes, len(result.input_ids), capacity)
-    return result
+    """Number of trained labels, except at the first position: the first token has no preceding token to predict it from."""
+    return len(labels) - 1 - labels.count(IGNORED_LABEL) + (labels[0] == IGNORED_LABEL) if labels else 0
 
 
 def encode(texts: Iterable[tuple[str, Rendered]], tokenizer: Any, options: TokeniseOptions) -> Iterator[EncodedRow]:

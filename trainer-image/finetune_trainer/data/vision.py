@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finetune_trainer.data.batches import RejectedRow
 from finetune_trainer.data.images import load_image
-from finetune_trainer.data.parallel import RejectedRow
-from finetune_trainer.data.rows import Conversation, Example, ImageFile, RowError
+from finetune_trainer.data.rows import IGNORED_LABEL, Conversation, Example, ImageFile, RowError
 from finetune_trainer.data.template import CharSpan, Rendered, RenderOptions, render
-from finetune_trainer.data.tokenise import IGNORED_LABEL, BoundaryTokens, EncodedRow, TokeniseOptions, labels_of
+from finetune_trainer.data.tokenise import BoundaryTokens, EncodedRow, TokeniseOptions, labels_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -27,9 +27,9 @@ IMAGE_SOURCES = "image_sources"
 IMAGE_LABEL = -101
 """Temporary label of image tokens until the row is complete."""
 TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
-"""Outputs of a processor for the text."""
-ROWS_PER_WORKER = 200
-"""Decoding images takes much longer than tokenising. So a worker process saves time with fewer rows than for text."""
+"""Outputs of a processor that describe the text."""
+ROWS_WITHOUT_WORKERS = 200
+"""Decoding images takes much longer than tokenising, so worker processes pay with fewer rows than for text."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ class VisionEncoder:
             rendered = render(example, self.render_with)
             ids, labels = self.vision.encode(rendered, [load_image(image) for image in images])
         except RowError as error:
-            return RejectedRow(location, error.code, error.message, error.hint)
+            return RejectedRow.of(location, error)
         ids, labels = boundary.add_boundary_tokens(ids, labels, is_templated=rendered.is_templated)
         image_end = next((index + 1 for index in range(len(labels) - 1, -1, -1) if labels[index] == IMAGE_LABEL), 0)
         labels = [IGNORED_LABEL if label == IMAGE_LABEL else label for label in labels]
@@ -155,6 +155,6 @@ def images_of_row(row: Mapping[str, Any]) -> list[ImageFile]:
     return [ImageFile(Path(item["path"]) if item["path"] else None, item["bytes"]) for item in row[IMAGE_SOURCES]]
 
 
-def column_of_images(images: Sequence[Sequence[ImageFile]]) -> list[list[dict[str, Any]]]:
-    """Return the values of the column for the images of each row."""
-    return [[{"path": str(image.path) if image.path else None, "bytes": image.content} for image in of_row] for of_row in images]
+def column_of_images(images: Sequence[ImageFile]) -> list[dict[str, Any]]:
+    """The images of a row as the value of a column of images."""
+    return [{"path": str(image.path) if image.path else None, "bytes": image.content} for image in images]

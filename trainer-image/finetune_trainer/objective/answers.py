@@ -7,31 +7,34 @@ handles chat templates, beginning tokens and end tokens. Answers are cut to `tra
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from enum import Enum
 from typing import Any
 
 from accelerate import PartialState
-from datasets import Dataset
 from finetune_api.errors import ConfigError, DataError
 from finetune_api.spec.enums import DatasetFormat, OverflowPolicy, TrainerType
 
-from finetune_trainer.data.load import Rows, load
-from finetune_trainer.data.parallel import RejectedRow, encode_rows, usable_cpus
+from finetune_trainer.data.batches import BatchBuilder, EncodedBatch, Outcome, RejectedRow
+from finetune_trainer.data.encode import EncodedRows, EncodedSplit, encode_sources, require_few_bad_rows
+from finetune_trainer.data.load import DataSummary
 from finetune_trainer.data.prepare import (
-    SUMMARY_FILE,
-    BadRowPolicy,
     Splits,
-    cache_key,
-    load_cached,
+    find_prepared,
+    inputs_digest,
     max_sequence_length,
+    prepared_folder,
     render_options,
+    rows_folder,
+    splits_of,
     use_chat_template,
-    write_cached,
 )
-from finetune_trainer.data.rows import Conversation, Example, LabelledAnswer, Preference, RowError, Turn
+from finetune_trainer.data.prepared import PreparedFolder, write_prepared
+from finetune_trainer.data.rows import IGNORED_LABEL, Conversation, Example, LabelledAnswer, Preference, RowError, Turn
+from finetune_trainer.data.shards import ColumnType
 from finetune_trainer.data.template import Rendered, RenderOptions, render
-from finetune_trainer.data.tokenise import IGNORED_LABEL, TokeniseOptions, encode
+from finetune_trainer.data.tokenise import TokeniseOptions, encode
 from finetune_trainer.objective.base import DataFacts, TrainingContext
 
 NO_LIMIT = 1 << 30
@@ -96,10 +99,28 @@ class EncodedAnswers:
         return len(self.prompt) + max(map(len, self.answers))
 
 
-@dataclass
-class _Split:
-    rows: list[EncodedAnswers] = field(default_factory=list)
-    counts: RowCounts = field(default_factory=RowCounts)
+class RowLayout(Enum):
+    """The columns of stored rows."""
+
+    PAIRS = ("prompt_ids", "chosen_ids", "rejected_ids")
+    PAIRS_WITH_TEXTS = (*PAIRS, "prompt", "chosen", "rejected")
+    """The texts are empty. TRL's trainer for orpo requires these columns, although it reads only the token ids."""
+    WHOLE_PAIRS = ("chosen_ids", "rejected_ids")
+    """The prompt is put before each answer, because a reward model scores prompt and answer together."""
+    LABELLED = ("prompt_ids", "completion_ids", "label")
+
+    @property
+    def columns(self) -> dict[str, ColumnType]:
+        """Names and types of the columns."""
+        types = {"label": ColumnType.FLAG}
+        return {name: ColumnType.TOKENS if name.endswith("_ids") else types.get(name, ColumnType.TEXT) for name in self.value}
+
+    def values_of(self, row: EncodedAnswers) -> dict[str, Any]:
+        """The values of the columns for a row."""
+        answers = row.answers if self is not RowLayout.WHOLE_PAIRS else [row.prompt + answer for answer in row.answers]
+        tokens = {"prompt_ids": row.prompt, "completion_ids": answers[0], "chosen_ids": answers[0], "rejected_ids": answers[-1]}
+        values = {"label": row.label, **tokens}
+        return {name: values.get(name, "") for name in self.value}
 
 
 def length_limits(context: TrainingContext) -> LengthLimits:
@@ -126,86 +147,75 @@ def max_answer_length(context: TrainingContext, max_row_length: int) -> int | No
     )  # fmt: skip
 
 
-def load_pairs(context: TrainingContext) -> tuple[Splits, DataFacts]:
-    """Load pairs as columns prompt_ids, chosen_ids, rejected_ids. Errors: DataError of the data stages, RowTooLong, NoTrainableToken."""
-    return _load_columns(
-        context, lambda row: {"prompt_ids": row.prompt, "chosen_ids": row.answers[0], "rejected_ids": row.answers[1]}
-    )
+def load_rows(context: TrainingContext, layout: RowLayout) -> tuple[Splits, DataFacts]:
+    """Load the encoded rows. One rank per node encodes and stores the rows; all ranks map them into memory.
 
-
-def load_labelled_answers(context: TrainingContext) -> tuple[Splits, DataFacts]:
-    """Load answers as columns prompt_ids, completion_ids, label. Errors: see `load_pairs`."""
-    return _load_columns(context, lambda row: {"prompt_ids": row.prompt, "completion_ids": row.answers[0], "label": row.label})
-
-
-def _load_columns(context: TrainingContext, columns_of: Callable[[EncodedAnswers], dict[str, Any]]) -> tuple[Splits, DataFacts]:
-    """Load the encoded rows. One rank per node encodes the rows and writes them to the token cache; all ranks read the cache."""
+    Errors: DataError of the data stages, RowTooLong, NoTrainableToken.
+    """
     is_templated = use_chat_template(context.run, context.inputs, context.tokenizer)
     limits = length_limits(context)
-    folder = context.token_cache / cache_key(context.run, context.inputs, context.tokenizer, limits.max_row_length)
+    digest = inputs_digest(context.run, context.inputs, context.tokenizer, limits.max_row_length)
     with PartialState().local_main_process_first():
-        if not (folder / SUMMARY_FILE).exists():
-            write_cached(folder, *_encode_splits(context, columns_of, is_templated, limits))
-    splits, summary = load_cached(folder)
+        prepared = find_prepared(context.token_cache, digest) or _write_splits(context, layout, is_templated, limits, digest)
+    splits, summary = splits_of(prepared), prepared.manifest.summary
     report = {"rows": summary["rows"], "tokens": summary["tokens"]}
     return splits, DataFacts(len(splits.train), DatasetFormat(summary["format"]), summary["notes"], report)
 
 
-def _encode_splits(
-    context: TrainingContext, columns_of: Callable[[EncodedAnswers], dict[str, Any]], is_templated: bool, limits: LengthLimits
-) -> tuple[dict[str, Dataset], dict[str, Any]]:
-    loaded = load(context.run, context.inputs)
-    notes = list(loaded.summary.notes)
-    datasets: dict[str, Dataset] = {}
-    reports: dict[str, Any] = {}
-    for name, rows in loaded.splits():
-        options = replace(
-            render_options(context.run, context.tokenizer, is_templated, loaded.summary.format),
-            response_only=True, turn_markers=None,
-        )  # fmt: skip
-        split = _encode_split(context, rows, options, limits, notes, name)
-        datasets[name] = Dataset.from_list([columns_of(row) for row in split.rows])
-        is_joined = any(
-            isinstance(example, Preference | LabelledAnswer) and isinstance(example.prompt, str) for _, example in rows
-        )
-        if is_joined and is_templated and context.run.spec.dataset.use_chat_template is None:
+def _write_splits(context: TrainingContext, layout: RowLayout, is_templated: bool, limits: LengthLimits, digest: str) -> PreparedFolder:
+    """Load, encode and store all splits."""
+    run, spec = context.run, context.run.spec.dataset
+    folder = prepared_folder(context.token_cache, digest)
+    options = TokeniseOptions(NO_LIMIT, OverflowPolicy.TRUNCATE, spec.add_eos_token is not False, spec.add_bos_token)
+
+    def make_encoder(summary: DataSummary) -> AnswerEncoder:
+        render_with = render_options(run, context.tokenizer, is_templated, summary.format)
+        return AnswerEncoder(replace(render_with, response_only=True, turn_markers=None), options, limits, run.spec.trainer.type, layout)
+
+    def is_marked(example: Example) -> bool:
+        is_text = isinstance(example, Preference | LabelledAnswer) and isinstance(example.prompt, str)
+        return is_text and is_templated and spec.use_chat_template is None
+
+    with encode_sources(run, context.inputs, make_encoder, rows_folder(folder), is_marked=is_marked) as encoded:
+        counts, notes = _count_rows(context, encoded, limits)
+        summary = {
+            "format": encoded.summary.format, "rows": encoded.summary.rows, "notes": notes, "tokens": {name: vars(found) for name, found in counts.items()},
+        }  # fmt: skip
+        splits = {split.name: encoded.shards.read(split.positions[split.is_kept], split.lengths[split.is_kept]) for split in encoded.splits}
+        return write_prepared(folder, splits, inputs_digest=digest, summary=summary)
+
+
+def _count_rows(context: TrainingContext, encoded: EncodedRows, limits: LengthLimits) -> tuple[dict[str, RowCounts], list[str]]:
+    """Return the counts and the notes of all splits. Errors: DataError TooManyBadRows, NoTrainableToken."""
+    notes = list(encoded.summary.notes)
+    counts: dict[str, RowCounts] = {}
+    for split in encoded.splits:
+        notes += require_few_bad_rows(context.run, split)
+        counts[split.name] = _counts_of(split, limits)
+        if split.is_marked:
             notes.append(
                 "prompts and answers are joined without a chat template; dataset.useChatTemplate: true renders them as turns"
             )
-        notes += split.counts.notes(name, limits)
-        reports[name] = vars(split.counts)
-    notes = list(dict.fromkeys(notes))
-    summary = {"format": loaded.summary.format, "rows": loaded.summary.rows, "notes": notes, "tokens": reports}
-    return datasets, summary
+        notes += counts[split.name].notes(split.name, limits)
+    return counts, list(dict.fromkeys(notes))
 
 
-def _encode_split(
-    context: TrainingContext, rows: Rows, render_with: RenderOptions, limits: LengthLimits, notes: list[str], name: str
-) -> _Split:
-    bad_rows = BadRowPolicy(context.run, len(rows))
-    split = _Split()
-    spec = context.run.spec.dataset
-    options = TokeniseOptions(NO_LIMIT, OverflowPolicy.TRUNCATE, spec.add_eos_token is not False, spec.add_bos_token)
-    encoder = AnswerEncoder(render_with, options)
-    for location, row in encode_rows(rows, encoder, processes=spec.num_proc or usable_cpus(), on_bad_row=bad_rows):
-        split.counts.longest = max(split.counts.longest, row.longest_row)
-        fitted = fit_to_limits(location, row, limits, split.counts, context.run.spec.trainer.type)
-        if fitted is not None:
-            split.rows.append(fitted)
-    notes += bad_rows.notes(name)
-    split.counts.rows = len(split.rows)
-    if not split.rows:
+def _counts_of(split: EncodedSplit, limits: LengthLimits) -> RowCounts:
+    """The counts of a split. Errors: DataError NoTrainableToken."""
+    counts = RowCounts(
+        rows=int(split.is_kept.sum()), cut=split.count(Outcome.CUT), left_out=split.count(Outcome.TOO_LONG), same=split.count(Outcome.SAME),
+        longest=int(split.lengths.max()),
+    )  # fmt: skip
+    if not counts.rows:
         raise DataError(
-            "NoTrainableToken", f"no row of the {name} data is left: {split.counts.left_out} rows are too long, {split.counts.same} have two equal answers",
+            "NoTrainableToken", f"no row of the {split.name} data is left: {counts.left_out} rows are too long, {counts.same} have two equal answers",
             hint=f"raise dataset.maxSequenceLength (now {limits.max_row_length}), or fix the rows",
         )  # fmt: skip
-    return split
+    return counts
 
 
-def fit_to_limits(
-    location: str, row: EncodedAnswers, limits: LengthLimits, counts: RowCounts, kind: TrainerType | None
-) -> EncodedAnswers | None:
-    """Cut the answers of the row to the limits. Returns None if the row is dropped. Errors: DataError RowTooLong."""
+def fit_to_limits(location: str, row: EncodedAnswers, limits: LengthLimits, kind: TrainerType | None) -> tuple[Outcome, EncodedAnswers]:
+    """Cut the answers of the row to the limits. Returns what became of the row. Errors: DataError RowTooLong."""
     answers = [answer[: limits.max_answer_length] for answer in row.answers]
     available = limits.max_row_length - len(row.prompt)
     if max(map(len, answers)) > available:
@@ -216,25 +226,39 @@ def fit_to_limits(
             )  # fmt: skip
         # A reward model reads the score at the end of the answer, so the answer must not be cut.
         if limits.overflow is OverflowPolicy.DROP or available < 1 or kind is TrainerType.REWARD:
-            counts.left_out += 1
-            return None
+            return Outcome.TOO_LONG, row
         answers = [answer[:available] for answer in answers]
     if len(answers) == 2 and answers[0] == answers[1]:
-        counts.same += 1
-        return None
-    counts.cut += answers != row.answers
-    return EncodedAnswers(row.prompt, answers, row.label)
+        return Outcome.SAME, row
+    return Outcome.KEPT if answers == row.answers else Outcome.CUT, EncodedAnswers(row.prompt, answers, row.label)
 
 
 @dataclass(frozen=True)
 class AnswerEncoder:
-    """Renders and tokenises prompts with their answers. Instances are pickled and sent to worker processes."""
+    """Renders and tokenises prompts with their answers, and applies the limits. Instances are pickled and sent to worker processes."""
 
     render_with: RenderOptions
     options: TokeniseOptions
+    limits: LengthLimits
+    kind: TrainerType | None
+    layout: RowLayout
 
-    def __call__(self, rows: Sequence[tuple[str, Example]]) -> list[tuple[str, EncodedAnswers] | RejectedRow]:
-        """Encode or reject each row of a batch. A row is rejected if one of its answers cannot be rendered."""
+    def __call__(self, rows: Sequence[tuple[str, Example]]) -> EncodedBatch:
+        """Encode, leave out or reject each row. A row is rejected if one of its answers cannot be rendered. Errors: DataError RowTooLong."""
+        batch = BatchBuilder(self.layout.columns)
+        for location, row in self._encode(rows):
+            if isinstance(row, RejectedRow):
+                batch.reject(row)
+                continue
+            outcome, fitted = fit_to_limits(location, row, self.limits, self.kind)
+            if outcome in (Outcome.KEPT, Outcome.CUT):
+                batch.keep(outcome, row.longest_row, **self.layout.values_of(fitted))
+            else:
+                batch.leave_out(outcome, row.longest_row)
+        return batch.build()
+
+    def _encode(self, rows: Sequence[tuple[str, Example]]) -> Iterator[tuple[str, EncodedAnswers | RejectedRow]]:
+        """Yield the location of each row with its prompt and answers, without limits."""
         rejected: dict[int, RejectedRow] = {}
         encoded: dict[int, list[tuple[list[int], list[int]]]] = {}
         row_of_text: list[int] = []
@@ -244,7 +268,7 @@ class AnswerEncoder:
                 try:
                     answers = self._render_answers(example)
                 except RowError as error:
-                    rejected[number] = RejectedRow(location, error.code, error.message, error.hint)
+                    rejected[number] = RejectedRow.of(location, error)
                     continue
                 row_of_text.extend([number] * len(answers))
                 yield from ((location, text) for text in answers)
@@ -252,12 +276,9 @@ class AnswerEncoder:
         for position, (_, ids, labels, *_) in enumerate(encode(render_rows(), self.render_with.tokenizer, self.options)):
             start = next((index for index, label in enumerate(labels) if label != IGNORED_LABEL), len(ids))
             encoded.setdefault(row_of_text[position], []).append((ids[:start], ids[start:]))
-        return [
-            rejected[number]
-            if number in rejected
-            else (location, with_shared_prompt(encoded[number], getattr(example, "label", None)))
-            for number, (location, example) in enumerate(rows)
-        ]
+        for number, (location, example) in enumerate(rows):
+            is_rejected = number in rejected
+            yield location, rejected[number] if is_rejected else with_shared_prompt(encoded[number], getattr(example, "label", None))
 
     def _render_answers(self, example: Example) -> list[Rendered]:
         """Render the prompt with each answer. Text is joined without a template, unless `dataset.useChatTemplate` is true."""

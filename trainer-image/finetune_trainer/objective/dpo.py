@@ -42,7 +42,7 @@ class DpoObjective(Objective[answers.Splits, DPOConfig]):
     held_out_metrics = (TEST_LOSS, TEST_TOKEN_ACCURACY, TEST_PREFERENCE_ACCURACY)
 
     def load_data(self, context: TrainingContext) -> tuple[answers.Splits, DataFacts]:
-        return answers.load_pairs(context)
+        return answers.load_rows(context, answers.RowLayout.PAIRS)
 
     def training_arguments(self, context: TrainingContext, *, has_validation_data: bool) -> DPOConfig:
         spec = context.run.spec.trainer.dpo or DpoSpec()

@@ -45,8 +45,8 @@ class KtoObjective(Objective[answers.Splits, KTOConfig]):
     trainer_class = KtoTrainer
 
     def load_data(self, context: TrainingContext) -> tuple[answers.Splits, DataFacts]:
-        """Load the labelled answers and shuffle them. Errors: DataError OneSidedJudgement; errors of `load_labelled_answers`."""
-        splits, facts = answers.load_labelled_answers(context)
+        """Load the labelled answers and shuffle them. Errors: DataError OneSidedJudgement; errors of `load_rows`."""
+        splits, facts = answers.load_rows(context, answers.RowLayout.LABELLED)
         good_count = sum(splits.train["label"])
         bad_count = len(splits.train) - good_count
         if not good_count or not bad_count:

@@ -10,7 +10,7 @@ from finetune_api.spec.trainer import Dpo as DpoSpec
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 from finetune_trainer.arguments import shared_arguments
-from finetune_trainer.data.tokenise import IGNORED_LABEL
+from finetune_trainer.data.rows import IGNORED_LABEL
 from finetune_trainer.engine import GuardedTrainer
 from finetune_trainer.objective import answers
 from finetune_trainer.objective.base import TEST_LOSS, TEST_PREFERENCE_ACCURACY, DataFacts, Objective, TrainingContext
@@ -46,8 +46,7 @@ class OrpoObjective(Objective[answers.Splits, ORPOConfig]):
     held_out_metrics = (TEST_LOSS, TEST_PREFERENCE_ACCURACY)
 
     def load_data(self, context: TrainingContext) -> tuple[answers.Splits, DataFacts]:
-        splits, facts = answers.load_pairs(context)
-        return splits.map(_add_empty_texts), facts
+        return answers.load_rows(context, answers.RowLayout.PAIRS_WITH_TEXTS)
 
     def training_arguments(self, context: TrainingContext, *, has_validation_data: bool) -> ORPOConfig:
         run, spec = context.run, context.run.spec.trainer.dpo or DpoSpec()
@@ -56,11 +55,6 @@ class OrpoObjective(Objective[answers.Splits, ORPOConfig]):
             beta=0.1 if spec.beta is None else spec.beta, max_length=answers.length_limits(context).max_row_length,
             remove_unused_columns=False,
         )  # fmt: skip
-
-
-def _add_empty_texts(pairs: Dataset) -> Dataset:
-    """Add empty text columns. TRL requires the columns, although `tokenize_row` does not read them."""
-    return pairs.map(lambda _: {"prompt": "", "chosen": "", "rejected": ""})
 
 
 OBJECTIVE = OrpoObjective()

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Any
 
-from datasets import Dataset
 from finetune_api.errors import ConfigError
 from finetune_api.spec.enums import MethodType, TrainerType
 from trl.trainer.reward_config import RewardConfig
@@ -30,23 +28,13 @@ class RewardObjective(Objective[answers.Splits, RewardConfig]):
     held_out_metrics = (TEST_LOSS, HeldOutMetric("accuracy", "testPreferenceAccuracy", "preference accuracy"))
 
     def load_data(self, context: TrainingContext) -> tuple[answers.Splits, DataFacts]:
-        splits, facts = answers.load_pairs(context)
-        return splits.map(_join_prompt_and_answers), facts
+        return answers.load_rows(context, answers.RowLayout.WHOLE_PAIRS)
 
     def training_arguments(self, context: TrainingContext, *, has_validation_data: bool) -> RewardConfig:
         """Create TRL's configuration. Errors: ConfigError AdapterWithoutHead."""
         _require_score_head(context)
         fields = shared_arguments(context.run, context.inputs, context.hardware, context.strategy, has_validation_data=has_validation_data)
         return RewardConfig(**fields, max_length=None)
-
-
-def _join_prompt_and_answers(pairs: Dataset) -> Dataset:
-    """Put the prompt before each answer, because the model scores prompt and answer together."""
-
-    def join(row: dict[str, Any]) -> dict[str, Any]:
-        return {f"{side}_ids": row["prompt_ids"] + row[f"{side}_ids"] for side in ("chosen", "rejected")}
-
-    return pairs.map(join, remove_columns=["prompt_ids"])
 
 
 def _require_score_head(context: TrainingContext) -> None:

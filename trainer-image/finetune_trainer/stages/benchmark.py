@@ -164,8 +164,8 @@ class _TaskRunner:
 
     @cached_property
     def _data(self) -> LoadedData:
-        """Return the rows of the run."""
-        return load(self.run, self.inputs)
+        """Return the held-out rows of the run, and its first training rows."""
+        return load(self.run, self.inputs, training_rows=ROWS_WITH_END_TOKENS)
 
     def _end_ids(self, loaded: LoadedModel) -> list[int]:
         """Return the ids of all tokens that end an answer, including those that the model learned in training."""

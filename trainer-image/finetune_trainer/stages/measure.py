@@ -25,14 +25,14 @@ from finetune_api.status import Stage
 from finetune_trainer.channel import Channel
 from finetune_trainer.data.load import load
 from finetune_trainer.data.prepare import max_sequence_length, render_options, use_chat_template
-from finetune_trainer.data.tokenise import TokenisedSplit, TokeniseOptions
+from finetune_trainer.data.tokenise import TokeniseOptions
 from finetune_trainer.evaluation.measurements import Measurements
 from finetune_trainer.evaluation.predictions import Prediction
 from finetune_trainer.evaluation.values import MetricValue
 from finetune_trainer.inputs import Inputs
 from finetune_trainer.results.model_comparison import read_prompts
 from finetune_trainer.stages.files import StageTask
-from finetune_trainer.stages.questions import Question
+from finetune_trainer.stages.questions import Question, TokenRows
 
 CLASSIFICATION_METRICS = (EvaluationMetric.ACCURACY, EvaluationMetric.PRECISION, EvaluationMetric.RECALL, EvaluationMetric.F1)
 TOKEN_METRICS = (EvaluationMetric.PERPLEXITY, *CLASSIFICATION_METRICS)
@@ -51,7 +51,7 @@ class HeldOut:
     stage: Stage
     model: Any
     tokenizer: Any
-    tokens: TokenisedSplit
+    tokens: TokenRows
     """All held-out rows with their answers."""
     questions: list[Question]
     """The questions that the model answers: all held-out questions, or `evaluation.maxRows` of them."""
@@ -143,19 +143,19 @@ def load_held_out(run: RunConfig, channel: Channel, inputs: Inputs, task: StageT
     channel.report_stage(task.stage, "loading the model")
     tokenizer = load_tokenizer(run, inputs, task)
     model = load_model(run, inputs, task, hardware.detect_hardware(run, 0), tokenizer)
-    loaded, dataset = load(run, inputs), run.spec.dataset
+    loaded, dataset = load(run, inputs, training_rows=ROWS_FOR_END_TOKENS), run.spec.dataset
     rows = held_out_rows(loaded)
     rendering = render_options(run, tokenizer, use_chat_template(run, inputs, tokenizer), loaded.summary.format_with_turns)
     length = max_sequence_length(run, tokenizer, models.max_positions(models.load_config(run, inputs)))
     options = TokeniseOptions(length, OverflowPolicy.TRUNCATE, dataset.add_eos_token is not False, dataset.add_bos_token)
-    examples = rows or loaded.train[:ROWS_FOR_END_TOKENS]
+    examples = rows or loaded.train
     tokens = tokenise_answered(run, examples, rendering, options)
     prompts = read_prompts(prompts_to_compare(run.spec), inputs.config_maps)
     asked = read_questions(ask_prompts(prompts, examples[0][1], dataset.system_prompt), rendering, options)
     if len(asked) < len(prompts):
         raise DataError("PromptRefused", f"the chat template refuses {len(prompts) - len(asked)} of {len(prompts)} prompts", hint="remove dataset.systemPrompt")
     return HeldOut(
-        task.stage, model, tokenizer, tokens if rows else TokenisedSplit([], []), _sample(read_questions(rows, rendering, options), run),
+        task.stage, model, tokenizer, tokens if rows else TokenRows(), _sample(read_questions(rows, rendering, options), run),
         run.spec.evaluation.batch_size_per_device or run.spec.training.batch_size_per_device or 1,
         end_token_ids(tokenizer, model, tokens.labels), asked,
     )  # fmt: skip
@@ -193,7 +193,7 @@ TokenRow = tuple[list[int], list[int]]
 """Return the token ids and labels of one row."""
 
 
-def _batches(tokens: TokenisedSplit, size: int) -> Iterator[list[TokenRow]]:
+def _batches(tokens: TokenRows, size: int) -> Iterator[list[TokenRow]]:
     rows = list(zip(tokens.input_ids, tokens.labels, strict=True))
     for start in range(0, len(rows), size):
         yield rows[start : start + size]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,9 @@ from finetune_api.pod import RunConfig
 from finetune_api.spec.enums import OverflowPolicy
 
 from finetune_trainer.artefact.end_tokens import answers_of_labels, trained_end_tokens
+from finetune_trainer.data.batches import Outcome, RejectedRow
+from finetune_trainer.data.encode import BadRowPolicy
 from finetune_trainer.data.load import LoadedData
-from finetune_trainer.data.parallel import SupervisedEncoder, encode_rows
-from finetune_trainer.data.prepare import BadRowPolicy
 from finetune_trainer.data.rows import (
     Completion,
     Conversation,
@@ -23,10 +23,12 @@ from finetune_trainer.data.rows import (
     RawRow,
     RowError,
     Text,
+    TokenSequence,
     Turn,
 )
+from finetune_trainer.data.supervised import SupervisedEncoder
 from finetune_trainer.data.template import Rendered, RenderOptions, render
-from finetune_trainer.data.tokenise import TokenisedSplit, TokeniseOptions, encode, tokenise
+from finetune_trainer.data.tokenise import TokeniseOptions, encode, fit_row, no_row_left
 
 ANSWER_PLACEHOLDER = "?"
 """Placeholder for a missing answer while the question before it is rendered."""
@@ -54,13 +56,13 @@ def held_out_rows(loaded: LoadedData) -> list[tuple[RawRow, Example]]:
     return loaded.test or loaded.validation
 
 
-def as_answered(example: Example) -> Conversation | Completion | Text | None:
+def as_answered(example: Example) -> Conversation | Completion | Text | TokenSequence | None:
     """Return the example as text that ends with its answer. Use the preferred answer of a preference pair.
 
     None if the example contains no answer.
     """
     match example:
-        case Conversation() | Completion() | Text():
+        case Conversation() | Completion() | Text() | TokenSequence():
             return example
         case Preference(str() as prompt, str() as chosen, _):
             return Completion(prompt, chosen)
@@ -99,13 +101,30 @@ def ask_prompts(prompts: Iterable[str], sample: Example, system_prompt: str | No
     return asked
 
 
-def tokenise_answered(run: RunConfig, rows: Sequence[tuple[RawRow, Example]], render_options: RenderOptions, options: TokeniseOptions) -> TokenisedSplit:
+@dataclass
+class TokenRows:
+    """Token ids and labels of rows."""
+
+    input_ids: list[list[int]] = field(default_factory=list)
+    labels: list[list[int]] = field(default_factory=list)
+
+
+def tokenise_answered(run: RunConfig, rows: Sequence[tuple[RawRow, Example]], render_options: RenderOptions, options: TokeniseOptions) -> TokenRows:
     """Tokenise the examples that contain an answer, as in training. Rows that are too long are cut. Errors: DataError."""
-    answered = [(row, converted) for row, example in rows if (converted := as_answered(example)) is not None]
-    bad_rows = BadRowPolicy(run, len(answered))
-    encoder = SupervisedEncoder(render_options, options)
-    stream = encode_rows(answered, encoder, processes=1, on_bad_row=bad_rows)
-    return tokenise(stream, replace(options, overflow=OverflowPolicy.TRUNCATE), on_bad_row=bad_rows)
+    answered = [(row.location, converted) for row, example in rows if (converted := as_answered(example)) is not None]
+    bad_rows, result, answerless = BadRowPolicy(run, len(answered)), TokenRows(), 0
+    for row in SupervisedEncoder(render_options, options)(answered):
+        fitted = row if isinstance(row, RejectedRow) else fit_row(row, replace(options, overflow=OverflowPolicy.TRUNCATE))
+        if isinstance(fitted, RejectedRow):
+            bad_rows(fitted)
+        elif fitted.outcome is Outcome.ANSWERLESS:
+            answerless += 1
+        else:
+            result.input_ids.append(fitted.ids)
+            result.labels.append(fitted.labels)
+    if not result.input_ids:
+        raise no_row_left(0, answerless, options.max_length)
+    return result
 
 
 def _render_question(example: Example, options: RenderOptions) -> tuple[Conversation | Completion, Rendered] | None:

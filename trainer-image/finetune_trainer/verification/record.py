@@ -17,7 +17,7 @@ from finetune_api.pod import RunConfig
 from finetune_api.rules import PROMPT_METHODS, method_type_of
 
 from finetune_trainer.data.images import content_of
-from finetune_trainer.data.tokenise import IGNORED_LABEL
+from finetune_trainer.data.rows import IGNORED_LABEL
 from finetune_trainer.data.vision import IMAGE_SOURCES, VisionProcessor, images_of_row
 from finetune_trainer.hardware import Hardware
 from finetune_trainer.verification.measure import batch_values, row_values

@@ -10,6 +10,7 @@ from finetune_trainer.data.formats.oasst import Oasst
 from finetune_trainer.data.formats.prompts import PairedPreference, PromptCompletion, PromptOnly, UnpairedPreference
 from finetune_trainer.data.formats.questions import Alpaca, Instruction, MultipleChoice, QuestionAnswer
 from finetune_trainer.data.formats.text import Custom, PlainText
+from finetune_trainer.data.formats.tokens import PreTokenized
 
 FORMATS: tuple[Format, ...] = (
     Oasst(),
@@ -24,6 +25,7 @@ FORMATS: tuple[Format, ...] = (
     QuestionAnswer(),
     PlainText(),
     PromptOnly(),
+    PreTokenized(),
     Custom(),
 )
 """The formats in the order of detection. The first match is used, so formats with specific columns come first."""

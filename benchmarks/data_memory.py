@@ -1,0 +1,153 @@
+"""Memory that the preparation of training data needs for each token.
+
+    python benchmarks/data_memory.py
+
+Method. A process prepares chat rows of about 1,000 tokens for training: it reads, splits, renders, tokenises, packs and stores them. The peak
+of its memory is the sum of two exact counters: `tracemalloc` counts the bytes of Python objects and numpy arrays, and Arrow's memory pool counts
+the bytes of Arrow arrays. Pages of memory-mapped files are not counted, because the system can drop them. Every case runs with two numbers of
+rows, each in a new process; the bytes for each token are the difference of the two peaks, divided by the difference of the numbers of tokens.
+The tokenizer has 30,000 words, because Python shares the objects of the numbers up to 256.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+WORDS = 30_000
+END, PAD, UNKNOWN = "<|im_end|>", "<|pad|>", "<|unknown|>"
+WORDS_PER_ROW = 1000
+ROW_COUNTS = (1000, 3000)
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role + ' ' + m.content + ' <|im_end|> ' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant ' }}{% endif %}"
+)
+
+
+def make_tokenizer() -> Any:
+    """A tokenizer whose tokens are the words `w0` to `w29999`."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    names = [END, PAD, UNKNOWN, "user", "assistant", *(f"w{number}" for number in range(WORDS))]
+    words = Tokenizer(models.WordLevel({name: number for number, name in enumerate(names)}, unk_token=UNKNOWN))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words, eos_token=END, pad_token=PAD, chat_template=TEMPLATE, clean_up_tokenization_spaces=False
+    )
+
+
+def chat_row(number: int) -> dict[str, Any]:
+    """A question and its answer, with `WORDS_PER_ROW` words that depend on the number of the row."""
+    words = [f"w{(number * 7919 + index * 31) % WORDS}" for index in range(WORDS_PER_ROW)]
+    half = WORDS_PER_ROW // 2
+    return {"messages": [{"role": "user", "content": " ".join(words[:half])}, {"role": "assistant", "content": " ".join(words[half:])}]}
+
+
+def pair_row(number: int) -> dict[str, Any]:
+    """A prompt with a better and a worse answer."""
+    first, second = chat_row(number)["messages"], chat_row(number + 1)["messages"]
+    return {"prompt": first[:1], "chosen": first[1:], "rejected": second[1:]}
+
+
+def prepare_supervised(folder: Path, tokenizer: Any, row_count: int, **dataset: Any) -> int:
+    """Prepare chat rows for supervised training. Returns the number of tokens of all splits."""
+    from finetune_trainer.data.prepare import prepare
+
+    from tests.support.learning import make_run
+
+    run, inputs = make_run(folder, folder / "model", {"dataset": {"maxSequenceLength": 4096, "numProc": 1, **dataset}}, rows=())
+    write_rows(inputs.train[0], chat_row, row_count)
+    start_counting()
+    data = prepare(run, inputs, tokenizer, max_positions=4096, cache=folder / "tokens")
+    return sum(report.tokens for report in data.reports.values())
+
+
+def prepare_pairs(folder: Path, tokenizer: Any, row_count: int) -> int:
+    """Prepare pairs for direct preference optimisation. Returns the number of tokens."""
+    from finetune_trainer.objective import answers
+
+    from tests.support.learning import make_run
+
+    run, inputs = make_run(folder, folder / "model", {"dataset": {"maxSequenceLength": 4096, "numProc": 1}, "trainer": {"type": "dpo"}}, rows=())
+    write_rows(inputs.train[0], pair_row, row_count)
+    context: Any = SimpleNamespace(run=run, inputs=inputs, tokenizer=tokenizer, token_cache=folder / "tokens", max_positions=4096)
+    start_counting()
+    splits, _ = answers.load_rows(context, answers.RowLayout.PAIRS)
+    return sum(len(ids) for row in splits.train for ids in row.values())
+
+
+def write_rows(path: Path, row: Callable[[int], dict[str, Any]], row_count: int) -> None:
+    """Write the rows one by one, so that the program itself keeps none of them."""
+    with path.open("w") as file:
+        file.writelines(json.dumps(row(number)) + "\n" for number in range(row_count))
+
+
+CASES: dict[str, Callable[[Path, Any, int], int]] = {
+    "plain": prepare_supervised,
+    "packed": lambda *arguments: prepare_supervised(*arguments, packing=True),
+    "split": lambda *arguments: prepare_supervised(*arguments, split={"validation": 0.1, "test": 0.1}),
+    "pairs": prepare_pairs,
+}
+
+
+def start_counting() -> None:
+    """Import the libraries and start both counters."""
+    import accelerate
+    import datasets
+    import pyarrow
+
+    accelerate.PartialState()
+    datasets.disable_progress_bars()
+    assert pyarrow.total_allocated_bytes() == 0
+    tracemalloc.start()
+
+
+def run_case(name: str, row_count: int) -> dict[str, int]:
+    """Prepare the rows of a case in this process. Returns its tokens and the peaks of both counters."""
+    import pyarrow
+
+    with tempfile.TemporaryDirectory() as folder:
+        tokens = CASES[name](Path(folder), make_tokenizer(), row_count)
+        return {"tokens": tokens, "pythonPeak": tracemalloc.get_traced_memory()[1], "arrowPeak": pyarrow.default_memory_pool().max_memory()}
+
+
+def measure(name: str, row_counts: tuple[int, ...]) -> dict[str, float]:
+    """Run a case with each number of rows in a new process."""
+    small, large = (
+        json.loads(subprocess.run([sys.executable, __file__, "--case", name, str(count)], check=True, capture_output=True, text=True).stdout)
+        for count in row_counts
+    )
+    peaks = [result["pythonPeak"] + result["arrowPeak"] for result in (small, large)]
+    return {
+        "tokens": large["tokens"], "peakMB": round(peaks[1] / 1e6, 1), "pythonPeakMB": round(large["pythonPeak"] / 1e6, 1),
+        "arrowPeakMB": round(large["arrowPeak"] / 1e6, 1), "bytesPerToken": round((peaks[1] - peaks[0]) / (large["tokens"] - small["tokens"]), 2),
+    }  # fmt: skip
+
+
+def main() -> None:
+    """Measure, print, and write the result unless --no-write is set."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--case", nargs=2, metavar=("NAME", "ROWS"), help="run one case in this process and print its counters")
+    parser.add_argument("--no-write", action="store_true", help="print only")
+    options = parser.parse_args()
+    if options.case:
+        print(json.dumps(run_case(options.case[0], int(options.case[1]))))
+        return
+    figures = {name: measure(name, ROW_COUNTS) for name in CASES}
+    print(json.dumps(figures, indent=1))
+    if not options.no_write:
+        import record
+
+        print(record.write_result("data_memory", figures, method=record.extract_method(__doc__).replace("\n", " ")))
+
+
+if __name__ == "__main__":
+    main()

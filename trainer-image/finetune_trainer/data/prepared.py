@@ -1,0 +1,127 @@
+"""Prepared rows of a run: a folder with the shards of each split, and a manifest that lists and describes them.
+
+The manifest has size and sha256 of each shard, the number of rows and tokens of each split, a histogram of the rows' lengths, and a digest of
+everything that the rows were made from. The same rows always give the same bytes, so that the files can be stored under the digest and compared
+by their hashes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetune_api.base import LenientModel
+from finetune_api.errors import StorageError
+from pydantic import Field, ValidationError
+
+from finetune_trainer.data.shards import ShardWriter, SplitManifest
+from finetune_trainer.file_entry import FileEntry
+
+if TYPE_CHECKING:
+    import pyarrow
+    from datasets import Dataset
+
+LAYOUT_VERSION = 1
+"""Version of the layout of a prepared folder. A folder with another version is not read."""
+MANIFEST_FILE = "manifest.json"
+
+
+class PreparedManifest(LenientModel):
+    """`manifest.json` of a prepared folder."""
+
+    version: int = LAYOUT_VERSION
+    inputs_digest: str = Field(description="Hash of everything that determines the rows: data, options, tokenizer, template and code version.")
+    splits: dict[str, SplitManifest] = Field(description="The splits by name: train, validation, test.")
+    summary: dict[str, Any] = Field(default_factory=dict, description="Counts and notes of the objective that prepared the rows.")
+
+    def to_bytes(self) -> bytes:
+        """The content of the file."""
+        return self.model_dump_json(by_alias=True, indent=1).encode()
+
+    @property
+    def files(self) -> list[FileEntry]:
+        """The shards of all splits."""
+        return [file for split in self.splits.values() for file in split.files]
+
+
+@dataclass(frozen=True)
+class PreparedFolder:
+    """A folder with prepared rows."""
+
+    folder: Path
+    manifest: PreparedManifest
+
+    def dataset(self, split: str) -> Dataset | None:
+        """The rows of a split, mapped into memory; None if the folder has no such split."""
+        from datasets import Dataset, concatenate_datasets
+
+        if split not in self.manifest.splits:
+            return None
+        return concatenate_datasets([Dataset.from_file(str(self.folder / file.path)) for file in self.manifest.splits[split].files])
+
+    def verify(self) -> None:
+        """Read all shards and compare their sha256 with the manifest. Errors: StorageError PreparedDataDamaged."""
+        for file in self.manifest.files:
+            with (self.folder / file.path).open("rb") as stream:
+                digest = hashlib.file_digest(stream, "sha256").hexdigest()
+            if digest != file.sha256:
+                raise _damaged(self.folder, f"{file.path} does not have the sha256 of the manifest")
+
+
+def write_prepared(
+    folder: Path, splits: Mapping[str, Iterable[pyarrow.RecordBatch]], *, inputs_digest: str, summary: Mapping[str, Any]
+) -> PreparedFolder:
+    """Write the rows of each split and the manifest. A reader sees either the complete folder or none.
+
+    `splits`: batches of rows by the name of the split; each split has at least one batch. The iterables are read once, one after the other.
+    """
+    partial = partial_folder(folder)
+    manifests: dict[str, SplitManifest] = {}
+    for name, batches in splits.items():
+        with ShardWriter(partial, name) as writer:
+            for batch in batches:
+                writer.add(batch)
+        manifests[name] = writer.manifest()
+    manifest = PreparedManifest(inputs_digest=inputs_digest, splits=manifests, summary=dict(summary))
+    (partial / MANIFEST_FILE).write_bytes(manifest.to_bytes())
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+    return PreparedFolder(folder, manifest)
+
+
+def open_prepared(folder: Path, inputs_digest: str | None = None) -> PreparedFolder:
+    """Open a prepared folder and check that all shards exist with their sizes. `verify` also checks their content.
+
+    `inputs_digest`: the digest that the rows must have been made from; None to accept any.
+    Errors: StorageError PreparedDataMissing, PreparedDataDamaged, PreparedDataDiffers.
+    """
+    try:
+        manifest = PreparedManifest.model_validate_json((folder / MANIFEST_FILE).read_bytes())
+    except OSError:
+        raise StorageError(
+            "PreparedDataMissing", f"{folder.name} has no {MANIFEST_FILE}, so it holds no prepared rows", hint="prepare the data again"
+        ) from None
+    except ValidationError:
+        raise _damaged(folder, f"{MANIFEST_FILE} is not readable") from None
+    if manifest.version != LAYOUT_VERSION or inputs_digest not in (None, manifest.inputs_digest):
+        raise StorageError(
+            "PreparedDataDiffers", f"the rows in {folder.name} were prepared from other inputs or by another version", hint="prepare the data again"
+        )
+    for file in manifest.files:
+        path = folder / file.path
+        if not path.resolve().is_relative_to(folder.resolve()) or not path.is_file() or path.stat().st_size != file.size:
+            raise _damaged(folder, f"{file.path} is missing or has another size")
+    return PreparedFolder(folder, manifest)
+
+
+def partial_folder(folder: Path) -> Path:
+    """Folder for files that belong to `folder` when they are complete. `write_prepared` writes there and renames it."""
+    return folder.with_name(folder.name + ".part")
+
+
+def _damaged(folder: Path, problem: str) -> StorageError:
+    return StorageError("PreparedDataDamaged", f"the prepared rows in {folder.name} are damaged: {problem}", hint="prepare the data again")

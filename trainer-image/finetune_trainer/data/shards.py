@@ -1,0 +1,226 @@
+"""Rows in Arrow files (shards): typed columns, writing in batches, and reading by position.
+
+Readers map the shards into memory. The processes of a node share these pages, and the system can drop them at any time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetune_api.base import LenientModel
+from pydantic import Field
+
+from finetune_trainer.file_entry import FileEntry
+
+if TYPE_CHECKING:
+    import numpy
+    import pyarrow
+
+MAX_SHARD_BYTES = 256 << 20
+"""A new shard is begun when the current shard has at least this many bytes."""
+COUNTED_COLUMNS_END = "_ids"
+"""End of the names of the columns whose lists count as tokens of a row."""
+ROWS_PER_BATCH, TOKENS_PER_BATCH = 1000, 1 << 18
+"""Largest batch that is copied from shards to other shards at a time."""
+
+
+class ColumnType(StrEnum):
+    """Type of the values of a column."""
+
+    TOKENS = "tokens"
+    """A list of token ids, labels or lengths: 32-bit integers."""
+    FLAG = "flag"
+    TEXT = "text"
+    BYTES = "bytes"
+    IMAGES = "images"
+    """A list of objects with `path` or `bytes`."""
+
+
+Columns = Mapping[str, ColumnType]
+"""Names and types of the columns of a shard."""
+
+
+class SplitManifest(LenientModel):
+    """The shards of one split."""
+
+    rows: int = Field(description="Stored rows. A packed sequence counts as one row.")
+    tokens: int = Field(description="Tokens of all rows.")
+    lengths: dict[str, int] = Field(
+        default_factory=dict,
+        description="Number of rows by length. The key is the upper bound in tokens, a power of two; each row counts at the smallest bound that it fits.",
+    )
+    files: list[FileEntry] = Field(description="The shards in the order of their rows; paths are relative to the prepared folder.")
+
+
+def make_schema(columns: Columns) -> pyarrow.Schema:
+    """The Arrow schema for columns."""
+    import pyarrow
+
+    types = {
+        ColumnType.TOKENS: pyarrow.list_(pyarrow.int32()), ColumnType.FLAG: pyarrow.bool_(), ColumnType.TEXT: pyarrow.string(),
+        ColumnType.BYTES: pyarrow.binary(),
+        ColumnType.IMAGES: pyarrow.list_(pyarrow.struct({"path": pyarrow.string(), "bytes": pyarrow.binary()})),
+    }  # fmt: skip
+    return pyarrow.schema([(name, types[kind]) for name, kind in columns.items()])
+
+
+def make_batch(columns: Columns, values: Mapping[str, Sequence[Any]]) -> pyarrow.RecordBatch:
+    """An Arrow batch with the values of each column."""
+    import pyarrow
+
+    schema = make_schema(columns)
+    return pyarrow.record_batch([pyarrow.array(values[field.name], field.type) for field in schema], schema=schema)
+
+
+class _HashedFile:
+    """A file object that counts and hashes the bytes that are written."""
+
+    def __init__(self, path: Path):
+        self._file, self._hash, self.size, self.closed = path.open("wb"), hashlib.sha256(), 0, False
+
+    def write(self, data: Any) -> int:
+        """Write bytes, or an Arrow buffer."""
+        view = memoryview(data)
+        self._hash.update(view)
+        self.size += view.nbytes
+        return self._file.write(view)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+        self.closed = True
+
+    @property
+    def sha256(self) -> str:
+        return self._hash.hexdigest()
+
+
+@dataclass
+class ShardWriter:
+    """Writes batches to the shards `<folder>/<name>/00000.arrow` and so on. A context manager that closes the last shard."""
+
+    folder: Path
+    name: str
+    rows: int = 0
+    tokens: int = 0
+    lengths: Counter[int] = field(default_factory=Counter)
+    files: list[FileEntry] = field(default_factory=list)
+    _file: _HashedFile | None = None
+    _stream: Any = None
+
+    def __enter__(self) -> ShardWriter:
+        shutil.rmtree(self.folder / self.name, ignore_errors=True)
+        (self.folder / self.name).mkdir(parents=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._close_shard()
+
+    def add(self, batch: pyarrow.RecordBatch) -> None:
+        """Append the rows of a batch."""
+        import pyarrow
+
+        if self._file is None:
+            self._file = _HashedFile(self.folder / self._path)
+            self._stream = pyarrow.ipc.new_stream(pyarrow.PythonFile(self._file, "w"), batch.schema)
+        self._stream.write_batch(batch)
+        self._count(batch)
+        if self._file.size >= MAX_SHARD_BYTES:
+            self._close_shard()
+
+    def manifest(self) -> SplitManifest:
+        """What was written. Only valid after the last shard was closed."""
+        lengths = {str(bound): self.lengths[bound] for bound in sorted(self.lengths)}
+        return SplitManifest(rows=self.rows, tokens=self.tokens, lengths=lengths, files=self.files)
+
+    @property
+    def _path(self) -> str:
+        return f"{self.name}/{len(self.files):05}.arrow"
+
+    def _count(self, batch: pyarrow.RecordBatch) -> None:
+        import numpy
+
+        lengths = row_lengths(batch)
+        self.rows += batch.num_rows
+        self.tokens += int(lengths.sum())
+        bounds, counts = numpy.unique(numpy.exp2(numpy.ceil(numpy.log2(numpy.maximum(lengths, 1)))), return_counts=True)
+        self.lengths.update(dict(zip(map(int, bounds), map(int, counts), strict=True)))
+
+    def _close_shard(self) -> None:
+        if self._file is None:
+            return
+        self._stream.close()
+        self._file.close()
+        self.files.append(FileEntry(path=self._path, size=self._file.size, sha256=self._file.sha256))
+        self._file = self._stream = None
+
+
+def row_lengths(batch: pyarrow.RecordBatch) -> numpy.ndarray[Any, Any]:
+    """Number of tokens of each row: the lengths of all token columns together."""
+    import numpy
+    import pyarrow.compute
+
+    lengths = numpy.zeros(batch.num_rows, dtype=numpy.int64)
+    for name in batch.schema.names:
+        if name.endswith(COUNTED_COLUMNS_END):
+            lengths += pyarrow.compute.list_value_length(batch.column(name)).to_numpy(zero_copy_only=False)
+    return lengths
+
+
+def chunks(lengths: numpy.ndarray[Any, Any]) -> Iterator[tuple[int, int]]:
+    """Cut rows with these numbers of tokens into batches of limited size. Yields start and end of each batch."""
+    import numpy
+
+    ends: Any = numpy.cumsum(lengths)
+    start = 0
+    while start < len(ends):
+        before = int(ends[start - 1]) if start else 0
+        end = min(int(numpy.searchsorted(ends, before + TOKENS_PER_BATCH, side="right")), start + ROWS_PER_BATCH)
+        yield start, max(end, start + 1)
+        start = max(end, start + 1)
+
+
+class ShardReader:
+    """The rows of the shards that a `ShardWriter` has written, by their positions."""
+
+    def __init__(self, folder: Path, files: Sequence[FileEntry]):
+        import numpy
+        import pyarrow
+
+        self._batches: list[pyarrow.RecordBatch] = []
+        for file in files:
+            self._batches += pyarrow.ipc.open_stream(pyarrow.memory_map(str(folder / file.path)))
+        self._ends = numpy.cumsum([batch.num_rows for batch in self._batches])
+
+    def read(self, positions: numpy.ndarray[Any, Any], lengths: numpy.ndarray[Any, Any]) -> Iterator[pyarrow.RecordBatch]:
+        """Yield the rows at the positions, in their order, in batches of limited size. `lengths`: tokens of each row."""
+        for start, end in chunks(lengths):
+            yield self.read_batch(positions[start:end])
+
+    def read_batch(self, positions: numpy.ndarray[Any, Any]) -> pyarrow.RecordBatch:
+        """The rows at the positions (at least one) as one batch. Rows that follow each other in a shard are copied together."""
+        import numpy
+        import pyarrow
+
+        owners = numpy.searchsorted(self._ends, positions, side="right")
+        begins_run = numpy.flatnonzero((numpy.diff(positions, prepend=-2) != 1) | (numpy.diff(owners, prepend=-1) != 0))
+        ends = numpy.append(begins_run[1:], len(positions))
+        slices = []
+        for begin, end in zip(begins_run.tolist(), ends.tolist(), strict=True):
+            batch = self._batches[int(owners[begin])]
+            first = int(positions[begin]) - (int(self._ends[owners[begin]]) - batch.num_rows)
+            slices.append(batch.slice(first, end - begin))
+        joined = pyarrow.Table.from_batches(slices).combine_chunks().to_batches()[0]
+        # A slice of a batch keeps the buffers of the whole batch. A copy has only its own values, so that equal rows give equal bytes.
+        return joined.take(pyarrow.array(range(len(positions)), pyarrow.int64()))
+
+

@@ -1,0 +1,84 @@
+"""Encodes rows of supervised training: token ids and labels, within the length limit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from finetune_trainer.data.batches import BatchBuilder, EncodedBatch, Outcome, RejectedRow
+from finetune_trainer.data.rows import IGNORED_LABEL, Example, RowError, TokenSequence
+from finetune_trainer.data.shards import ColumnType
+from finetune_trainer.data.template import Rendered, RenderOptions, render
+from finetune_trainer.data.tokenise import EncodedRow, TokeniseOptions, encode, fit_row
+from finetune_trainer.data.vision import IMAGE_SOURCES, column_of_images
+
+TOKEN_COLUMNS = {"input_ids": ColumnType.TOKENS, "labels": ColumnType.TOKENS}
+RowEncoder = Callable[[Sequence[tuple[str, Example]]], list[EncodedRow | RejectedRow]]
+"""Renders and tokenises rows (location, example), without a length limit."""
+
+
+@dataclass(frozen=True)
+class SupervisedEncoder:
+    """Renders and tokenises rows of supervised training."""
+
+    render_with: RenderOptions
+    options: TokeniseOptions
+
+    def __call__(self, rows: Sequence[tuple[str, Example]]) -> list[EncodedRow | RejectedRow]:
+        """Render and tokenise the rows. Errors: ConfigError of `render` and `encode`."""
+        finished: list[tuple[int, EncodedRow | RejectedRow]] = []
+
+        def render_rows() -> Iterator[tuple[str, Rendered]]:
+            for number, (location, example) in enumerate(rows):
+                if isinstance(example, TokenSequence):
+                    finished.append((number, self._check_tokens(location, example)))
+                    continue
+                try:
+                    yield location, render(example, self.render_with)
+                except RowError as error:
+                    finished.append((number, RejectedRow.of(location, error)))
+
+        results: list[EncodedRow | RejectedRow] = list(encode(render_rows(), self.render_with.tokenizer, self.options))
+        for number, row in finished:
+            results.insert(number, row)
+        return results
+
+    @cached_property
+    def _vocabulary_size(self) -> int:
+        tokenizer: Any = self.render_with.tokenizer
+        return len(tokenizer)
+
+    def _check_tokens(self, location: str, row: TokenSequence) -> EncodedRow | RejectedRow:
+        """Return a row that is tokenised already, unless the tokenizer does not have one of its tokens."""
+        highest, count = max(row.ids), self._vocabulary_size
+        if highest >= count:
+            message = f"token {highest} is not in the model's vocabulary of {count} tokens"
+            return RejectedRow.of(location, RowError("TokenUnknown", message, "tokenise the row with the model's tokenizer"))
+        return EncodedRow(location, list(row.ids), list(row.labels))
+
+
+@dataclass(frozen=True)
+class FittingEncoder:
+    """Encodes rows and applies the length limit. `has_images`: the rows get a column with their images."""
+
+    encoder: RowEncoder
+    options: TokeniseOptions
+    has_images: bool = False
+
+    def __call__(self, rows: Sequence[tuple[str, Example]]) -> EncodedBatch:
+        """Encode the rows. Errors: DataError RowTooLong; errors of the encoder."""
+        columns = TOKEN_COLUMNS | ({IMAGE_SOURCES: ColumnType.IMAGES} if self.has_images else {})
+        batch = BatchBuilder(columns)
+        for row in self.encoder(rows):
+            fitted = row if isinstance(row, RejectedRow) else fit_row(row, self.options)
+            if isinstance(fitted, RejectedRow):
+                batch.reject(fitted)
+            elif fitted.outcome not in (Outcome.KEPT, Outcome.CUT):
+                batch.leave_out(fitted.outcome)
+            else:
+                images = {IMAGE_SOURCES: column_of_images(row.images)} if isinstance(row, EncodedRow) else {}
+                trained = len(fitted.labels) - fitted.labels.count(IGNORED_LABEL)
+                batch.keep(fitted.outcome, len(fitted.ids), trained, input_ids=fitted.ids, labels=fitted.labels, **images)
+        return batch.build()

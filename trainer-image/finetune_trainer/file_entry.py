@@ -1,0 +1,14 @@
+"""One file in a manifest: of a checkpoint, of the final model, or of prepared rows."""
+
+from __future__ import annotations
+
+from finetune_api.base import LenientModel
+from pydantic import Field
+
+
+class FileEntry(LenientModel):
+    """One file in a manifest."""
+
+    path: str = Field(description="Relative to the folder of the manifest.")
+    size: int = Field(description="Bytes.")
+    sha256: str = Field(description="Hex.")
