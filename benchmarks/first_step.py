@@ -13,6 +13,7 @@ would occupy CPU cores. The first run warms the page cache and is not counted; m
 from __future__ import annotations
 
 import argparse
+import base64
 import json
 import statistics
 import threading
@@ -23,6 +24,7 @@ from typing import Any
 
 import record
 from finetune_api import names
+from finetune_api.attempt_secret import derive_progress_token
 from finetune_api.pod import ProgressReport
 from kubernetes import client, config, watch
 from pydantic import ValidationError
@@ -107,8 +109,19 @@ class Run:
                 self._pod_is_running.set()
                 return
 
+    def _send_token(self) -> None:
+        """Read the Secret of the attempt, and send its token with all further requests."""
+        pod = self._core.read_namespaced_pod(self._timeline.pod_name, self._namespace)
+        job = self._batch.read_namespaced_job(pod.metadata.labels["batch.kubernetes.io/job-name"], self._namespace)
+        name = job.metadata.annotations.get(names.Annotation.ATTEMPT_SECRET)
+        if name is not None:
+            data = self._core.read_namespaced_secret(name, self._namespace).data
+            secret = base64.b64decode(data[names.ATTEMPT_SECRET_KEY]).decode()
+            self._core.api_client.set_default_header(names.PROGRESS_TOKEN_HEADER, derive_progress_token(secret))
+
     def _wait_for_step(self) -> None:
         """Request the pod's progress until it reports a finished step."""
+        self._send_token()
         deadline = time.monotonic() + TIMEOUT_SECONDS
         while time.monotonic() < deadline:
             report = self._read_report()

@@ -23,7 +23,9 @@ from finetune_operator.settings import OperatorConfig
 Schema = dict[str, Any]
 
 VALUES_FILE = Path(__file__).resolve().parent.parent / "helm/finetune-operator/values.yaml"
-FIELDS_SET_BY_CHART = ("namespaces", "trainer", "storage", "resources", "prepare", "nodePools", "policy", "leaderElection", "log", "http")
+FIELDS_SET_BY_CHART = (
+    "namespaces", "trainer", "storage", "resources", "prepare", "nodePools", "policy", "leaderElection", "isolation", "log", "http",
+)  # fmt: skip
 """Fields of the operator's configuration that users cannot set below `settings`. The chart sets them from other values or to a constant."""
 
 
@@ -139,6 +141,12 @@ def leader_election_schema(settings: SettingsSchema) -> Schema:
     return closed_object_schema(user_fields)
 
 
+def isolation_schema(settings: SettingsSchema) -> Schema:
+    """Schema of `isolation`, without the fields that the chart derives from the release."""
+    fields = settings.field_schema("isolation")["properties"]
+    return closed_object_schema({name: field for name, field in fields.items() if name not in ("keySecretName", "operatorNamespace", "operatorLabels")})
+
+
 def policy_schema(settings: SettingsSchema) -> Schema:
     """Schema of `policy`: the operator's `policy` section, and whether the chart creates a ValidatingAdmissionPolicy."""
     schema = settings.field_schema("policy")
@@ -228,6 +236,7 @@ def make_values_schema() -> Schema:
         "imagePullSecrets": array_schema(string_schema(pattern=rf"^{DNS_SUBDOMAIN}$")),
         "replicas": {"type": "integer", "minimum": 0, "maximum": 10},
         "leaderElection": leader_election_schema(settings),
+        "isolation": isolation_schema(settings),
         "watchNamespaces": settings.field_schema("namespaces") | {"uniqueItems": True},
         "checkOtherReleases": BOOLEAN,
         "openshift": BOOLEAN,

@@ -87,19 +87,24 @@ class ResumeConfig(WireModel):
     rolled_back_attempt: int | None = Field(
         default=None, ge=1, description="The first attempt after the rollback. `max_step` does not apply to checkpoints of this attempt and later ones."
     )
+    known_checkpoints: dict[str, str] = Field(
+        default={},
+        description="The job's checkpoints in its status: sha256 of the manifest by folder, for example `step-00000400/a1-1f3c9a2b`. A stored checkpoint with another sha256 is refused.",
+    )
 
 
 _MARK_PREFIX = "#"
 _MIN_TRAINER_VERSION = "minTrainerVersion"
 _ROLLED_BACK_ATTEMPT = "rolledBackAttempt"
+_CHECKPOINT = "checkpoint"
 
 
 class RunConfig(WireModel):
     """`run.json`: the configuration of all pods of an attempt, at most 64 KiB.
 
     Trainer 0.1.0 refuses unknown fields, but ignores unknown entries of the list `defaults`. Therefore `to_wire` writes `origins`,
-    `min_trainer_version` and `resume.rolled_back_attempt` as entries of this list, called marks: `#platform resources.cpu`,
-    `#minTrainerVersion 0.2.0`, `#rolledBackAttempt 3`.
+    `min_trainer_version`, `resume.rolled_back_attempt` and `resume.known_checkpoints` as entries of this list, called marks:
+    `#platform resources.cpu`, `#minTrainerVersion 0.2.0`, `#rolledBackAttempt 3`, `#checkpoint step-00000400/a1-1f3c9a2b <sha256>`.
     """
 
     version: int = Field(default=CONTRACT_VERSION, description="Version of the format of `run.json`.")
@@ -147,6 +152,8 @@ class RunConfig(WireModel):
         rolled_back_attempt = value["resume"].pop("rolledBackAttempt", None)
         if rolled_back_attempt is not None:
             mark_entries.append(f"{_MARK_PREFIX}{_ROLLED_BACK_ATTEMPT} {rolled_back_attempt}")
+        known_checkpoints = value["resume"].pop("knownCheckpoints", {})
+        mark_entries += [f"{_MARK_PREFIX}{_CHECKPOINT} {folder} {sha256}" for folder, sha256 in known_checkpoints.items()]
         return value | {"defaults": [*self.defaults, *sorted(mark_entries)]}
 
     @model_validator(mode="before")
@@ -177,6 +184,10 @@ def read_marks(data: dict[str, Any]) -> dict[str, Any]:
             result["minTrainerVersion"] = value
         elif key == _ROLLED_BACK_ATTEMPT:
             result["resume"] = {**(result.get("resume") or {}), "rolledBackAttempt": value}
+        elif key == _CHECKPOINT:
+            folder, _, sha256 = value.partition(" ")
+            resume = result.get("resume") or {}
+            result["resume"] = {**resume, "knownCheckpoints": {**resume.get("knownCheckpoints", {}), folder: sha256}}
         else:
             # Treat an unknown origin as `user`, so that the trainer does not ignore the field.
             result["origins"][value] = key if key in list(Origin) else Origin.USER

@@ -11,15 +11,17 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from finetune_api.errors import FineTuneError
-from finetune_api.names import Label, Reason
+from finetune_api.names import Label, Reason, attempt_job_name
 from finetune_api.pod import RunConfig
 
+from finetune_operator.attempt_secrets import AttemptSecrets
+from finetune_operator.builders.isolation import build_attempt_secret, build_network_policy
 from finetune_operator.builders.job import build_job, build_preparation_job, build_service
 from finetune_operator.builders.run_config import build_run_config
 from finetune_operator.facts import Facts
 from finetune_operator.killpoints import KillPoint, kill_if_requested
 from finetune_operator.kube import AlreadyExists, Forbidden, Invalid, KubeClient, KubeError, NotFound, OutcomeUnknown
-from finetune_operator.objects import FINETUNEJOB, JOB, POD, SERVICE, Object
+from finetune_operator.objects import FINETUNEJOB, JOB, NETWORK_POLICY, POD, SECRET, SERVICE, Kind, Object
 from finetune_operator.plan import ActionResult, Plan
 from finetune_operator.policies.adaptations import original_values
 from finetune_operator.policies.blocking import BlockingCondition, is_admission_refusal, reason_of_refusal
@@ -50,11 +52,12 @@ class SpecRejected(Exception):
 class PlanExecutor:
     """Carries out plans against one API server."""
 
-    def __init__(self, kube: KubeClient, config: OperatorConfig):
+    def __init__(self, kube: KubeClient, config: OperatorConfig, secrets: AttemptSecrets | None = None):
         self._kube = kube
         self._config = config
-        self._service_seen_at: dict[str, float] = {}
-        """When the operator last found or created a Job's Service (event loop time), by uid of the Job."""
+        self._secrets = secrets or AttemptSecrets(config.isolation)
+        self._children_seen_at: dict[str, float] = {}
+        """When the operator last found or created the objects of a Job (event loop time), by uid of the Job."""
 
     async def act(self, facts: Facts, plan: Plan) -> ActionResult:
         """Delete the plan's objects, then create the Job that it requests. Errors: KubeError, StaleFacts (reconcile again), SpecRejected."""
@@ -74,22 +77,19 @@ class PlanExecutor:
         if plan.create_preparation is not None:
             result = await self._create_job(facts, 1, _build_preparation(facts, plan.create_preparation, self._config), deleted_count)
             return replace(result, created_job=None, created_preparation=result.created_job)
-        current_job, blocking_condition = facts.current_job, None
-        if current_job is not None and facts.nodes > 1 and not current_job.is_finished and not current_job.is_deleting:
-            blocking_condition = await self._ensure_service(current_job)
+        current_job, blocking_condition = facts.current_job or facts.preparation_job, None
+        if current_job is not None and not current_job.is_finished and not current_job.is_deleting:
+            blocking_condition = await self._ensure_children(current_job)
         return ActionResult(blocking_condition=blocking_condition, deleted_count=deleted_count)
 
     async def _create_attempt(self, facts: Facts, attempt: int, deleted_count: int) -> ActionResult:
-        """Create the Job of an attempt and its Service."""
+        """Create the Job of an attempt and the objects that belong to the Job."""
         if attempt > 1:
             await self._ensure_facts_are_current(facts, attempt)
-        result = await self._create_job(facts, attempt, _build_job_of_attempt(facts, attempt, self._config), deleted_count)
-        if result.created_job is None or facts.nodes == 1:
-            return result
-        return replace(result, blocking_condition=await self._ensure_service(result.created_job))
+        return await self._create_job(facts, attempt, self._build_job_of_attempt(facts, attempt), deleted_count)
 
     async def _create_job(self, facts: Facts, attempt: int, body: Object, deleted_count: int) -> ActionResult:
-        """Create a Job unless it exists. `attempt`: number of the attempt; 1 for a preparation. Errors: KubeError, SpecRejected."""
+        """Create a Job, unless it exists, and the objects that belong to it. `attempt` is 1 for a preparation. Errors: KubeError, SpecRejected."""
         name = body["metadata"]["name"]
         kill_if_requested(KillPoint.BEFORE_JOB_CREATE)
         warnings: tuple[str, ...] = ()
@@ -112,7 +112,8 @@ class PlanExecutor:
         if created_job is None or not created_job.is_owned or created_job.owner_uid != facts.job.uid:
             message = f"Job {name} exists and belongs to another object"
             return ActionResult(blocking_condition=BlockingCondition(Reason.CHILDREN_CONFLICT, message), deleted_count=deleted_count)
-        return ActionResult(created_job, deleted_count=deleted_count, warnings=warnings)
+        blocking_condition = await self._ensure_children(created_job)
+        return ActionResult(created_job, blocking_condition=blocking_condition, deleted_count=deleted_count, warnings=warnings)
 
     async def _ensure_facts_are_current(self, facts: Facts, attempt: int) -> None:
         """Compare the facts with the API server before creating any attempt after the first. Errors: StaleFacts.
@@ -130,36 +131,55 @@ class PlanExecutor:
         if running_pods:
             raise StaleFacts(f"pods of an earlier attempt still run: {', '.join(running_pods)}")
 
-    async def _ensure_service(self, job: JobView) -> BlockingCondition | None:
-        """Create the Job's Service if it is missing. Return a blocking condition if the Service cannot be created.
+    def _build_job_of_attempt(self, facts: Facts, attempt: int) -> Object:
+        """Build the Job of an attempt. Errors: SpecRejected if a value of the spec cannot be used."""
+        accepted_spec, name = _accepted_spec(facts), attempt_job_name(facts.job.name, attempt)
+        with _spec_rejected_on_error(facts, attempt):
+            secret_name = self._secrets.secret_name(name, facts.job.uid, attempt) if self._secrets.is_enabled else ""
+            return build_job(facts.job, _build_run(facts, accepted_spec, attempt), accepted_spec.pool, self._config, secret_name)
 
-        The operator does not watch Services, so it checks once per resync interval that the Service exists.
+    async def _ensure_children(self, job: JobView) -> BlockingCondition | None:
+        """Create the objects of the Job that are missing. Return a blocking condition if one of them cannot be created.
+
+        The operator does not watch these objects, so it checks once per resync interval that they exist. The pods cannot start without the
+        Secret. It is therefore created after the NetworkPolicy, so that no pod starts without the policy.
         """
         now = asyncio.get_running_loop().time()
-        if now - self._service_seen_at.get(job.uid, float("-inf")) < self._config.resync_seconds:
+        if now - self._children_seen_at.get(job.uid, float("-inf")) < self._config.resync_seconds:
             return None
-        kill_if_requested(KillPoint.BEFORE_SERVICE_CREATE)
-        try:
-            await self._kube.create(SERVICE, job.namespace, build_service(job))
-            kill_if_requested(KillPoint.AFTER_SERVICE_CREATE)
-        except AlreadyExists:
-            existing_service = await self._kube.get(SERVICE, job.namespace, job.name)
-            owners = existing_service["metadata"].get("ownerReferences") or []
-            if not any(owner.get("uid") == job.uid for owner in owners):
-                message = f"Service {job.name} exists and belongs to another object: the pods cannot find each other"
-                return BlockingCondition(Reason.CHILDREN_CONFLICT, message)
-        except (Forbidden, Invalid) as error:
-            return _blocked_by_refusal(error)
-        self._service_seen_at = {uid: at for uid, at in self._service_seen_at.items() if now - at < self._config.resync_seconds}
-        self._service_seen_at[job.uid] = now
+        isolation = self._config.isolation
+        children: list[tuple[Kind, Object]] = []
+        if isolation.network_policy and job.network_policy_name:
+            children.append((NETWORK_POLICY, build_network_policy(job, isolation)))
+        if self._secrets.is_enabled and job.attempt_secret_name:
+            secret, checkpoint_key = self._secrets.secret(job.owner_uid, job.attempt), self._secrets.checkpoint_key(job.owner_uid)
+            children.append((SECRET, build_attempt_secret(job, secret, checkpoint_key)))
+        if job.nodes > 1:
+            children.append((SERVICE, build_service(job)))
+        for kind, body in children:
+            blocking_condition = await self._ensure_child(job, kind, body)
+            if blocking_condition is not None:
+                return blocking_condition
+        self._children_seen_at = {uid: at for uid, at in self._children_seen_at.items() if now - at < self._config.resync_seconds}
+        self._children_seen_at[job.uid] = now
         return None
 
-
-def _build_job_of_attempt(facts: Facts, attempt: int, config: OperatorConfig) -> Object:
-    """Build the Job of an attempt. Errors: SpecRejected if a value of the spec cannot be used."""
-    accepted_spec = _accepted_spec(facts)
-    with _spec_rejected_on_error(facts, attempt):
-        return build_job(facts.job, _build_run(facts, accepted_spec, attempt), accepted_spec.pool, config)
+    async def _ensure_child(self, job: JobView, kind: Kind, body: Object) -> BlockingCondition | None:
+        kill_if_requested(KillPoint.BEFORE_CHILD_CREATE)
+        name = body["metadata"]["name"]
+        try:
+            await self._kube.create(kind, job.namespace, body)
+            kill_if_requested(KillPoint.AFTER_CHILD_CREATE)
+        except AlreadyExists:
+            if kind is SECRET:  # the operator may not read Secrets; nothing else can have a name with the digits of the operator's key
+                return None
+            existing_object = await self._kube.get(kind, job.namespace, name)
+            owners = existing_object["metadata"].get("ownerReferences") or []
+            if not any(owner.get("uid") == job.uid for owner in owners):
+                return BlockingCondition(Reason.CHILDREN_CONFLICT, f"{kind.kind} {name} exists and belongs to another object: {_NEED[kind.kind]}")
+        except (Forbidden, Invalid) as error:
+            return _blocked_by_refusal(error)
+        return None
 
 
 def _build_preparation(facts: Facts, number: int, config: OperatorConfig) -> Object:
@@ -189,6 +209,13 @@ def _spec_rejected_on_error(facts: Facts, attempt: int) -> Iterator[None]:
     except FineTuneError as error:
         refusal = RefusedSpec(Reason.REJECTED, clean(error.message), clean(error.hint or ""), attempt == 1, facts.spec)
         raise SpecRejected(refusal) from error
+
+
+_NEED = {
+    SERVICE.kind: "the pods cannot find each other",
+    NETWORK_POLICY.kind: "the pods would not be protected from other pods",
+}
+"""What an attempt lacks if the object of this kind belongs to another object."""
 
 
 def _stop_requests(spec: Object) -> tuple[bool, bool]:

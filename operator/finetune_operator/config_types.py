@@ -7,6 +7,7 @@ operator creates a Job, and every FineTuneJob would be blocked. Each type also c
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from typing import Annotated, Any
 
@@ -84,6 +85,13 @@ def _check_toleration(toleration: Toleration) -> Toleration:
     return toleration
 
 
+def _check_cidr(cidr: str) -> str:
+    try:
+        return str(ipaddress.ip_network(cidr))
+    except ValueError as error:
+        raise ValueError(f"{cidr!r} is not an address range: write for example 10.0.0.0/8 or fd00::/8") from error
+
+
 def _map_schema(key_pattern: str, value: Schema, reserved_key: str = "") -> Schema:
     # Helm 4.3 reports the errors of `propertyNames` at a wrong location, so the schema uses `patternProperties`.
     allowed_properties: Schema = {key_pattern: {"type": "string"} | value}
@@ -112,6 +120,7 @@ TOLERATION_RULES: list[Schema] = [
 DnsName = Annotated[str, StringConstraints(pattern=rf"^{DNS_SUBDOMAIN}$", max_length=253)]
 """Name of a Kubernetes object, such as a Secret."""
 NamespaceName = Annotated[str, StringConstraints(pattern=rf"^{DNS_LABEL}$", max_length=63)]
+Cidr = Annotated[str, AfterValidator(_check_cidr), WithJsonSchema({"type": "string", "pattern": "^[0-9a-fA-F:.]+/[0-9]{1,3}$"})]
 PlatformQuantity = Annotated[str | int, BeforeValidator(_check_quantity), WithJsonSchema(QUANTITY_SCHEMA)]
 NodeLabels = Annotated[dict[str, str], AfterValidator(_check_labels), WithJsonSchema(LABELS_SCHEMA)]
 PodLabels = Annotated[

@@ -9,7 +9,10 @@ import sys
 from datetime import UTC, datetime
 from typing import Any
 
+from finetune_api.redaction import RedactingFormatter, redact_all
+
 from finetune_operator.settings import LogFormat, LogSettings
+from finetune_operator.text import REDACTED_TEXT
 
 job: contextvars.ContextVar[str] = contextvars.ContextVar("job", default="")
 """`namespace/name` of the job that is being reconciled."""
@@ -33,15 +36,15 @@ class JsonFormatter(logging.Formatter):
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
             "logger": record.name,
-            "message": record.getMessage(),
+            "message": redact_all(record.getMessage(), REDACTED_TEXT),
             **context(),
         }
         if record.exc_info:
-            value["exception"] = self.formatException(record.exc_info)
+            value["exception"] = redact_all(self.formatException(record.exc_info), REDACTED_TEXT)
         return json.dumps(value, ensure_ascii=False)
 
 
-class TextFormatter(logging.Formatter):
+class TextFormatter(RedactingFormatter):
     """Formats each record as time, level, message and context."""
 
     def __init__(self) -> None:

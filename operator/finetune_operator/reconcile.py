@@ -12,6 +12,7 @@ from datetime import datetime
 
 from finetune_operator import logs
 from finetune_operator.act import PlanExecutor, SpecRejected, StaleFacts
+from finetune_operator.attempt_secrets import AttemptSecrets
 from finetune_operator.blocking_reader import BlockingConditionReader
 from finetune_operator.cache import Cache
 from finetune_operator.deadlines import waiting_since
@@ -43,12 +44,13 @@ class Reconciler:
 
     def __init__(
         self, *, kube: KubeClient, cache: Cache, queue: WorkQueue, recorder: EventRecorder, scraper: ProgressScraper, metrics: Metrics,
-        config: OperatorConfig,
+        config: OperatorConfig, secrets: AttemptSecrets | None = None,
     ):  # fmt: skip
         self._cache, self._queue, self._scraper, self._metrics = cache, queue, scraper, metrics
         self._blocking_reader = BlockingConditionReader(kube)
         self._observer = JobObserver(kube=kube, cache=cache, scraper=scraper, blocking_reader=self._blocking_reader, config=config)
-        self._actor = PlanExecutor(kube, config)
+        self._secrets = secrets or AttemptSecrets(config.isolation)
+        self._actor = PlanExecutor(kube, config, self._secrets)
         self._writer = StatusWriter(
             kube=kube, cache=cache, queue=queue, recorder=recorder, metrics=metrics, progress_seconds=config.progress_seconds
         )
@@ -160,7 +162,8 @@ class Reconciler:
         if plan.scrape_pod is not None:
             pod = plan.scrape_pod
             url = self._scraper.progress_url(pod.namespace, pod.name, pod.ip)
-            self._scraper.watch(key, Target(facts.job.uid, facts.attempt, pod.uid, url))
+            token = self._secrets.progress_token(facts.job.uid, facts.attempt)
+            self._scraper.watch(key, Target(facts.job.uid, facts.attempt, pod.uid, url, token))
         elif plan.situation in (Situation.FINISHED, Situation.SUSPENDED, Situation.DELETING):
             self._scraper.drop(key)
             self._blocking_reader.release(key)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune_operator import kopf_adapter
+from finetune_operator.attempt_secrets import AttemptSecrets
 from finetune_operator.cache import Cache
 from finetune_operator.events import EventRecorder
 from finetune_operator.handlers import create_registry
@@ -51,9 +52,10 @@ class OperatorRuntime:
         self._queue = WorkQueue()
         self._scraper = ProgressScraper(config.scrape, kube.clock.now, self._queue.add)
         replica_identity = f"{socket.gethostname()}-{uuid.uuid4().hex[:8]}"
+        self._secrets = AttemptSecrets(config.isolation)
         self._reconciler = Reconciler(
             kube=kube, cache=self._cache, queue=self._queue, recorder=EventRecorder(kube, replica_identity), scraper=self._scraper,
-            metrics=metrics, config=config,
+            metrics=metrics, config=config, secrets=self._secrets,
         )  # fmt: skip
         self._elector = LeaderElector(kube, config.leader_election, _own_namespace(), replica_identity)
         self._resyncer = Resyncer(kube, self._cache, self._queue, config.namespaces)
@@ -83,18 +85,22 @@ class OperatorRuntime:
         return await self._run_tasks()
 
     async def _fill_cache(self) -> int | None:
-        """Fill the cache before all other tasks start. Returns an exit code if this fails or if the process is asked to stop."""
-        resync_task = asyncio.create_task(self._resyncer.run_once())
+        """Read the operator's key and fill the cache before all other tasks start. Returns an exit code if this fails or if the process is asked to stop."""
+        load_task = asyncio.create_task(self._load())
         stop_task = asyncio.create_task(self._stop_requested.wait())
-        await asyncio.wait([resync_task, stop_task], return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait([load_task, stop_task], return_when=asyncio.FIRST_COMPLETED)
         stop_task.cancel()
-        if not resync_task.done():
-            resync_task.cancel()
+        if not load_task.done():
+            load_task.cancel()
             return 0
-        error = resync_task.exception()
+        error = load_task.exception()
         if error is not None:
             _log_failure("start", error)
         return None if error is None else 1
+
+    async def _load(self) -> None:
+        await self._secrets.load(self._kube, self._config.isolation.operator_namespace or _own_namespace())
+        await self._resyncer.run_once()
 
     async def _run_tasks(self) -> int:
         elector = self._elector if self._config.leader_election.enabled else None

@@ -11,11 +11,11 @@ import heapq
 import itertools
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 
 import aiohttp
-from finetune_api.names import PROGRESS_PORT, Path
+from finetune_api.names import PROGRESS_PORT, PROGRESS_TOKEN_HEADER, Path
 from finetune_api.pod import ProgressReport
 from finetune_api.status import Stage
 
@@ -42,6 +42,8 @@ class Target:
     attempt: int
     pod_uid: str
     url: str
+    token: str | None = field(default=None, repr=False)
+    """Token that the pod asks for. Pods of older operators ask for none, and ignore the header."""
 
 
 @dataclass(eq=False)
@@ -158,9 +160,11 @@ class ProgressScraper:
         return settings.starting_interval_seconds if is_starting else settings.interval_seconds
 
     async def _fetch_report(self, session: aiohttp.ClientSession, target: Target) -> ProgressReport | None:
+        headers = {PROGRESS_TOKEN_HEADER: target.token} if target.token else {}
         try:
-            async with session.get(target.url, allow_redirects=False) as response:
+            async with session.get(target.url, headers=headers, allow_redirects=False) as response:
                 if response.status != 200:
+                    logger.debug("no progress report from %s: HTTP status %d", target.url, response.status)
                     return None
                 data = b""
                 async for chunk in response.content.iter_any():

@@ -13,12 +13,14 @@ from typing import Annotated, Any
 
 import yaml
 from finetune_api.base import WireModel
+from finetune_api.metadata_addresses import METADATA_CIDRS
 from finetune_api.spec.cluster import LabelKey, StorageRoot
 from finetune_api.spec.enums import PrepareStrategy
 from finetune_api.tenancy import Platform, PlatformPolicy, Pool
 from pydantic import Field, ValidationError, model_validator
 
 from finetune_operator.config_types import (
+    Cidr,
     DnsName,
     EnvVariables,
     NamespaceName,
@@ -173,6 +175,43 @@ class LeaderElection(WireModel):
         return self
 
 
+class IsolationSettings(WireModel):
+    """`isolation`: how an attempt is protected from other pods. A change affects only attempts that start later."""
+
+    secret: bool = Field(
+        default=False, description="Whether each attempt gets a Secret: without it, no pod reads its progress or joins its ranks."
+    )
+    key_secret_name: DnsName = Field(
+        default="finetune-operator-attempt-key",
+        description="Name of the Secret with the key from which the operator derives the Secrets of attempts. The operator creates it in its own namespace.",
+    )
+    network_policy: bool = Field(
+        default=False, description="Whether each attempt gets a NetworkPolicy: only its own pods, the operator and `metricsFrom` reach its pods."
+    )
+    operator_namespace: NamespaceName | None = Field(default=None, description="Namespace of the operator; default: its own. Required by `networkPolicy`.")
+    operator_labels: NodeLabels = Field(default={}, description="Labels of the operator's pods. Required by `networkPolicy`.")
+    metrics_from: tuple[dict[str, Any], ...] = Field(
+        default=(), description="Peers that may also reach the progress port, as in the `from` of a NetworkPolicy. For example, Prometheus."
+    )
+    block_metadata: bool = Field(
+        default=False, description="Whether the NetworkPolicy also blocks the metadata addresses of clouds. Jobs may need them for workload identity."
+    )
+    blocked_cidrs: tuple[Cidr, ...] = Field(default=(), description="Further address ranges that the NetworkPolicy blocks.")
+
+    @model_validator(mode="after")
+    def _check_network_policy(self) -> IsolationSettings:
+        if self.network_policy and not (self.operator_namespace and self.operator_labels):
+            raise ValueError("networkPolicy needs operatorNamespace and operatorLabels: otherwise the operator could not read the progress of jobs")
+        if not self.network_policy and (self.block_metadata or self.blocked_cidrs or self.metrics_from):
+            raise ValueError("blockMetadata, blockedCidrs and metricsFrom have no effect without networkPolicy: set networkPolicy to true, or remove them")
+        return self
+
+    @property
+    def all_blocked_cidrs(self) -> tuple[str, ...]:
+        """All address ranges that training pods must not reach."""
+        return (*(METADATA_CIDRS if self.block_metadata else ()), *self.blocked_cidrs)
+
+
 class ScrapeSettings(WireModel):
     """`scrape`: how the operator reads the progress report of rank 0's pod."""
 
@@ -240,6 +279,7 @@ class OperatorConfig(WireModel):
         default=300, description="If a job has waited this long for a worker, /healthz fails."
     )
     leader_election: LeaderElection = LeaderElection()
+    isolation: IsolationSettings = IsolationSettings()
     scrape: ScrapeSettings = ScrapeSettings()
     retry: RetrySettings = RetrySettings()
     api: ApiSettings = ApiSettings()

@@ -2,38 +2,18 @@
 
 from __future__ import annotations
 
-import re
+from finetune_api.redaction import redact_all
 
 MAX_MESSAGE_CHARACTERS = 1024
 """Maximum length of a message in the status, in characters. The size of etcd is limited, and all objects of a cluster share it."""
 REDACTED_TEXT = "[redacted]"
 
-SECRET_PATTERNS = (
-    re.compile(r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b"),
-    re.compile(r"\bhf_[A-Za-z0-9]{16,}\b"),
-    re.compile(r"(?<=Bearer )[A-Za-z0-9._~+/=-]{8,}", re.IGNORECASE),
-    re.compile(
-        r"(?<![A-Za-z])(secret[_-]?(?:access[_-]?)?key|secret|token|password|passwd|api[_-]?key)"
-        r"([\"']?\s*[=:]\s*[\"']?)([^\s\"',;]{4,})",
-        re.IGNORECASE,
-    ),
-    re.compile(r"(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"),
-)
-"""Patterns for secrets in text. No pattern repeats a group, so the matching time grows only linearly with the length of the text."""
-
 
 def clean(text: str, limit: int = MAX_MESSAGE_CHARACTERS) -> str:
     """Mask secrets and cut the text to `limit` characters. All users who may read the FineTuneJob can see the result."""
     text = "".join(c if c.isprintable() or c == "\n" else " " for c in text[: limit * 4]).strip()
-    for pattern in SECRET_PATTERNS:
-        text = pattern.sub(_mask_secret, text)
+    text = redact_all(text, REDACTED_TEXT)
     return text if len(text) <= limit else text[: limit - 4].rstrip() + " ..."
-
-
-def _mask_secret(match: re.Match[str]) -> str:
-    if match.lastindex == 3:
-        return f"{match.group(1)}{match.group(2)}{REDACTED_TEXT}"
-    return REDACTED_TEXT
 
 
 def format_duration(seconds: float) -> str:

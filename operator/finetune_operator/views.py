@@ -58,6 +58,10 @@ class JobView:
     nodes: int = 0
     """Number of pods (`spec.completions`), or 0 if the number is unknown."""
     config_sha256: str = ""
+    attempt_secret_name: str = ""
+    """Name of the Secret that the pods mount, or an empty string: Jobs of older operators have none."""
+    network_policy_name: str = ""
+    """Name of the NetworkPolicy of the attempt, or an empty string."""
 
     @property
     def is_finished(self) -> bool:
@@ -183,7 +187,7 @@ def read_finetunejob(body: Object) -> JobObject:
 def read_job(body: Object) -> JobView | None:
     """Return the view of a Job, or None if the Job neither has the operator's labels nor is controlled by a FineTuneJob."""
     meta = body["metadata"]
-    labels = meta.get("labels") or {}
+    labels, annotations = meta.get("labels") or {}, meta.get("annotations") or {}
     identity = _identity_from_labels(labels) or _identity_from_owner(meta)
     if identity is None:
         return None
@@ -212,7 +216,9 @@ def read_job(body: Object) -> JobView | None:
         failed_reason=str(failed_condition.get("reason", "")),
         failed_message=str(failed_condition.get("message", ""))[:MAX_TEXT],
         nodes=_parse_number(spec.get("completions")) or 0,
-        config_sha256=str((meta.get("annotations") or {}).get(Annotation.RUN_CONFIG_SHA256, "")),
+        config_sha256=str(annotations.get(Annotation.RUN_CONFIG_SHA256, "")),
+        attempt_secret_name=str(annotations.get(Annotation.ATTEMPT_SECRET, "")),
+        network_policy_name=str(annotations.get(Annotation.NETWORK_POLICY, "")),
     )
 
 

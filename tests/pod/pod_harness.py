@@ -14,7 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from finetune_api.attempt_secret import derive_attempt_secret, derive_checkpoint_key, derive_progress_token
 from finetune_api.defaults import PlatformDefaults, resolve_defaults
+from finetune_api.names import PROGRESS_TOKEN_HEADER
 from finetune_api.pod import ProgressReport, ResumeConfig, RunConfig, StoreTarget, TerminationMessage, World
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.cluster import StorageRoot
@@ -83,17 +85,28 @@ class Pod:
     node_rank: int = 0
     command: str = "supervise"
     process: subprocess.Popen[bytes] | None = None
+    has_secret: bool = True
+    """Whether the pod has the secret of its attempt and the key for checkpoints. Pods of operator 0.1.0 have neither."""
+
+    @property
+    def secret(self) -> str:
+        """The secret of the attempt: the same for all pods of a gang."""
+        return derive_attempt_secret(b"key of the test", self.run.uid, self.run.attempt)
 
     def start(self) -> Pod:
         """Write run.json and start the process."""
         self.folder.mkdir(parents=True, exist_ok=True)
         data = self.run.to_bytes()
         (self.folder / "run.json").write_bytes(data)
+        if self.has_secret:
+            (self.folder / "attempt-secret").write_text(self.secret)
+            (self.folder / "checkpoint-key").write_text(derive_checkpoint_key(b"key of the test", self.run.uid))
         env = {
             **{k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "FINETUNE_"))},
             "PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1", "FINETUNE_RUN_FILE": str(self.folder / "run.json"),
             "FINETUNE_RUN_SHA256": RunConfig.sha256(data), "FINETUNE_WORK_DIR": str(self.folder / "work"),
             "FINETUNE_TERMINATION_LOG": str(self.folder / "termination-message"), "FINETUNE_PORT": "0",
+            "FINETUNE_ATTEMPT_SECRET_FILE": str(self.folder / "attempt-secret"),
             "FINETUNE_NODE_RANK": str(self.node_rank), "FINETUNE_NODE_NAME": f"node-{self.node_rank}",
             "FINETUNE_POD_UID": os.urandom(8).hex(), **self.env,
         }  # fmt: skip
@@ -134,8 +147,9 @@ class Pod:
         """Return the response body of a path; None if there is no response."""
         if self.port is None:
             return None
+        request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", headers={PROGRESS_TOKEN_HEADER: derive_progress_token(self.secret)})
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=5) as answer:
+            with urllib.request.urlopen(request, timeout=5) as answer:
                 return bytes(answer.read())
         except OSError:
             return None

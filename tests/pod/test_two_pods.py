@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 from finetune_api.pod import ResumeConfig, StoreTarget, TerminationMessage
-from finetune_trainer.agent import free_port
 from pod_buckets import Bucket
 from pod_harness import Pod, run_config
 from recorded_run import RecordedRun, record_run, run_uninterrupted, spec_of, traced_pod
 
+from localcluster.ports import free_ports
 from localcluster.s3 import S3Endpoint
 from tests.support.s3proxy import Latency, S3Proxy
 
@@ -29,7 +29,7 @@ class TwoPods:
     def start(self, attempt: int, expected_step: int, target: StoreTarget, *, hold_point: str = "", signalled_pod: int = 0) -> list[Pod]:
         """Start an attempt. The pod `signalled_pod` waits in the phase `hold_point`."""
         resume = ResumeConfig(mode="auto", expect_step=expected_step)
-        run = run_config(self.spec, target, nodes=2, attempt=attempt, master_port=free_port(), resume=resume)
+        run = run_config(self.spec, target, nodes=2, attempt=attempt, master_port=free_ports(1)[0], resume=resume)
         folders = [self.folder / f"attempt-{attempt}-{node}" for node in (0, 1)]
         return [
             traced_pod(run, folders[node], self.bucket, hold_point=hold_point if node == signalled_pod else "", node_rank=node)
@@ -87,6 +87,7 @@ def test_a_stop_of_one_pod_stops_both_at_the_same_step(
         first[signalled].wait_until((first[signalled].folder / "work" / "held").exists)
         termination = gang.stop_one_pod(first, signalled)
     assert termination[0].committed_step == stop
+    assert [key for key in gang.bucket.keys(f"checkpoints/step-{stop:08}/") if key.endswith("/manifest.hmac")] != []
     gang.resume_and_compare(first, stop)
 
 

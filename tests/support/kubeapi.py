@@ -22,6 +22,7 @@ API_PATHS = {
     "jobs": "/apis/batch/v1",
     "deployments": "/apis/apps/v1",
     "leases": "/apis/coordination.k8s.io/v1",
+    "networkpolicies": "/apis/networking.k8s.io/v1",
     "events": "/apis/events.k8s.io/v1",
     "customresourcedefinitions": "/apis/apiextensions.k8s.io/v1",
     "roles": "/apis/rbac.authorization.k8s.io/v1",

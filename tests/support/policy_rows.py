@@ -252,6 +252,11 @@ def _endpoint_rows() -> list[Row]:
         Row("plain", {"evaluation": {"judge": {"endpoint": f"{metadata}/v1"}}}, ("evaluation.judge.endpoint", "endpoints")),
         Row("plain", connected(f"{metadata}/x", tracking=True), ("tracking.mlflow.trackingUri", "endpoints")),
         Row("plain", connected("http://mlflow.mlops:5000", tracking=True), None),
+        *(Row("plain", connected(url), ("storage.endpoint", "endpoints")) for url in (
+            "http://127.0.0.1:9000", "http://localhost", "http://LOCALHOST:9000", "https://localhost/", "http://[::1]:9000", "http://0.0.0.0:9000",
+            "http://100.100.100.200", "http://[fe80::1]:80",
+        )),
+        *(Row("plain", connected(url), None) for url in ("http://localhost.example.com:9000", "http://[fd00::1]:9000")),
     ]  # fmt: skip
 
 

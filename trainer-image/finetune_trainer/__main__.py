@@ -64,7 +64,9 @@ def _supervise(command: str, arguments: list[str]) -> int:
     parser.add_argument("--port", type=int, help="port of /progress; 0 chooses a free port (default: FINETUNE_PORT)")
     options = parser.parse_args(arguments)
     stop_requests = _record_early_stop_requests()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s supervisor %(message)s", stream=sys.stderr)
+    from finetune_trainer.logs import configure_logging
+
+    configure_logging("supervisor")
     logging.getLogger("botocore.credentials").setLevel(logging.WARNING)  # botocore logs the source of the credentials for every connection
     try:
         from finetune_trainer.settings import Settings

@@ -57,10 +57,16 @@ def _run_ranks(options: argparse.Namespace) -> FailuresByRank:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    port = options.port or free_port()
+    listener = _store_listener(options)
+    port = options.port if listener is None else int(listener.getsockname()[1])
+    backend = "static"
+    if listener is not None:
+        from finetune_trainer.rendezvous import register_loopback_rendezvous
+
+        backend = register_loopback_rendezvous(listener)
     config = LaunchConfig(
         min_nodes=options.nodes, max_nodes=options.nodes, nproc_per_node=options.processes, run_id=options.id,
-        role="trainer", rdzv_backend="static", rdzv_endpoint=f"{options.address}:{port}",
+        role="trainer", rdzv_backend=backend, rdzv_endpoint=f"{options.address}:{port}",
         rdzv_configs={"rank": options.node_rank, "timeout": RENDEZVOUS_SECONDS}, max_restarts=0,
         monitor_interval=MONITOR_SECONDS, start_method="spawn", logs_specs=DefaultLogsSpecs(),
         shutdown_timeout=SHUTDOWN_SECONDS, local_addr=options.local_address,
@@ -72,15 +78,18 @@ def _run_ranks(options: argparse.Namespace) -> FailuresByRank:
     return {}
 
 
+def _store_listener(options: argparse.Namespace) -> socket.socket | None:
+    """The loopback socket of the store that this agent creates.
+
+    None: another pod has the store, or the operator is too old to give the gang a secret; then the store listens on all interfaces.
+    """
+    if options.store_fd is not None:
+        return socket.socket(fileno=options.store_fd)
+    return socket.create_server(("127.0.0.1", 0)) if options.nodes == 1 else None
+
+
 def _as_json(failure: Any) -> dict[str, int]:
     return {"exitCode": int(failure.exitcode), "pid": int(failure.pid), "time": int(failure.timestamp)}
-
-
-def free_port() -> int:
-    """Return a free port of the loopback interface."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
@@ -91,6 +100,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--address", required=True)
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--local-address", default=None)
+    parser.add_argument("--store-fd", type=int, default=None, help="bound socket for the TCPStore, on the pod of rank 0")
     parser.add_argument("--id", required=True)
     parser.add_argument("--work", type=Path, required=True)
     return parser.parse_args(arguments)

@@ -34,8 +34,8 @@ def die_with_parent() -> None:
 class ChildProcess:
     """A direct child process in its own process group."""
 
-    def __init__(self, command: list[str], env: dict[str, str], *, cwd: Path | None = None) -> None:
-        self._process = subprocess.Popen(command, env=env, cwd=cwd, start_new_session=True)
+    def __init__(self, command: list[str], env: dict[str, str], *, cwd: Path | None = None, pass_fds: Collection[int] = ()) -> None:
+        self._process = subprocess.Popen(command, env=env, cwd=cwd, start_new_session=True, pass_fds=tuple(pass_fds))
         self.pid = self._process.pid
 
     def poll(self) -> int | None:

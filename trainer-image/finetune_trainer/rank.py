@@ -5,7 +5,6 @@ from __future__ import annotations
 import faulthandler
 import gc
 import importlib
-import logging
 import os
 import signal
 import sys
@@ -19,6 +18,7 @@ from finetune_api.pod import RunConfig
 from finetune_trainer.channel import Channel
 from finetune_trainer.checkpoint.stop import TrainingStopped
 from finetune_trainer.failure import classify_error
+from finetune_trainer.logs import configure_logging
 from finetune_trainer.processes import die_with_parent
 from finetune_trainer.settings import Settings, load_run
 
@@ -32,7 +32,7 @@ def main() -> int:
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s rank %(message)s", stream=sys.stderr)
+    configure_logging("rank")
     channel = Channel.from_env()
     channel.report_start()
     code = _run_and_report(channel)

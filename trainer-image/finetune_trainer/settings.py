@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from finetune_api import names
@@ -35,11 +35,17 @@ class Settings:
     final_upload_timeout: float = FINAL_UPLOAD_TIMEOUT_SECONDS
     unsaved_timeout: float = UNSAVED_TIMEOUT_SECONDS
     config_maps: Path = Path(names.CONFIGMAP_MOUNT)
+    attempt_secret: str | None = field(default=None, repr=False)
+    """The secret that all pods of the attempt and the operator know. None in local runs, and if the operator is too old to create it."""
+
+    checkpoint_key: str | None = field(default=None, repr=False)
+    """The key that signs the checkpoints of all attempts of the job. None in the same cases."""
 
     @classmethod
     def from_env(cls, *, run_file: str | None = None, work: str | None = None, port: int | None = None) -> Settings:
         """Read the variables of `names.Env`; arguments take precedence."""
         env = os.environ
+        secret_file = Path(env.get(Env.ATTEMPT_SECRET_FILE) or names.ATTEMPT_SECRET_FILE)
         return cls(
             run_file=Path(run_file or env.get(Env.RUN_FILE) or names.RUN_FILE),
             run_sha256=env.get(Env.RUN_SHA256) or None,
@@ -56,11 +62,21 @@ class Settings:
             ),
             unsaved_timeout=float(env.get(Env.NO_COMMIT_TIMEOUT_SECONDS) or UNSAVED_TIMEOUT_SECONDS),
             config_maps=Path(env.get(Env.CONFIG_MAPS) or names.CONFIGMAP_MOUNT),
+            attempt_secret=_read_if_mounted(secret_file),
+            checkpoint_key=_read_if_mounted(secret_file.with_name(names.CHECKPOINT_KEY)),
         )
 
     def incarnation(self, run: RunConfig) -> str:
         """Name of the folders in storage that this incarnation writes. The ranks of all pods use the name of rank 0's pod."""
         return incarnation_folder(run.attempt, self.pod_uid)
+
+
+def _read_if_mounted(file: Path) -> str | None:
+    """The content of the file; None if the operator mounted no such file."""
+    try:
+        return file.read_text()
+    except FileNotFoundError:
+        return None
 
 
 def load_run(settings: Settings) -> tuple[RunConfig, str]:

@@ -86,7 +86,10 @@ class PolicyRules(WireModel):
         "*", "!/app/*", "!/opt/venv/*", "!/bin/*", "!/sbin/*", "!/lib/*", "!/lib64/*", "!/usr/*", "!/etc/*", "!/dev/*", "!/proc/*", "!/sys/*",
         "!/run/*", "!/var/run/*",
     )  # fmt: skip
-    endpoints: Patterns = ("*", "!*://169.254.*", "!*://[fd00:ec2::254]*", "!*://metadata.google.internal*")
+    endpoints: Patterns = (
+        "*", "!*://169.254.*", "!*://[fe80:*", "!*://[fd00:ec2::254]*", "!*://100.100.100.200*", "!*://metadata.google.internal*", "!*://127.*",
+        "!*://localhost", "!*://localhost:*", "!*://localhost/*", "!*://[::1]*", "!*://0.0.0.0*",
+    )  # fmt: skip
     sources: AddressPatterns = ("*", "!{storage}/*", "{storage}/{namespace}/*")
     destinations: AddressPatterns = ("*", "!{storage}/*", "{storage}/{namespace}/*")
     allow_trust_remote_code: bool = True

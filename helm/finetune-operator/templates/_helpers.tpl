@@ -113,6 +113,21 @@ path: /metrics
 {{- end }}
 {{- end -}}
 
+{{/* The operator's `isolation` section: the chart's values, and how a NetworkPolicy recognises the operator's pods. */}}
+{{- define "finetune-operator.isolation" -}}
+{{- $isolation := .Values.isolation -}}
+secret: {{ $isolation.secret }}
+keySecretName: {{ include "finetune-operator.fullname" . }}-attempt-key
+networkPolicy: {{ $isolation.networkPolicy }}
+operatorNamespace: {{ .Release.Namespace }}
+operatorLabels: {{ include "finetune-operator.selectorLabels" . | fromYaml | toJson }}
+{{- range $key := list "metricsFrom" "blockMetadata" "blockedCidrs" }}
+{{- with index $isolation $key }}
+{{ $key }}: {{ toJson . }}
+{{- end }}
+{{- end }}
+{{- end -}}
+
 {{/* The operator's configuration file, with the operator's key names. Empty values of the chart are omitted. */}}
 {{- define "finetune-operator.config" -}}
 {{- $trainer := dict "image" (include "finetune-operator.image" (dict "root" . "image" .Values.trainer.image "path" "trainer.image")) "imagePullPolicy" .Values.trainer.image.pullPolicy -}}
@@ -126,6 +141,7 @@ path: /metrics
 {{- $_ := set $config "trainer" $trainer -}}
 {{- with .Values.trainer.resources -}}{{- $_ := set $config "resources" . -}}{{- end -}}
 {{- $_ := set $config "leaderElection" (mergeOverwrite (dict "leaseName" (include "finetune-operator.fullname" .)) .Values.leaderElection) -}}
+{{- $_ := set $config "isolation" (include "finetune-operator.isolation" . | fromYaml) -}}
 {{- $_ := set $config "log" .Values.log -}}
 {{- with .Values.watchNamespaces -}}{{- $_ := set $config "namespaces" . -}}{{- end -}}
 {{- with .Values.storage -}}{{- $_ := set $config "storage" . -}}{{- end -}}
@@ -135,7 +151,7 @@ path: /metrics
 {{- toYaml $config -}}
 {{- end -}}
 
-{{/* Permissions of the operator in the namespaces of FineTuneJobs. They contain no wildcards and do not include Secrets. */}}
+{{/* Permissions of the operator in the namespaces of FineTuneJobs. They contain no wildcards, and no permission to read Secrets. */}}
 {{- define "finetune-operator.rules" -}}
 - apiGroups: [finetune-operator.io]
   resources: [finetunejobs]
@@ -165,4 +181,15 @@ path: /metrics
 - apiGroups: [events.k8s.io]
   resources: [events]
   verbs: [get, create, patch]
+{{- if .isolation.secret }}
+- apiGroups: [""]
+  # The Secret of each attempt. The operator derives its content, so it does not read Secrets.
+  resources: [secrets]
+  verbs: [create]
+{{- end }}
+{{- if .isolation.networkPolicy }}
+- apiGroups: [networking.k8s.io]
+  resources: [networkpolicies]
+  verbs: [get, create]
+{{- end }}
 {{- end -}}

@@ -11,6 +11,11 @@
 {{- if and .Values.rbac.create (not .Values.serviceAccount.create) (not .Values.serviceAccount.name) -}}
 {{- fail "serviceAccount.create is false and serviceAccount.name is empty: the ServiceAccount `default` would get the operator's permissions, and with it every pod of the namespace: write serviceAccount.name" -}}
 {{- end -}}
+{{- with .Values.isolation -}}
+{{- if and (not .networkPolicy) (or .blockMetadata .blockedCidrs .metricsFrom) -}}
+{{- fail "isolation.networkPolicy is false, so isolation.blockMetadata, isolation.blockedCidrs and isolation.metricsFrom have no effect: set isolation.networkPolicy to true, or remove them" -}}
+{{- end -}}
+{{- end -}}
 {{- include "finetune-operator.validatePools" . -}}
 {{- include "finetune-operator.validatePod" . -}}
 {{- include "finetune-operator.validateDisruptionBudget" . -}}

@@ -1,4 +1,4 @@
-"""Builds the Indexed Job of one attempt and its Service.
+"""Builds the Indexed Job of one attempt and its Service. `isolation.py` builds its Secret and its NetworkPolicy.
 
 The Job contains the run configuration, so one write creates an attempt. The pods meet Pod Security `restricted`. The FineTuneJob's
 labels and annotations are not copied to the Job. Otherwise a tool such as Argo CD would treat the Job as its own object and prune it.
@@ -30,21 +30,27 @@ PREPARATION_GRACE_SECONDS = 30
 """Grace period of a preparation pod. It has nothing to save."""
 
 
-def build_job(job: JobObject, run: RunConfig, pool: NodePool | None, config: OperatorConfig) -> Object:
-    """Return the Job of the attempt that `run` describes."""
+def build_job(job: JobObject, run: RunConfig, pool: NodePool | None, config: OperatorConfig, secret_name: str = "") -> Object:
+    """Return the Job of the attempt that `run` describes. `secret_name`: name of the Secret of the attempt, or an empty string."""
     spec, nodes = run.spec, run.world.nodes
     labels = child_labels(job, run.attempt)
     data = run.to_bytes()
     run_sha256 = run.sha256(data)
     queue = spec.placement.queue_name
+    name = names.attempt_job_name(job.name, run.attempt)
     body: Object = {
         "apiVersion": "batch/v1",
         "kind": "Job",
         "metadata": {
-            "name": names.attempt_job_name(job.name, run.attempt),
+            "name": name,
             "namespace": job.namespace,
             "labels": {**_job_labels(spec), **labels, **({Label.QUEUE.value: queue} if queue else {})},
-            "annotations": {**(spec.placement.annotations or {}), Annotation.RUN_CONFIG_SHA256.value: run_sha256},
+            "annotations": {
+                **(spec.placement.annotations or {}),
+                Annotation.RUN_CONFIG_SHA256.value: run_sha256,
+                **({Annotation.ATTEMPT_SECRET.value: secret_name} if secret_name else {}),
+                **({Annotation.NETWORK_POLICY.value: name} if config.isolation.network_policy else {}),
+            },
             "ownerReferences": [_owner_reference(names.API_VERSION, names.KIND, job.name, job.uid)],
         },
         "spec": {
@@ -56,7 +62,7 @@ def build_job(job: JobObject, run: RunConfig, pool: NodePool | None, config: Ope
             "podFailurePolicy": {"rules": _failure_rules()},
             "template": {
                 "metadata": _template_metadata(labels, spec, config, data),
-                "spec": _build_pod_spec(names.attempt_job_name(job.name, run.attempt), run, run_sha256, pool, config),
+                "spec": _build_pod_spec(name, run, run_sha256, pool, config, secret_name),
             },
         },
     }
@@ -67,7 +73,7 @@ def build_job(job: JobObject, run: RunConfig, pool: NodePool | None, config: Ope
 
 def build_preparation_job(job: JobObject, run: RunConfig, number: int, resources: PrepareResources, config: OperatorConfig) -> Object:
     """Return the Job of a preparation. `run` describes the first attempt; the Job has one pod without GPUs."""
-    spec = run.spec
+    spec, name = run.spec, names.preparation_job_name(job.name, number)
     labels = child_labels(job, 0)
     data = run.to_bytes()
     run_sha256 = run.sha256(data)
@@ -75,10 +81,14 @@ def build_preparation_job(job: JobObject, run: RunConfig, number: int, resources
         "apiVersion": "batch/v1",
         "kind": "Job",
         "metadata": {
-            "name": names.preparation_job_name(job.name, number),
+            "name": name,
             "namespace": job.namespace,
             "labels": {**_job_labels(spec), **labels},
-            "annotations": {**(spec.placement.annotations or {}), Annotation.RUN_CONFIG_SHA256.value: run_sha256},
+            "annotations": {
+                **(spec.placement.annotations or {}),
+                Annotation.RUN_CONFIG_SHA256.value: run_sha256,
+                **({Annotation.NETWORK_POLICY.value: name} if config.isolation.network_policy else {}),
+            },
             "ownerReferences": [_owner_reference(names.API_VERSION, names.KIND, job.name, job.uid)],
         },
         "spec": {
@@ -109,7 +119,7 @@ def _build_preparation_pod(run: RunConfig, run_sha256: str, resources: PrepareRe
             "placement.nodeSelector": {}, "placement.tolerations": [], "placement.nodeAffinity": [],
         }),
     })  # fmt: skip
-    pod = _build_pod_spec("", pod_run, run_sha256, None, config)
+    pod = _build_pod_spec("", pod_run, run_sha256, None, config, "")
     pod["containers"][0]["args"] = ["prepare"]
     if settings.node_selector:
         pod["nodeSelector"] = dict(settings.node_selector)
@@ -120,21 +130,14 @@ def _build_preparation_pod(run: RunConfig, run_sha256: str, resources: PrepareRe
 
 def build_service(job: JobView) -> Object:
     """Return the headless Service of an attempt with several pods. With this Service, DNS resolves rank 0's pod before the pod is ready."""
-    labels = {
-        Label.MANAGED_BY.value: names.MANAGER_NAME,
-        Label.JOB_NAME.value: job.job_name,
-        Label.JOB_UID.value: job.owner_uid,
-        Label.ATTEMPT.value: str(job.attempt),
-    }
     return {
         "apiVersion": "v1",
         "kind": "Service",
         "metadata": {
             "name": job.name,
             "namespace": job.namespace,
-            "labels": labels,
-            # `blockOwnerDeletion: true` would need permission to update the finalizers of Jobs.
-            "ownerReferences": [_owner_reference("batch/v1", "Job", job.name, job.uid) | {"blockOwnerDeletion": False}],
+            "labels": labels_of_job(job),
+            "ownerReferences": [owner_reference_to_job(job)],
         },
         "spec": {
             "clusterIP": "None",
@@ -164,6 +167,21 @@ def child_labels(job: JobObject, attempt: int) -> dict[str, str]:
         Label.JOB_UID.value: job.uid,
         Label.ATTEMPT.value: str(attempt),
     }
+
+
+def labels_of_job(job: JobView) -> dict[str, str]:
+    """Labels of the objects that belong to a Job."""
+    return {
+        Label.MANAGED_BY.value: names.MANAGER_NAME,
+        Label.JOB_NAME.value: job.job_name,
+        Label.JOB_UID.value: job.owner_uid,
+        Label.ATTEMPT.value: str(job.attempt),
+    }
+
+
+def owner_reference_to_job(job: JobView) -> Object:
+    """Reference of an object to the Job that owns it. `blockOwnerDeletion: true` would need permission to update the finalizers of Jobs."""
+    return _owner_reference("batch/v1", "Job", job.name, job.uid) | {"blockOwnerDeletion": False}
 
 
 def _owner_reference(api_version: str, kind: str, name: str, uid: str) -> Object:
@@ -200,7 +218,9 @@ def _template_metadata(labels: dict[str, str], spec: FineTuneJobSpec, config: Op
     }
 
 
-def _build_pod_spec(name: str, run: RunConfig, run_sha256: str, pool: NodePool | None, config: OperatorConfig) -> Object:
+def _build_pod_spec(
+    name: str, run: RunConfig, run_sha256: str, pool: NodePool | None, config: OperatorConfig, secret_name: str
+) -> Object:
     spec, placement = run.spec, run.spec.placement
     spec_volumes = build_mounts(spec)
     pod: Object = {
@@ -210,7 +230,7 @@ def _build_pod_spec(name: str, run: RunConfig, run_sha256: str, pool: NodePool |
         "terminationGracePeriodSeconds": run.grace_seconds,
         "securityContext": _build_pod_security(config.trainer.fixed_user),
         "containers": [_build_container(run, run_sha256, config, list(spec_volumes.mounts))],
-        "volumes": [*_operator_volumes(spec), *spec_volumes.volumes],
+        "volumes": [*_operator_volumes(spec, secret_name), *spec_volumes.volumes],
     }
     if run.world.nodes > 1:
         pod["subdomain"] = name
@@ -259,16 +279,25 @@ def _build_container(run: RunConfig, run_sha256: str, config: OperatorConfig, ex
     }  # fmt: skip
 
 
-def _operator_volumes(spec: FineTuneJobSpec) -> list[Object]:
+def _operator_volumes(spec: FineTuneJobSpec, secret_name: str) -> list[Object]:
     resources = spec.resources
-    item = {"path": names.RUN_FILE_NAME, "fieldRef": {"fieldPath": f"metadata.annotations['{Annotation.RUN_CONFIG}']"}}
     return [
-        {"name": "run", "downwardAPI": {"items": [item]}},
+        _build_run_volume(secret_name),
         {"name": "work", "emptyDir": _with_size_limit({}, resources.ephemeral_storage)},
         {"name": "shm", "emptyDir": _with_size_limit({"medium": "Memory"}, resources.shared_memory)},
         # The sizes of all volumes together are also limited, by the disk limit of the pod.
         {"name": "tmp", "emptyDir": _with_size_limit({}, resources.ephemeral_storage)},
     ]
+
+
+def _build_run_volume(secret_name: str) -> Object:
+    """The folder with `run.json` and, if the attempt has a Secret, with its files."""
+    item = {"path": names.RUN_FILE_NAME, "fieldRef": {"fieldPath": f"metadata.annotations['{Annotation.RUN_CONFIG}']"}}
+    run_config = {"downwardAPI": {"items": [item]}}
+    if not secret_name:
+        return {"name": "run", **run_config}
+    items = [{"key": key, "path": key} for key in (names.ATTEMPT_SECRET_KEY, names.CHECKPOINT_KEY)]
+    return {"name": "run", "projected": {"sources": [run_config, {"secret": {"name": secret_name, "items": items}}]}}
 
 
 def _with_size_limit(volume: Object, size: str | int | None) -> Object:

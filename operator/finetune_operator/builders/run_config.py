@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ from finetune_api.names import (
     RENDEZVOUS_PORT,
     Env,
     attempt_job_name,
+    attempt_of_uri,
 )
 from finetune_api.pod import ResumeConfig, RunConfig, StoreTarget, World
 from finetune_api.spec import FineTuneJobSpec
@@ -61,7 +63,7 @@ def build_run_config(
         publish=publish_uri,
         model_store=_separate_store(spec, spec.model.storage, "model", MODEL_CREDENTIALS_PREFIX),
         dataset_store=_separate_store(spec, spec.dataset.storage, "dataset", DATASET_CREDENTIALS_PREFIX),
-        resume=_build_resume(spec, attempt, committed_step, max_step, rolled_back_attempt),
+        resume=_build_resume(job, spec, attempt, committed_step, max_step, rolled_back_attempt),
         grace_seconds=_grace_seconds(job, spec, defaults),
     )
 
@@ -91,7 +93,9 @@ def _build_world(job: JobObject, spec: FineTuneJobSpec, attempt: int) -> World:
     )
 
 
-def _build_resume(spec: FineTuneJobSpec, attempt: int, committed_step: int, max_step: int | None, rolled_back_attempt: int | None) -> ResumeConfig:
+def _build_resume(
+    job: JobObject, spec: FineTuneJobSpec, attempt: int, committed_step: int, max_step: int | None, rolled_back_attempt: int | None
+) -> ResumeConfig:
     """Return the checkpoint from which the attempt starts. Later attempts continue from the job's own checkpoints.
 
     If a rollback excludes all of them, the attempt starts like the first attempt.
@@ -99,7 +103,19 @@ def _build_resume(spec: FineTuneJobSpec, attempt: int, committed_step: int, max_
     requested_mode = spec.checkpoint.resume or "auto"
     expected_step = committed_step if max_step is None else min(committed_step, max_step)
     mode = "auto" if attempt > 1 and (expected_step or requested_mode == "never") else requested_mode
-    return ResumeConfig(mode=mode, expect_step=expected_step, max_step=max_step, rolled_back_attempt=rolled_back_attempt if max_step is not None else None)
+    return ResumeConfig(
+        mode=mode, expect_step=expected_step, max_step=max_step, rolled_back_attempt=rolled_back_attempt if max_step is not None else None,
+        known_checkpoints=_known_checkpoints(job),
+    )  # fmt: skip
+
+
+def _known_checkpoints(job: JobObject) -> dict[str, str]:
+    """The sha256 of the manifest of each checkpoint in the status, by the last two folders of its address."""
+    return {
+        "/".join(checkpoint.uri.rstrip("/").split("/")[-2:]): checkpoint.sha256
+        for checkpoint in job.status.checkpoints
+        if checkpoint.sha256 and re.fullmatch("[0-9a-f]{64}", checkpoint.sha256) and attempt_of_uri(checkpoint.uri) is not None
+    }
 
 
 def _build_store_target(uri: str, connection: StorageConnection, connection_name: str, prefix: str) -> StoreTarget:

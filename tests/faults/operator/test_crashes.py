@@ -63,7 +63,7 @@ CREATION_POINTS = (KillPoint.BEFORE_JOB_CREATE, KillPoint.AFTER_JOB_CREATE, *STA
 DELETION_POINTS = (KillPoint.BEFORE_JOB_DELETE, KillPoint.AFTER_JOB_DELETE, *STATUS)
 SCENARIO_STEPS: dict[str, tuple[Callable[[Rig], None], Callable[[Rig], None], tuple[KillPoint, ...]]] = {
     "create": (create_nothing, create_job, CREATION_POINTS),
-    "create two": (create_nothing, create_job_with_two_pods, (KillPoint.BEFORE_SERVICE_CREATE, KillPoint.AFTER_SERVICE_CREATE)),
+    "create two": (create_nothing, create_job_with_two_pods, (KillPoint.BEFORE_CHILD_CREATE, KillPoint.AFTER_CHILD_CREATE)),
     "fail": (start_job, fail_pod, CREATION_POINTS),
     "succeed": (start_job, complete_pod, STATUS),
     "suspend": (start_job, suspend_job, DELETION_POINTS),

@@ -251,6 +251,7 @@ def test_running_job_survives_upgrade_rollback_uninstall_and_a_new_installation(
 
     before = children()
     assert len(before) == 3
+    assert_attempt_is_isolated(rig, pod)
     for action, values, arguments in (
         ("upgrade", {"settings": {"workers": 3}, "trainer": {"resources": {"memory": "8Gi"}}, "replicas": 2}, ()), ("rollback", None, ("1",)),
     ):  # fmt: skip
@@ -268,6 +269,20 @@ def test_running_job_survives_upgrade_rollback_uninstall_and_a_new_installation(
     assert children() == before
     rig.kubelet.end_pod(pod, success_exit())
     assert rig.wait_finished()["status"]["phase"] == Phase.SUCCEEDED
+
+
+def assert_attempt_is_isolated(rig: Rig, pod: Any) -> None:
+    """The API server has stored the attempt's Secret and NetworkPolicy, and the pod mounts the Secret. Only the operator's key is in `ops`."""
+    (job,), (secret,) = rig.api.list("jobs", rig.namespace), rig.api.list("secrets", rig.namespace)
+    (policy,) = rig.api.list("networkpolicies", rig.namespace)
+    owners = {item["metadata"]["ownerReferences"][0]["uid"] for item in (secret, policy)}
+    assert owners == {job["metadata"]["uid"]}
+    assert (sorted(secret["data"]), secret["immutable"]) == (["attempt-secret", "checkpoint-key"], True)
+    assert (policy["metadata"]["name"], policy["spec"]["podSelector"]["matchLabels"]) == ("job-1", {"batch.kubernetes.io/job-name": "job-1"})
+    (volume,) = [volume for volume in pod.body["spec"]["volumes"] if volume["name"] == "run"]
+    assert volume["projected"]["sources"][1]["secret"]["name"] == secret["metadata"]["name"]
+    keys = [item["metadata"]["name"] for item in rig.api.list("secrets", "ops") if not item["metadata"]["name"].startswith("sh.helm.")]
+    assert keys == ["rel-finetune-operator-attempt-key"]
 
 
 def test_helm_test_fails_if_no_replica_is_ready(helm_program: Path) -> None:

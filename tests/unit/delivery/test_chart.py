@@ -56,7 +56,8 @@ def test_default_values_render_the_expected_objects(render: Render) -> None:
     assert kinds == sorted(
         ["ConfigMap", "ClusterRole", "ClusterRoleBinding", "CustomResourceDefinition", "Deployment"]
         + ["ClusterRole", "ClusterRole"]  # aggregated into the cluster roles `view` and `edit`
-        + ["Role", "RoleBinding", "ServiceAccount", "Service"]
+        + ["Role", "RoleBinding"] * 2  # the Lease, and the key of the Secrets of attempts
+        + ["ServiceAccount", "Service"]
         + ["Pod"]  # of `helm test`
     )
 
@@ -133,7 +134,7 @@ def verbs_by_resource(rules: list[dict[str, Any]]) -> dict[str, list[str]]:
 
 
 def test_operator_has_exactly_the_expected_permissions(render: Render) -> None:
-    """The operator has no wildcard permission, and it cannot read Secrets or change a spec or a Job."""
+    """The operator has no wildcard permission. It cannot read Secrets except its own key, and cannot change a spec or a Job."""
     objects = render(rbac={"aggregate": False})
     assert verbs_by_resource(only_object(objects, "ClusterRole")["rules"]) == {
         "finetune-operator.io/finetunejobs": ["get", "list", "watch"],
@@ -144,11 +145,46 @@ def test_operator_has_exactly_the_expected_permissions(render: Render) -> None:
         "core/services": ["create", "get"],
         "core/events": ["list"],
         "events.k8s.io/events": ["create", "get", "patch"],
+        "core/secrets": ["create"],
+        "networking.k8s.io/networkpolicies": ["create", "get"],
     }
-    create, renew = only_object(objects, "Role")["rules"]
+    roles = {item["metadata"]["name"]: item["rules"] for item in objects if item["kind"] == "Role"}
+    create_key, read_key = roles.pop("rel-finetune-operator-attempt-key")
+    assert verbs_by_resource([create_key]) == {"core/secrets": ["create"]}
+    assert verbs_by_resource([read_key]) == {"core/secrets": ["get"]}
+    assert read_key["resourceNames"] == ["rel-finetune-operator-attempt-key"] == [config(objects).isolation.key_secret_name]
+    ((create, renew),) = roles.values()
     assert verbs_by_resource([create]) == {"coordination.k8s.io/leases": ["create"]}
     assert verbs_by_resource([renew]) == {"coordination.k8s.io/leases": ["get", "update"]}
     assert renew["resourceNames"] == ["rel-finetune-operator"]
+
+
+def test_isolation_values_reach_the_configuration_and_the_permissions(render: Render, template: Any) -> None:
+    own_pods = {"app.kubernetes.io/name": "finetune-operator", "app.kubernetes.io/instance": "rel"}
+    default = config(render()).isolation
+    assert (default.secret, default.network_policy, default.all_blocked_cidrs, default.metrics_from) == (True, True, (), ())
+    assert (default.operator_namespace, default.operator_labels) == ("ops", own_pods)
+    labels = only_object(render(), "Deployment")["spec"]["template"]["metadata"]["labels"]
+    assert own_pods.items() <= labels.items()
+
+    monitoring = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}
+    changed = config(render(isolation={"metricsFrom": [monitoring], "blockMetadata": True, "blockedCidrs": ["10.1.0.0/16"]})).isolation
+    assert (changed.metrics_from, changed.blocked_cidrs, changed.block_metadata) == ((monitoring,), ("10.1.0.0/16",), True)
+
+    objects = render(rbac={"aggregate": False}, isolation={"secret": False, "networkPolicy": False})
+    off = config(objects).isolation
+    assert (off.secret, off.network_policy) == (False, False)
+    assert {"core/secrets", "networking.k8s.io/networkpolicies"} & set(verbs_by_resource(only_object(objects, "ClusterRole")["rules"])) == set()
+    assert only_object(objects, "Role")["metadata"]["name"] == "rel-finetune-operator-lease"
+
+    refused = template({"isolation": {"networkPolicy": False, "blockMetadata": True}})
+    assert "isolation.networkPolicy is false, so isolation.blockMetadata" in refused.stderr
+    wrong = template({"isolation": {"secret": "yes", "blockedCidrs": ["10.0.0.1"], "keySecretName": "own"}})
+    for error in [
+        "'/isolation/secret': got string", "'/isolation/blockedCidrs/0': '10.0.0.1' does not match",
+        "'/isolation': additional properties 'keySecretName'",
+    ]:  # fmt: skip
+        assert error in wrong.stderr
 
 
 def test_roles_view_and_edit_get_only_finetunejobs(render: Render) -> None:
@@ -164,7 +200,7 @@ def test_roles_view_and_edit_get_only_finetunejobs(render: Render) -> None:
 
 
 def test_watch_namespaces_need_no_cluster_role(render: Render) -> None:
-    objects = render(watchNamespaces=["a", "b"], leaderElection={"enabled": False})
+    objects = render(watchNamespaces=["a", "b"], leaderElection={"enabled": False}, isolation={"secret": False})
     assert not [item for item in objects if item["kind"].startswith("ClusterRole")]
     roles = {(item["kind"], item["metadata"]["namespace"]) for item in objects if item["kind"].startswith("Role")}
     assert roles == {("Role", "a"), ("RoleBinding", "a"), ("Role", "b"), ("RoleBinding", "b")}

@@ -38,7 +38,7 @@ TRAINING_EXCEPTIONS = {
     ("CKV_K8S_11", TRAINING_JOB): NO_CPU_LIMIT,
     ("CKV_K8S_43", TRAINING_JOB): NO_DIGEST,
     ("CKV_K8S_15", TRAINING_JOB): PULL_POLICY,
-    ("CKV2_K8S_6", "Pod.team.run-1"): "the operator creates no NetworkPolicy for training pods; a policy of the namespace selects them by their labels",
+    ("CKV2_K8S_6", "Pod.team.run-1"): "the operator creates the NetworkPolicy of the attempt after the Job, because the Job owns it",
 }
 
 

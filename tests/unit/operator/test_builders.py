@@ -21,7 +21,7 @@ from finetune_operator.builders.run_config import build_run_config
 from finetune_operator.objects import Object
 from finetune_operator.policies.acceptance import AcceptedSpec, FirstAttempt, accept
 
-from tests.unit.operator.samples import CONFIG, accept_spec, finetunejob, job, spec
+from tests.unit.operator.samples import CONFIG, accept_spec, finetunejob, job, spec, status
 
 GOLDEN_FOLDER = Path(__file__).parent / "golden"
 FULL_SPEC = spec(
@@ -88,6 +88,23 @@ def test_job_matches_its_golden_file(name: str, written: Object) -> None:
 def test_run_config_matches_its_golden_file() -> None:
     run, _ = build_config_and_job(FULL_SPEC)
     assert_matches_golden_file("run-everything", run.to_wire())
+
+
+def test_resume_contains_the_manifests_of_the_status_as_marks() -> None:
+    """Trainer 0.1.0 ignores marks. Checkpoints without sha256, and addresses of unknown form, are left out."""
+    sha256 = "ab" * 32
+    root = "s3://models/test/team/run/uid/checkpoints"
+    checkpoints = [
+        Checkpoint(step=10, uri=f"{root}/step-00000010/a1-0123abcd", sha256=sha256), Checkpoint(step=20, uri=f"{root}/step-00000020/a1-0123abcd"),
+        Checkpoint(step=30, uri=f"{root}/step-00000030", sha256=sha256), Checkpoint(step=40, uri=f"{root}/step-00000040/a2-0123abcd/", sha256="x y"),
+    ]  # fmt: skip
+    found = accept_spec(spec())
+    values: dict[str, Any] = {"defaults": found.defaults, "committed_step": 40, "max_step": None}
+    run = build_run_config(finetunejob(spec(), status(checkpoints=[one.to_wire() for one in checkpoints])), found.spec, 2, **values)
+    assert run.resume.known_checkpoints == {"step-00000010/a1-0123abcd": sha256}
+    wire = run.to_wire()
+    assert "knownCheckpoints" not in wire["resume"] and f"#checkpoint step-00000010/a1-0123abcd {sha256}" in wire["defaults"]
+    assert RunConfig.model_validate_json(run.to_bytes()) == run
 
 
 def test_service_matches_its_golden_file() -> None:

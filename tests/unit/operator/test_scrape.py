@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from aiohttp import web
+from finetune_api.names import PROGRESS_TOKEN_HEADER
 from finetune_operator.scrape import MAX_BYTES, ProgressScraper, Target
 from finetune_operator.settings import ScrapeSettings
 from finetune_operator.workqueue import Key
@@ -29,12 +30,14 @@ class FakeProgressServer:
         self.may_answer = asyncio.Event()
         self.may_answer.set()
         self.requests = 0
+        self.tokens: set[str | None] = set()
         self._changed = asyncio.Condition()
         self.url = ""
 
     async def handle(self, request: web.Request) -> web.Response:
         async with self._changed:
             self.requests += 1
+            self.tokens.add(request.headers.get(PROGRESS_TOKEN_HEADER))
             self._changed.notify_all()
         await self.may_answer.wait()
         if self.redirects and request.path == "/progress":
@@ -100,6 +103,14 @@ async def scraper(reports: ReportRecorder) -> AsyncIterator[ProgressScraper]:
 
 def target(pod: FakeProgressServer, **fields: Any) -> Target:
     return Target(**{"uid": UID, "attempt": 1, "pod_uid": "pod-1-0", "url": pod.url, **fields})
+
+
+@pytest.mark.parametrize("token", [None, "abc"])
+async def test_request_has_the_token_of_the_attempt(scraper: ProgressScraper, reports: ReportRecorder, pod: FakeProgressServer, token: str | None) -> None:
+    scraper.watch(KEY, target(pod, token=token))
+    await reports.wait()
+    assert pod.tokens == {token}
+    assert "abc" not in repr(target(pod, token=token))
 
 
 async def test_report_is_kept_with_its_time_for_its_uid_and_attempt(scraper: ProgressScraper, reports: ReportRecorder, pod: FakeProgressServer) -> None:

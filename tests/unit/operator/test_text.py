@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import re
-
 import pytest
-from finetune_operator.text import SECRET_PATTERNS, clean, format_duration
+from finetune_operator.text import clean, format_duration
 
 
 @pytest.mark.parametrize(
@@ -24,12 +22,6 @@ from finetune_operator.text import SECRET_PATTERNS, clean, format_duration
 )
 def test_secrets_and_control_characters_are_not_shown(text: str, shown: str) -> None:
     assert clean(text) == shown
-
-
-def test_secret_patterns_repeat_no_group() -> None:
-    """A pod could block the event loop with its text: with a repeated group in a pattern, 4 KiB of `a_a_a_...` took 0.7 seconds."""
-    for pattern in SECRET_PATTERNS:
-        assert not re.search(r"\)[*+]", pattern.pattern)
 
 
 def test_long_text_is_cut() -> None:

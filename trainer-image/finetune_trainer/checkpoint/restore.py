@@ -1,9 +1,10 @@
 """Finds and downloads the newest committed checkpoint that is complete, undamaged and belongs to this run.
 
-Every byte is hashed during the download, and the hash is compared with the manifest. A damaged checkpoint is reported, and the
-previous checkpoint is tried. If the job had made progress and no checkpoint can be loaded, the pod exits with 73 instead of
-starting from zero. A checkpoint is used even if it is not marked healthy: the pod may have ended before it could set the mark,
-and a checkpoint is only saved if its own loss is finite. After a rollback, checkpoints later than `resume.maxStep` are skipped.
+A checkpoint is downloaded only if this job committed it (`why_not_trusted`). Every byte is hashed during the download, and the hash is
+compared with the manifest. A damaged or forged checkpoint is reported, and the previous checkpoint is tried. If the job had made progress and no
+checkpoint can be loaded, the pod exits with 73 instead of starting from zero. A checkpoint is used even if it is not marked healthy: the pod may
+have ended before it could set the mark, and a checkpoint is only saved if its own loss is finite. After a rollback, checkpoints later than
+`resume.maxStep` are skipped.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from finetune_api.errors import ConfigError, NoCheckpointError
 from finetune_api.lineage import TRAINING_IMAGES
 from finetune_api.names import Storage
 from finetune_api.pod import ResumeConfig, StoreTarget
+from finetune_api.rules.training import PICKLING_STRATEGIES
 from finetune_api.sources import redact_source
 from finetune_api.spec.enums import StrategyType
 
@@ -89,7 +91,9 @@ def restore(
     if resume_config.mode not in ("auto", "never") and not candidates and not unreadable_steps:
         return _restore_named(resume_config.mode, facts, target, tree, is_wanted, byte_counter, result)
     for candidate in candidates:
-        problem = _try_to_restore(tree, candidate, facts, target, result, is_wanted, byte_counter)
+        problem = why_not_trusted(tree, candidate, resume_config, facts.strategy)
+        if problem is None:
+            problem = _try_to_restore(tree, candidate, facts, target, result, is_wanted, byte_counter)
         if problem is None:
             result.ancestor_checkpoints = [one for one in own_checkpoints if (one.step or 0) <= result.step]
             result.skipped_checkpoints = [one for one in own_checkpoints if (one.step or 0) > result.step]
@@ -103,6 +107,23 @@ def restore(
             hint="restore the objects, or create a new FineTuneJob to start again",
         )  # fmt: skip
     return result
+
+
+def why_not_trusted(tree: CheckpointTree, candidate: CommittedCheckpoint, resume_config: ResumeConfig, strategy: str) -> str | None:
+    """Why a checkpoint in the job's own folder may be forged, or None. Nothing of it is downloaded before.
+
+    The operator knows the manifests of the checkpoints in the status. A newer checkpoint is trusted if it is signed with the job's key. Without a
+    key, and for strategies whose checkpoints contain no code, a newer checkpoint is trusted in any case, so that no progress is lost.
+    """
+    address, sha256 = tree.uri(candidate.folder), candidate.marker.manifest_sha256
+    known_sha256 = resume_config.known_checkpoints.get("/".join(candidate.folder.split("/")[-2:]))
+    if known_sha256 is not None:
+        if known_sha256 == sha256:
+            return None
+        return f"{address} is not the checkpoint that this job committed: its manifest has sha256 {sha256}, but the job's status has {known_sha256}"
+    if strategy in PICKLING_STRATEGIES and tree.is_signing and not tree.is_signed(candidate):
+        return f"{address} is neither in the job's status nor signed by this job, and a forged checkpoint of {strategy} can run code"
+    return None
 
 
 def _try_to_restore(

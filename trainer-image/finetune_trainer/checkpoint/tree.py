@@ -8,12 +8,14 @@ marker names another manifest, this incarnation is fenced out and must end.
 
 from __future__ import annotations
 
+import hmac
 import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from finetune_api.attempt_secret import sign_checkpoint
 from finetune_api.errors import FineTuneError, PeerError, StorageError
 from finetune_api.names import RUN_FILE_NAME, Storage, attempt_folder, attempt_of_folder
 
@@ -66,10 +68,14 @@ class FencedOutError(PeerError):
 
 
 class CheckpointTree:
-    """Reads and commits the checkpoints and the final model of one job below one storage root. Safe to use from several threads."""
+    """Reads and commits the checkpoints and the final model of one job below one storage root. Safe to use from several threads.
 
-    def __init__(self, store: Store) -> None:
+    `checkpoint_key` signs checkpoints. Without it, they are not signed.
+    """
+
+    def __init__(self, store: Store, checkpoint_key: str | None = None) -> None:
         self.store = store
+        self._checkpoint_key = checkpoint_key
 
     def uri(self, key: str) -> str:
         """Return the full address of a key."""
@@ -102,6 +108,18 @@ class CheckpointTree:
             elif data is not None:
                 damaged_steps.append(step)
         return committed, damaged_steps
+
+    @property
+    def is_signing(self) -> bool:
+        """Whether this tree can sign checkpoints and check their signatures."""
+        return self._checkpoint_key is not None
+
+    def is_signed(self, checkpoint: CommittedCheckpoint) -> bool:
+        """Whether an attempt of this job has signed the manifest that the marker names. Who can only write to the store cannot sign."""
+        if self._checkpoint_key is None:
+            return False
+        expected_signature = sign_checkpoint(self._checkpoint_key, checkpoint.folder, checkpoint.marker.manifest_sha256)
+        return hmac.compare_digest(self.store.get(join(checkpoint.folder, Storage.SIGNATURE)) or b"", expected_signature.encode())
 
     def get_committed(self, step: int | None, healthy: bool = False) -> CommittedCheckpoint | None:
         """Return the committed checkpoint of a step, or the final model if `step` is None. Return None if nothing is committed there."""
@@ -189,6 +207,8 @@ class CheckpointTree:
         data = manifest.to_bytes()
         marker = CommitMarker(attempt=manifest.attempt, path=manifest.incarnation, manifest_sha256=sha256_bytes(data))
         self.store.put(join(folder, Storage.MANIFEST), data)
+        if self._checkpoint_key is not None and prefix.startswith(f"{Storage.CHECKPOINTS}/"):
+            self.store.put(join(folder, Storage.SIGNATURE), sign_checkpoint(self._checkpoint_key, folder, marker.manifest_sha256).encode())
         self._check_objects(folder, manifest)
         self.require_newest_attempt(manifest.attempt)
         self._create_marker(prefix, marker, replaceable_marker)

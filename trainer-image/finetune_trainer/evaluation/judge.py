@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 from finetune_api.errors import ConfigError, CredentialsError, FineTuneError, NotFoundError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from finetune_trainer.addresses import refuse_metadata_address
 from finetune_trainer.evaluation.predictions import Prediction
 from finetune_trainer.evaluation.text_metrics import NO_REFERENCE, cosine
 from finetune_trainer.evaluation.values import MetricValue, NotComputedError, mean_of_rows
@@ -121,12 +122,16 @@ class Judge:
     """Asks the judge model and counts the tokens. Several threads may use one Judge."""
 
     def __init__(self, settings: JudgeSettings) -> None:
-        from openai import OpenAI
+        from openai import DefaultHttpxClient, OpenAI
 
+        refuse_metadata_address(settings.base_url, "evaluation.judge.endpoint")
         self.settings = settings
+        # A redirect could lead to a metadata address, with the key of the judge in its header.
+        client = DefaultHttpxClient(follow_redirects=False)
         self._client = OpenAI(
-            base_url=settings.base_url, api_key=settings.api_key or "none", timeout=settings.timeout_seconds, max_retries=settings.max_retries
-        )
+            base_url=settings.base_url, api_key=settings.api_key or "none", timeout=settings.timeout_seconds, max_retries=settings.max_retries,
+            http_client=client,
+        )  # fmt: skip
         self._lock = threading.Lock()
         self._usage = JudgeUsage()
         self._failed_in_a_row = 0
@@ -228,6 +233,11 @@ class Judge:
             return CredentialsError(
                 "JudgeCredentialsRefused", f"{host} refused the judge's API key with status {error.status_code}",
                 hint="check the Secret with the judge's API key, and whether the key may use the model",
+            )  # fmt: skip
+        if 300 <= error.status_code < 400:
+            return ConfigError(
+                "JudgeRedirected", f"{host} redirects requests to another address (status {error.status_code}), and redirects are not followed",
+                hint="write the address to which it redirects in evaluation.judge.endpoint",
             )  # fmt: skip
         if error.status_code in (404, 405):
             models = " or ".join(repr(name) for name in (self.settings.model, self.settings.embedding_model) if name)

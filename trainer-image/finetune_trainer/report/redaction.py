@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from finetune_api.redaction import redact_tokens
 from finetune_api.sources import redact_source
 
 HIDDEN = "(hidden)"
@@ -13,13 +14,12 @@ SECRET_NAME = re.compile(r"(token|secret|passw|api_?key|access_?key|credential|_
 """Names of environment variables that usually hold secrets."""
 MIN_SECRET_LENGTH = 6
 """Shorter values are not hidden, because they also occur in ordinary texts."""
-_TOKEN = re.compile(r"\b(hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{20,}|AKIA[0-9A-Z]{16}|gh[pousr]_[A-Za-z0-9]{20,}|glpat-[A-Za-z0-9_-]{16,})")
 _USER = re.compile(r"(?<=://)[^/@\s]+@")
 
 
 def redact_text(text: str) -> str:
     """Return a text without tokens, and without the user, password and signature of a URL."""
-    return _TOKEN.sub(HIDDEN, _USER.sub("", redact_source(text)))
+    return redact_tokens(_USER.sub("", redact_source(text)), HIDDEN)
 
 
 def secret_values(environment: Mapping[str, str]) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import faulthandler
 import importlib
-import logging
 import os
 import signal
 import sys
@@ -20,6 +19,7 @@ from finetune_trainer.channel import Channel
 from finetune_trainer.failure import classify_error
 from finetune_trainer.imports import garbage_collection_paused
 from finetune_trainer.inputs import Inputs
+from finetune_trainer.logs import configure_logging
 from finetune_trainer.processes import die_with_parent
 from finetune_trainer.settings import Settings, load_run
 from finetune_trainer.stages.files import RESULT_FILE, StageTask
@@ -40,7 +40,7 @@ def main(arguments: list[str]) -> int:
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s stage %(message)s", stream=sys.stderr)
+    configure_logging("stage")
     code = run_and_report(Path(arguments[0]), Channel.from_env())
     sys.stdout.flush()
     sys.stderr.flush()

@@ -26,6 +26,7 @@ from finetune_api.names import Env
 from finetune_api.pod import StoreTarget
 from finetune_api.spec.enums import AddressingStyle, EncryptionType
 
+from finetune_trainer.addresses import refuse_metadata_address
 from finetune_trainer.storage.base import ByteCounter, CreateResult, ObjectStat, join
 from finetune_trainer.storage.errors import Connection, explain, status_of
 
@@ -340,6 +341,8 @@ def _client(
     import boto3
     from botocore.config import Config
 
+    if connection.endpoint:  # the client follows no redirects
+        refuse_metadata_address(connection.endpoint, f"{connection.field}.endpoint")
     checksum_options = {"request_checksum_calculation": "when_required", "response_checksum_validation": "when_required"}
     config = Config(
         s3={"addressing_style": connection.addressing_style},

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import ssl
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import urljoin, urlsplit
 
 import requests
 from finetune_api.errors import StorageSetupError
 from finetune_api.sources import redact_source
 from requests.adapters import HTTPAdapter
+
+from finetune_trainer.addresses import refuse_metadata_address
 
 
 class Adapter(HTTPAdapter):
@@ -43,7 +45,7 @@ class Session(requests.Session):
     """A session that follows redirects only to https: a plain http response could be modified in transit."""
 
     def get_redirect_target(self, resp: requests.Response) -> str | None:
-        """Refuse a redirect to an address without TLS. Errors: StorageSetupError `RedirectRefused`."""
+        """Refuse redirects without TLS and to forbidden addresses. Errors: StorageSetupError `RedirectRefused`; ConfigError `AddressForbidden`."""
         target = super().get_redirect_target(resp)
         parts = urlsplit(target or "")
         if parts.scheme not in ("", "https"):
@@ -52,6 +54,8 @@ class Session(requests.Session):
                 "response can be modified in transit",
                 hint="write the https address of the redirect's target",
             )  # fmt: skip
+        if target:
+            refuse_metadata_address(urljoin(resp.url, target), f"the redirect of {redact_source(resp.url)}")
         return target
 
 

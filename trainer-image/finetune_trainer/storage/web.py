@@ -32,6 +32,7 @@ from finetune_api.errors import (
 from finetune_api.pod import StoreTarget
 from finetune_api.sources import redact_source
 
+from finetune_trainer.addresses import refuse_metadata_address
 from finetune_trainer.storage.base import CHUNK_BYTES, ByteCounter, CreateResult, ObjectStat
 from finetune_trainer.storage.errors import of_local_disk
 
@@ -72,6 +73,7 @@ class WebStore:
         self._attempts, self._timeout = max(1, attempts), (connect_timeout, read_timeout)
         self._lock = threading.Lock()
         _require_valid_url(target.uri)
+        refuse_metadata_address(self._address, self.uri)
         self._adapter = _create_adapter(target.ca_bundle)
 
     # ---- reading ----

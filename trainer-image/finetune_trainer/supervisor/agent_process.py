@@ -11,23 +11,39 @@ from finetune_api.pod import RunConfig
 from finetune_trainer.channel import SOCKET_VARIABLE
 from finetune_trainer.processes import ChildProcess
 from finetune_trainer.settings import Settings
+from finetune_trainer.supervisor.gang import StoreAddress
 
 CREDENTIAL_VARIABLES = (Env.STORAGE_ACCESS_KEY, Env.STORAGE_SECRET_KEY, Env.STORAGE_SESSION_TOKEN, Env.STORAGE_CUSTOMER_KEY, HUB_TOKEN)
 TRACKER_CREDENTIALS = (WANDB_KEY, MONGODB_URI, *MLFLOW_CREDENTIALS)
 
 
-def start_agent(run: RunConfig, settings: Settings, channel_address: str) -> ChildProcess:
-    """Start `finetune-trainer agent`. `channel_address`: the socket that ranks report to."""
-    world, several_nodes = run.world, run.world.nodes > 1
+def start_agent(run: RunConfig, settings: Settings, channel_address: str, store: StoreAddress | None = None) -> ChildProcess:
+    """Start `finetune-trainer agent`.
+
+    `channel_address`: the socket that ranks report to. `store`: where this pod reaches the TCPStore of its gang. Without it, the pods of a
+    gang meet at the master address, and a single pod uses its own loopback interface.
+    """
+    world = run.world
+    address, port = "127.0.0.1", 0
+    if store is not None:
+        port = store.port
+    elif world.nodes > 1:
+        address, port = world.master_address, world.master_port
     command = [
         sys.executable, "-m", "finetune_trainer", "agent", "--nodes", str(world.nodes), "--processes",
-        str(world.processes_per_node), "--node-rank", str(settings.node_rank), "--address",
-        world.master_address if several_nodes else "127.0.0.1", "--port", str(world.master_port if several_nodes else 0),
+        str(world.processes_per_node), "--node-rank", str(settings.node_rank), "--address", address, "--port", str(port),
         "--id", world.rendezvous_id, "--work", str(settings.work),
     ]  # fmt: skip
-    if not several_nodes:
-        command += ["--local-address", "127.0.0.1"]
-    return ChildProcess(command, rank_environment(run, settings, channel_address))
+    if world.nodes == 1:
+        command += ["--local-address", address]
+    listener = store.listener if store is not None else None
+    if listener is None:
+        return ChildProcess(command, rank_environment(run, settings, channel_address))
+    with listener:  # the agent gets a copy of the socket
+        descriptor = listener.fileno()
+        return ChildProcess(
+            [*command, "--store-fd", str(descriptor)], rank_environment(run, settings, channel_address), pass_fds=(descriptor,)
+        )
 
 
 def threads_per_rank(run: RunConfig) -> int:

@@ -7,6 +7,7 @@ errors, with the same codes, as those of a training pod. It writes nothing that 
 from __future__ import annotations
 
 import logging
+import secrets
 import shutil
 import signal
 import sys
@@ -64,7 +65,8 @@ class PreparationPod:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda _number, _frame: self._stop.set())
         processes.adopt_orphans()
-        server = Server(self._state, self._settings.port)
+        # The operator reads only the termination message, so no request may read the report.
+        server = Server(self._state, self._settings.port, attempt_secret=secrets.token_hex(32))
         data = DataReport()
         try:
             data = self._check()

@@ -1,5 +1,7 @@
 """The pod's HTTP server: `/progress` for the operator, `/metrics` for Prometheus, `/healthz` for the kubelet, `/usage` for `finetune top`.
 
+`/progress` asks for the token of the attempt, because its report names the job, its storage and its failures. `/metrics` has only numbers.
+
 On the loopback interface the server also accepts the Kubeflow progress protocol (`POST .../status`), so that a user's own script
 with a recent transformers reports progress without extra code. Only the standard library is used, because the server must
 respond within a second of the pod's start.
@@ -7,14 +9,19 @@ respond within a second of the pod's start.
 
 from __future__ import annotations
 
+import contextlib
+import hmac
 import json
 import socket
 import socketserver
+import sys
 import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from finetune_api.attempt_secret import derive_progress_token
+from finetune_api.names import PROGRESS_TOKEN_HEADER
 from finetune_api.names import Path as Route
 from finetune_api.status import Metrics, Progress
 
@@ -23,6 +30,10 @@ from finetune_trainer.usage import UsageReader
 
 LOOPBACK_ADDRESSES = ("127.0.0.1", "::1", "::ffff:127.0.0.1")
 MAX_BODY_BYTES = 64 * 1024
+MAX_CONNECTIONS = 64
+"""Open connections, each with a thread. The operator, the kubelet and a few Prometheus servers need fewer than ten."""
+TOO_MANY_CONNECTIONS = "closed_connections"
+"""Counter of connections that were closed because there were more than MAX_CONNECTIONS."""
 METRIC_PREFIX = "finetune_trainer"
 KUBEFLOW_METRICS = {
     "loss": "trainLoss",
@@ -33,10 +44,14 @@ KUBEFLOW_METRICS = {
 
 
 class Server:
-    """Serves the state of the run until `close()`. Port 0 chooses a free port; the attribute `port` holds the chosen port."""
+    """Serves the state of the run until `close()`. Port 0 chooses a free port; the attribute `port` holds the chosen port.
 
-    def __init__(self, run_state: RunState, port: int, *, host: str = "") -> None:
-        self._http = _HttpServer((host, port), run_state)
+    Without `attempt_secret`, `/progress` answers every request: in local runs, and for an operator that is too old to send a token.
+    """
+
+    def __init__(self, run_state: RunState, port: int, *, host: str = "", attempt_secret: str | None = None) -> None:
+        token = derive_progress_token(attempt_secret) if attempt_secret is not None else None
+        self._http = _HttpServer((host, port), run_state, token)
         self.port = int(self._http.server_address[1])
         self._thread = threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.1}, daemon=True)
         self._thread.start()
@@ -49,10 +64,14 @@ class Server:
 class _HttpServer(ThreadingHTTPServer):
     daemon_threads = True
     allow_reuse_address = True
+    request_queue_size = 128
 
-    def __init__(self, address: tuple[str, int], run_state: RunState) -> None:
+    def __init__(self, address: tuple[str, int], run_state: RunState, progress_token: str | None) -> None:
         self.run_state = run_state
         self.usage = UsageReader()
+        self.progress_token = progress_token
+        self._connections: dict[socket.socket, None] = {}
+        self._connections_lock = threading.Lock()
         if not address[0] and socket.has_dualstack_ipv6():
             self.address_family = socket.AF_INET6  # Serve IPv4 and IPv6, because a pod may have only one of them.
         super().__init__(address, _RequestHandler)
@@ -64,6 +83,30 @@ class _HttpServer(ThreadingHTTPServer):
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
 
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Serve a connection in its own thread. If there are too many connections, close the oldest: it is probably idle."""
+        with self._connections_lock:
+            oldest = next(iter(self._connections)) if len(self._connections) >= MAX_CONNECTIONS else None
+            if oldest is not None:
+                del self._connections[oldest]
+            self._connections[request] = None
+        if oldest is not None:
+            self.run_state.increment_counter(TOO_MANY_CONNECTIONS)
+            with contextlib.suppress(OSError):
+                oldest.shutdown(socket.SHUT_RDWR)  # ends the read in the connection's thread
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        """Called in the connection's thread when it ends."""
+        with self._connections_lock:
+            self._connections.pop(request, None)
+        super().shutdown_request(request)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Do not log a reset of a connection: any program in the network could fill the pod's log."""
+        if not isinstance(sys.exception(), OSError):
+            super().handle_error(request, client_address)
+
 
 class _RequestHandler(BaseHTTPRequestHandler):
     server: _HttpServer
@@ -71,6 +114,9 @@ class _RequestHandler(BaseHTTPRequestHandler):
     timeout = 30
 
     def do_GET(self) -> None:
+        if self.path.partition("?")[0] == Route.PROGRESS and not self._may_read_progress():
+            self._send_response(401, "text/plain", f"send the token of this attempt in the header {PROGRESS_TOKEN_HEADER}\n".encode())
+            return
         routes: dict[str, Callable[[], tuple[str, bytes]]] = {
             Route.PROGRESS: lambda: ("application/json", self._progress_json()),
             Route.METRICS: lambda: ("text/plain; version=0.0.4", format_metrics(self.server.run_state).encode()),
@@ -87,7 +133,10 @@ class _RequestHandler(BaseHTTPRequestHandler):
         if not self.path.partition("?")[0].endswith("/status") or self.client_address[0] not in LOOPBACK_ADDRESSES:
             self._send_response(404, "text/plain", b"not found\n")
             return
-        length = int(self.headers.get("Content-Length") or 0)
+        length = self._content_length()
+        if length is None:
+            self._send_response(400, "text/plain", b"Content-Length must be a number\n")
+            return
         if length > MAX_BODY_BYTES:
             self._send_response(413, "text/plain", b"too large\n")
             return
@@ -98,6 +147,14 @@ class _RequestHandler(BaseHTTPRequestHandler):
             self._send_response(422, "text/plain", b'write {"trainerStatus": {...}}\n')
             return
         self._send_response(200, "application/json", json.dumps(body).encode())
+
+    def _content_length(self) -> int | None:
+        text = self.headers.get("Content-Length") or "0"
+        return int(text) if text.isascii() and text.isdecimal() else None
+
+    def _may_read_progress(self) -> bool:
+        expected_token = self.server.progress_token
+        return expected_token is None or hmac.compare_digest(self.headers.get(PROGRESS_TOKEN_HEADER, "").encode(), expected_token.encode())
 
     def _progress_json(self) -> bytes:
         return _to_json(self.server.run_state.report().to_wire())

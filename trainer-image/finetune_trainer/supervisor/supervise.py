@@ -46,6 +46,7 @@ from finetune_trainer.supervisor.exit_decision import (
     stop_deadline,
 )
 from finetune_trainer.supervisor.file_digests import FileDigests
+from finetune_trainer.supervisor.gang import Forwarder, Gate, StoreAddress, connect_gang
 from finetune_trainer.supervisor.later_stages import MODEL_FOLDER, LaterStages
 from finetune_trainer.supervisor.lineage import Lineage
 from finetune_trainer.supervisor.metric_log import MetricLog
@@ -108,6 +109,7 @@ class Supervisor:
         self._lineage_uri: str | None = None
         self._server: Server | None = None
         self._channel: RankChannel | None = None
+        self._gang: Gate | Forwarder | None = None
         self._tracking: RunTracking | None = None
 
     def run(self, stop_requests: Sequence[float] = ()) -> int:
@@ -128,7 +130,7 @@ class Supervisor:
             if run.spec.phases.train is False:
                 self._wait_for_preparation()
             else:
-                self._watch_agent(run, start_agent(run, self._settings, self._channel.address))
+                self._watch_agent(run, start_agent(run, self._settings, self._channel.address, self._connect_gang(run)))
         # 6. Kill all processes that still run, and apply the messages that they have sent.
         processes.kill_all_descendants()
         if self._channel is not None:
@@ -163,7 +165,7 @@ class Supervisor:
     def _start_server(self) -> Server:
         """Errors: InternalError `PortInUse`."""
         try:
-            server = Server(self._state, self._settings.port)
+            server = Server(self._state, self._settings.port, attempt_secret=self._settings.attempt_secret)
         except OSError as error:
             raise InternalError(
                 "PortInUse", f"port {self._settings.port} cannot be opened: {error.strerror}",
@@ -202,6 +204,14 @@ class Supervisor:
 
         return RankChannel(handle_message)
 
+    def _connect_gang(self, run: RunConfig) -> StoreAddress | None:
+        """Protect the rendezvous of several pods with the secret of the attempt. None: there is one pod, or the operator gave no secret."""
+        secret = self._settings.attempt_secret
+        if run.world.nodes == 1 or secret is None:
+            return None
+        self._gang, store = connect_gang(run.world, self._settings.node_rank, secret)
+        return store
+
     # ---- 4: prepare (in its own thread) ----
 
     def _prepare_pod(self, run: RunConfig, config_sha256: str) -> None:
@@ -209,7 +219,7 @@ class Supervisor:
             preparation = Preparation(run, config_sha256, self._settings, self._state, self._digests)
             preparation.check_hub_token()
             preparation.preflight()
-            tree = self._tree = CheckpointTree(open_store(run.storage))
+            tree = self._tree = CheckpointTree(open_store(run.storage), self._settings.checkpoint_key)
             self._results = RunResults(run, tree, self._settings.work / "output")
             self._lineage = Lineage(run, tree, self._state, self._digests)
             self._recorder = AttemptRecorder(
@@ -538,8 +548,9 @@ class Supervisor:
         message = self._termination_message(exit_decision)
         self._state.enter_stage(Stage.DONE if exit_decision.code == ExitCode.OK else Stage.FAILED, message.message)
         write_termination_message(message, self._settings.termination_log)
-        if self._server is not None:
-            self._server.close()
+        for closable in (self._gang, self._server):
+            if closable is not None:
+                closable.close()
 
 
 def as_failure(error: Exception, code: str) -> FineTuneError:

@@ -7,13 +7,16 @@ and older steps are skipped. If a resumed attempt measures another value for a s
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections.abc import Sequence
 from typing import Any
 
+from finetune_api.errors import ConfigError
 from finetune_api.names import Reason
 
+from finetune_trainer.addresses import refuse_metadata_address
 from finetune_trainer.results.log_entry import LineKind, LogEntry
 from finetune_trainer.trackers.base import TrackedRun, TrackerError, connection_error, logged_values, rejected_error
 from finetune_trainer.trackers.events import (
@@ -32,6 +35,7 @@ MAX_METRICS_PER_REQUEST = 500
 MAX_PARAMETERS_PER_REQUEST = 100
 MAX_PARAMETER_LENGTH = 500
 MAX_DIGEST_LENGTH = 36
+REDIRECTS_VARIABLE = "MLFLOW_ALLOW_HTTP_REDIRECTS"
 PARENT = "job"
 SUFFIXES = {TrackedPhase.TRAIN: "_finetuning", TrackedPhase.INFER: "_inferencing", TrackedPhase.EVALUATE: "_evaluation"}
 """Suffixes of the names of child runs."""
@@ -67,6 +71,11 @@ class Mlflow:
         return None if parent is None else f"{self._uri.rstrip('/')}/#/experiments/{self._experiment_id}/runs/{parent.id}"
 
     def open(self) -> None:
+        try:
+            refuse_metadata_address(self._uri, "tracking.mlflow.trackingUri")
+        except ConfigError as error:
+            raise TrackerError(Reason.TRACKER_FAILED, error.message) from error
+        os.environ[REDIRECTS_VARIABLE] = "false"  # a redirect could lead to a metadata address
         from mlflow.tracking import MlflowClient
 
         self._client = MlflowClient(tracking_uri=self._uri)

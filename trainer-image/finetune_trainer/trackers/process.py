@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 import threading
 import time
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from finetune_api.spec.enums import Tracker as TrackerName
 from pydantic import Field
 
 from finetune_trainer.checkpoint.tree import CheckpointTree
+from finetune_trainer.logs import configure_logging
 from finetune_trainer.settings import Settings, load_run
 from finetune_trainer.storage.base import Store, join
 from finetune_trainer.storage.roots import open_store
@@ -138,7 +138,7 @@ def main(arguments: list[str]) -> int:
     """Entry point; returns the exit code. `arguments`: the folder with the task."""
     _end_with_supervisor(os.getppid())
     os.nice(NICENESS)
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s tracker %(message)s", stream=sys.stderr)
+    configure_logging("tracker", logging.WARNING)
     folder = Path(arguments[0])
     config, _ = load_run(Settings.from_env())
     run = TrackedRun.model_validate_json((folder / TASK_FILE).read_text())

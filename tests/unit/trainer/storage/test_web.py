@@ -145,6 +145,14 @@ def test_a_redirect_is_followed_only_within_tls(store: WebStore, server: WebServ
     assert "redirected endlessly" in download_error(store, tmp_path / "weights").message
 
 
+@pytest.mark.parametrize("host", ["169.254.169.254", "2852039166", "[fd00:ec2::254]"])
+def test_a_redirect_to_a_metadata_address_is_refused(store: WebStore, server: WebServer, tmp_path: Path, host: str) -> None:
+    server.faults = [Fault(302, {"Location": f"https://{host}/latest/meta-data?token=hidden-word"})]
+    error = download_error(store, tmp_path / "weights")
+    assert (error.exit_code, error.code) == (64, "AddressForbidden")
+    assert "the redirect of " in error.message and "hidden-word" not in error.message
+
+
 def test_an_untrusted_certificate_is_not_retried(server: WebServer, pauses: list[float], tmp_path: Path) -> None:
     error = download_error(WebStore(StoreTarget(uri=server.url + SECRET)), tmp_path / "weights")
     assert (error.exit_code, error.code, pauses) == (69, "EndpointUnreachable", [])

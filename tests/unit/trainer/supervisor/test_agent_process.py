@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 from finetune_trainer.settings import Settings
 from finetune_trainer.supervisor import agent_process as subject
 from finetune_trainer.supervisor.agent_process import rank_environment
+from finetune_trainer.supervisor.gang import StoreAddress
 
 RUN: Any = SimpleNamespace(attempt=1, world=SimpleNamespace(processes_per_node=1))
 
@@ -36,8 +38,8 @@ def test_future_warnings_of_libraries_are_hidden_unless_the_user_sets_pythonwarn
 class StartedProcess:
     """Records the command and the environment that a process would be started with."""
 
-    def __init__(self, command: list[str], environment: dict[str, str]) -> None:
-        self.command, self.environment = command, environment
+    def __init__(self, command: list[str], environment: dict[str, str], *, pass_fds: tuple[int, ...] = ()) -> None:
+        self.command, self.environment, self.pass_fds = command, environment, pass_fds
 
     def option(self, name: str) -> str | None:
         return self.command[self.command.index(name) + 1] if name in self.command else None
@@ -54,6 +56,20 @@ def test_the_agent_meets_other_nodes_at_the_master_address(
     agent: Any = subject.start_agent(SimpleNamespace(attempt=1, world=world), Settings.from_env(work=str(tmp_path)), "socket")  # type: ignore[arg-type] # a fake run
     options = ("--nodes", "--processes", "--address", "--port", "--local-address")
     assert [agent.option(name) for name in options] == [str(nodes), "3", address, port, local_address]
+
+
+@pytest.mark.parametrize("has_store", [True, False])
+def test_the_agent_of_a_protected_gang_uses_the_loopback_interface(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_store: bool) -> None:
+    """The agent of rank 0's pod also gets the bound socket of the store."""
+    monkeypatch.setattr(subject, "ChildProcess", StartedProcess)
+    world = SimpleNamespace(nodes=2, processes_per_node=3, master_address="rank-0.host", master_port=29400, rendezvous_id="r")
+    listener = socket.create_server(("127.0.0.1", 0)) if has_store else None
+    descriptor = listener.fileno() if listener else None
+    run: Any = SimpleNamespace(attempt=1, world=world)
+    agent: Any = subject.start_agent(run, Settings.from_env(work=str(tmp_path)), "socket", StoreAddress(4711, listener))
+    assert [agent.option(name) for name in ("--address", "--port", "--local-address")] == ["127.0.0.1", "4711", None]
+    assert (agent.option("--store-fd"), agent.pass_fds) == ((str(descriptor), (descriptor,)) if has_store else (None, ()))
+    assert listener is None or listener.fileno() == -1  # the agent has the only copy
 
 
 @pytest.mark.parametrize(("ranks", "threads"), [(1, "8"), (3, "2"), (8, "1"), (16, "1")])

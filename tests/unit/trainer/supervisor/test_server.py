@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import http.client
 import socket
+import threading
 import urllib.request
 from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
-from finetune_api.pod import PodUsage
-from finetune_api.status import Checkpoint
+from finetune_api.attempt_secret import derive_attempt_secret, derive_progress_token
+from finetune_api.names import PROGRESS_TOKEN_HEADER
+from finetune_api.pod import PodUsage, ProgressReport
+from finetune_api.status import Checkpoint, Stage
 from finetune_trainer.supervisor import server as subject
 from finetune_trainer.supervisor.run_state import RunState
 from finetune_trainer.supervisor.server import Server, format_metrics, merge_kubeflow_status
@@ -110,6 +115,80 @@ def test_every_request_has_a_response(server: Server, path: str, body: bytes | N
 def test_a_status_from_another_host_is_refused(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subject, "LOOPBACK_ADDRESSES", ())
     assert request(server, "/status", b'{"trainerStatus": {}}')[0] == 404
+
+
+# The token of the attempt
+
+SECRET = derive_attempt_secret(b"key", "uid", 1)
+TOKEN = derive_progress_token(SECRET)
+
+
+@pytest.fixture
+def protected_server() -> Iterator[Server]:
+    server = Server(RunState(), 0, attempt_secret=SECRET)
+    yield server
+    server.close()
+
+
+def get_with_token(server: Server, path: str, token: str | None) -> tuple[int, bytes]:
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
+    connection.request("GET", path, headers={} if token is None else {PROGRESS_TOKEN_HEADER: token})
+    response = connection.getresponse()
+    return response.status, response.read()
+
+
+@pytest.mark.parametrize("token", [None, "", "x", SECRET, TOKEN.upper(), TOKEN[:-1], TOKEN + "0", "\xff" * 64])
+@pytest.mark.parametrize("path", ["/progress", "/progress?x=1"])
+def test_progress_is_refused_without_the_token(protected_server: Server, path: str, token: str | None) -> None:
+    expected = f"send the token of this attempt in the header {PROGRESS_TOKEN_HEADER}\n".encode()
+    assert get_with_token(protected_server, path, token) == (401, expected)
+
+
+def test_progress_is_reported_with_the_token(protected_server: Server) -> None:
+    status, body = get_with_token(protected_server, "/progress", TOKEN)
+    assert (status, ProgressReport.model_validate_json(body).stage) == (200, Stage.STARTING)
+
+
+def test_probes_and_metrics_need_no_token_and_name_no_job(protected_server: Server) -> None:
+    run: Any = SimpleNamespace(uid="uid-of-the-job", attempt=1, spec=None)
+    state = RunState()
+    state._run = run
+    server = Server(state, 0, attempt_secret=SECRET)
+    try:
+        assert get_with_token(server, "/healthz", None) == (200, b"ok\n")
+        status, body = get_with_token(server, "/metrics", None)
+        assert status == 200 and b"uid-of-the-job" not in body and b"://" not in body
+    finally:
+        server.close()
+
+
+# Limits of connections
+
+
+def test_idle_connections_make_only_a_limited_number_of_threads(server: Server) -> None:
+    """A flood of idle connections closes the oldest ones, so that the operator and the kubelet still get answers."""
+    before = threading.active_count()
+    connections = []
+    for _ in range(3 * subject.MAX_CONNECTIONS):
+        connections.append(socket.create_connection(("127.0.0.1", server.port), timeout=20))
+    assert request(server, "/healthz")[0] == 200
+    # The request above was accepted after all idle connections, so at least that many have been closed by now.
+    assert [connection.recv(1) for connection in connections[: 2 * subject.MAX_CONNECTIONS]] == [b""] * (2 * subject.MAX_CONNECTIONS)
+    status, body = request(server, "/metrics")
+    assert status == 200
+    closed = next(line for line in body.decode().splitlines() if line.startswith("finetune_trainer_closed_connections_total "))
+    assert int(closed.rpartition(" ")[2]) >= 2 * subject.MAX_CONNECTIONS
+    assert len(server._http._connections) <= subject.MAX_CONNECTIONS
+    assert threading.active_count() - before < 3 * subject.MAX_CONNECTIONS
+    for connection in connections:
+        connection.close()
+
+
+@pytest.mark.parametrize("length", ["x", "-1", "1.5", "\u0663".encode().decode("latin-1")])
+def test_a_content_length_that_is_no_number_is_refused(server: Server, length: str) -> None:
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
+    connection.request("POST", "/status", body=b"{}", headers={"Content-Length": length})
+    assert connection.getresponse().status == 400
 
 
 def test_metrics_without_a_value_are_left_out() -> None:

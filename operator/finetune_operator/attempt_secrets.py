@@ -1,0 +1,98 @@
+"""The operator's key, and the secrets of attempts that the operator derives from it.
+
+The operator may create Secrets, but may not read the Secrets of users. It reads only its own key, at startup. If the key is deleted, the
+operator creates another one at its next start. It then cannot read the progress of attempts that run at that time. They continue.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import os
+
+from finetune_api.attempt_secret import (
+    derive_attempt_secret,
+    derive_checkpoint_key,
+    derive_progress_token,
+    derive_secret_name_suffix,
+)
+from finetune_api.names import MANAGER_NAME, Label
+
+from finetune_operator.kube import AlreadyExists, KubeClient, NotFound
+from finetune_operator.objects import SECRET, Object
+from finetune_operator.settings import IsolationSettings, StartError
+
+KEY_NAME = "key"
+KEY_BYTES = 32
+
+
+class AttemptSecrets:
+    """The secrets of all attempts. `load` must be called once before the other functions, unless `isolation.secret` is false."""
+
+    def __init__(self, settings: IsolationSettings, operator_key: bytes | None = None):
+        self._settings = settings
+        self._operator_key = operator_key
+
+    @property
+    def is_enabled(self) -> bool:
+        """Whether new attempts get a Secret."""
+        return self._settings.secret
+
+    async def load(self, kube: KubeClient, namespace: str) -> None:
+        """Read the operator's key from its Secret, which is created if it is missing. Errors: KubeError, StartError."""
+        if not self.is_enabled:
+            return
+        name = self._settings.key_secret_name
+        try:
+            body = await kube.get(SECRET, namespace, name)
+        except NotFound:
+            try:
+                body = (await kube.create(SECRET, namespace, _build_key_secret(name, namespace))).body
+            except AlreadyExists:  # another replica was faster
+                body = await kube.get(SECRET, namespace, name)
+        self._operator_key = _read_key(body, f"{namespace}/{name}")
+
+    def secret_name(self, job_name: str, uid: str, attempt: int) -> str:
+        """Return the name of the Secret of an attempt. `job_name`: name of the attempt's Job."""
+        return f"{job_name}-{derive_secret_name_suffix(self._key, uid, attempt)}"
+
+    def secret(self, uid: str, attempt: int) -> str:
+        """Return the secret of an attempt."""
+        return derive_attempt_secret(self._key, uid, attempt)
+
+    def checkpoint_key(self, uid: str) -> str:
+        """Return the key that signs the checkpoints of all attempts of a job."""
+        return derive_checkpoint_key(self._key, uid)
+
+    def progress_token(self, uid: str, attempt: int) -> str | None:
+        """Return the token for reading an attempt's progress; None if attempts have no secrets."""
+        return derive_progress_token(self.secret(uid, attempt)) if self.is_enabled else None
+
+    @property
+    def _key(self) -> bytes:
+        if self._operator_key is None:
+            raise RuntimeError("the operator's key is not loaded")
+        return self._operator_key
+
+
+def _build_key_secret(name: str, namespace: str) -> Object:
+    return {
+        "apiVersion": SECRET.api_version,
+        "kind": SECRET.kind,
+        "metadata": {"name": name, "namespace": namespace, "labels": {Label.MANAGED_BY.value: MANAGER_NAME}},
+        "type": "Opaque",
+        "immutable": True,
+        "data": {KEY_NAME: base64.b64encode(os.urandom(KEY_BYTES)).decode()},
+    }
+
+
+def _read_key(body: Object, name: str) -> bytes:
+    try:
+        key = base64.b64decode((body.get("data") or {}).get(KEY_NAME, ""), validate=True)
+    except (binascii.Error, ValueError):
+        key = b""
+    if len(key) < KEY_BYTES:
+        raise StartError(
+            f"Secret {name} has no key {KEY_NAME!r} of at least {KEY_BYTES} bytes: delete the Secret, and the operator creates a new one"
+        )
+    return key

@@ -1,0 +1,70 @@
+"""Builds the objects that protect an attempt from other pods: its Secret and its NetworkPolicy. The Job owns both, so they end with it."""
+
+from __future__ import annotations
+
+import base64
+import ipaddress
+from typing import Any
+
+from finetune_api.names import ATTEMPT_SECRET_KEY, CHECKPOINT_KEY, PROGRESS_PORT
+
+from finetune_operator.builders.job import labels_of_job, owner_reference_to_job
+from finetune_operator.objects import NETWORK_POLICY, SECRET, Object
+from finetune_operator.settings import IsolationSettings
+from finetune_operator.views import JOB_NAME_LABEL, JobView
+
+
+def build_attempt_secret(job: JobView, secret: str, checkpoint_key: str) -> Object:
+    """Return the Secret that the pods of the Job mount."""
+    values = {ATTEMPT_SECRET_KEY: secret, CHECKPOINT_KEY: checkpoint_key}
+    return {
+        "apiVersion": SECRET.api_version,
+        "kind": SECRET.kind,
+        "metadata": _build_metadata(job, job.attempt_secret_name),
+        "type": "Opaque",
+        "immutable": True,
+        "data": {name: base64.b64encode(value.encode()).decode() for name, value in values.items()},
+    }
+
+
+def build_network_policy(job: JobView, settings: IsolationSettings) -> Object:
+    """Return the NetworkPolicy of the Job's pods.
+
+    All ports are open between the pods of a gang, because Gloo and NCCL choose ports at random. Probes of the kubelet come from the pod's
+    own node, which no NetworkPolicy blocks. Outgoing traffic is limited only if addresses are to be blocked.
+    """
+    own_pods = {"matchLabels": {JOB_NAME_LABEL: job.name}}
+    operator_pods = {
+        "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": settings.operator_namespace}},
+        "podSelector": {"matchLabels": dict(settings.operator_labels)},
+    }
+    spec: dict[str, Any] = {
+        "podSelector": own_pods,
+        "policyTypes": ["Ingress"],
+        "ingress": [
+            {"from": [{"podSelector": own_pods}]},
+            {"from": [operator_pods, *settings.metrics_from], "ports": [{"protocol": "TCP", "port": PROGRESS_PORT}]},
+        ],
+    }
+    if settings.all_blocked_cidrs:
+        spec["policyTypes"] = ["Ingress", "Egress"]
+        spec["egress"] = [{"to": _allowed_destinations(settings.all_blocked_cidrs)}]
+    return {
+        "apiVersion": NETWORK_POLICY.api_version,
+        "kind": NETWORK_POLICY.kind,
+        "metadata": _build_metadata(job, job.network_policy_name),
+        "spec": spec,
+    }
+
+
+def _allowed_destinations(blocked_cidrs: tuple[str, ...]) -> list[Object]:
+    """All addresses except the blocked ones, and all pods: some network plugins do not compare pod addresses with address ranges."""
+    destinations: list[Object] = [{"namespaceSelector": {}}]
+    for version, every_address in ((4, "0.0.0.0/0"), (6, "::/0")):
+        blocked_of_version = [cidr for cidr in blocked_cidrs if ipaddress.ip_network(cidr).version == version]
+        destinations.append({"ipBlock": {"cidr": every_address} | ({"except": blocked_of_version} if blocked_of_version else {})})
+    return destinations
+
+
+def _build_metadata(job: JobView, name: str) -> Object:
+    return {"name": name, "namespace": job.namespace, "labels": labels_of_job(job), "ownerReferences": [owner_reference_to_job(job)]}

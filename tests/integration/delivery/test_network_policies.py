@@ -1,0 +1,147 @@
+"""The NetworkPolicies of attempts, enforced by nftables rules that are derived from them, in network namespaces.
+
+The policies are those that the operator builds from the configuration of the rendered chart. No network plugin runs here that enforces
+NetworkPolicies: `tests/support/network_lab.py` takes its place.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from finetune_api.names import PROGRESS_PORT, RENDEZVOUS_PORT
+from finetune_operator.builders.isolation import build_network_policy
+from finetune_operator.settings import IsolationSettings, parse_config
+
+from tests.support.network_lab import Lab, LabPod, missing_requirement, run_lab
+from tests.unit.operator.samples import job
+
+ROOT = Path(__file__).resolve().parents[3]
+sys.path.insert(0, str(ROOT / "scripts"))
+import tools  # noqa: E402 -- a script, importable only now
+
+pytestmark = pytest.mark.skipif(missing_requirement() is not None, reason=str(missing_requirement()))
+Object = dict[str, Any]
+RANDOM_PORT = 40123
+"""Gloo and NCCL choose such ports."""
+PORTS = (PROGRESS_PORT, RENDEZVOUS_PORT, RANDOM_PORT)
+JOB_LABEL = "batch.kubernetes.io/job-name"
+MONITORING = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}
+METADATA, METADATA_V6, STORE = "169.254.169.254", "fd00:ec2::254", "203.0.113.9"
+
+
+def lab_pod(number: int, name: str, namespace: str, labels: Object, ports: tuple[int, ...] = PORTS) -> LabPod:
+    return LabPod(name, namespace, labels, (f"10.77.0.{number}/24", f"fd77::{number}/64"), ports)
+
+
+@pytest.fixture(scope="module")
+def helm_program() -> Path:
+    tools.build_tools(tools.HELM)
+    return Path(tools.HELM.path)
+
+
+@pytest.fixture(scope="module")
+def operator_labels(chart: list[Object]) -> Object:
+    """Labels of the operator's pods in the rendered chart."""
+    deployment = next(item for item in chart if item["kind"] == "Deployment")
+    return dict(deployment["spec"]["template"]["metadata"]["labels"])
+
+
+@pytest.fixture(scope="module")
+def chart(helm_program: Path) -> list[Object]:
+    return render(helm_program, {})
+
+
+def render(helm_program: Path, isolation: Object) -> list[Object]:
+    """The chart in namespace `ops` with these values of `isolation`."""
+    chart = ROOT / "helm/finetune-operator"
+    values = json.dumps({"imageRegistry": "r.example.com", "isolation": isolation})
+    command = [str(helm_program), "template", "rel", str(chart), "-n", "ops", "-f", "-"]
+    text = subprocess.run(command, input=values, capture_output=True, text=True, check=True).stdout
+    return [item for item in yaml.safe_load_all(text) if item]
+
+
+def isolation_of(chart: list[Object]) -> IsolationSettings:
+    config_map = next(item for item in chart if item["kind"] == "ConfigMap")
+    return parse_config(yaml.safe_load(config_map["data"]["config.yaml"]), "chart").isolation
+
+
+def policies_of(isolation: IsolationSettings) -> tuple[Object, ...]:
+    """The policies of the two running attempts of the lab."""
+    if not isolation.network_policy:
+        return ()
+    attempts = [job(1, name=name, uid=name, network_policy_name=name) for name in ("run-1", "other-1")]
+    return tuple(build_network_policy(attempt, isolation) for attempt in attempts)
+
+
+def pods(operator_labels: Object) -> tuple[LabPod, ...]:
+    cloud = LabPod("cloud", "", {}, ("10.77.0.99/24", f"{METADATA}/16", f"{STORE}/32", f"{METADATA_V6}/128", "fd77::99/64"), (80,))
+    return (
+        lab_pod(1, "run-0", "team", {JOB_LABEL: "run-1"}),
+        lab_pod(2, "run-1", "team", {JOB_LABEL: "run-1"}),
+        lab_pod(3, "other-attempt", "team", {JOB_LABEL: "other-1"}),
+        lab_pod(4, "neighbour", "team", {"app": "notebook"}),
+        lab_pod(5, "false-gang", "evil", {JOB_LABEL: "run-1"}),
+        lab_pod(6, "false-operator", "evil", operator_labels),
+        lab_pod(7, "operator", "ops", operator_labels),
+        lab_pod(8, "other-ops", "ops", {"app": "dashboard"}),
+        lab_pod(9, "prometheus", "monitoring", {"app": "prometheus"}),
+        cloud,
+    )
+
+
+def reached_ports(lab_pods: tuple[LabPod, ...], policies: tuple[Object, ...]) -> dict[str, list[int]]:
+    """By name of the source: the ports of pod `run-0` that the source reaches, over IPv4 and then over IPv6."""
+    target, *sources = lab_pods
+    attempts = tuple((source.name, ip, port) for source in sources for ip in target.ips for port in PORTS)
+    results = run_lab(Lab(lab_pods, policies, attempts))
+    found: dict[str, list[int]] = {source.name: [] for source in sources}
+    for (source, _, port), succeeded in zip(attempts, results, strict=True):
+        found[source] += [port] if succeeded else []
+    return found
+
+
+def test_only_the_gang_the_operator_and_monitoring_reach_a_pod(helm_program: Path, operator_labels: Object) -> None:
+    isolation = isolation_of(render(helm_program, {"metricsFrom": [MONITORING]}))
+    assert reached_ports(pods(operator_labels), policies_of(isolation)) == {
+        "run-1": [*PORTS, *PORTS], "other-attempt": [], "neighbour": [], "false-gang": [], "false-operator": [],
+        "operator": [PROGRESS_PORT] * 2, "other-ops": [], "prometheus": [PROGRESS_PORT] * 2, "cloud": [],
+    }  # fmt: skip
+
+
+def test_by_default_prometheus_does_not_reach_a_pod(chart: list[Object], operator_labels: Object) -> None:
+    found = reached_ports(pods(operator_labels), policies_of(isolation_of(chart)))
+    assert {source for source, ports in found.items() if ports} == {"run-1", "operator"}
+
+
+def test_without_policies_every_pod_reaches_every_port(helm_program: Path, operator_labels: Object) -> None:
+    """Shows that the policies make the difference in the previous tests."""
+    isolation = isolation_of(render(helm_program, {"networkPolicy": False}))
+    found = reached_ports(pods(operator_labels), policies_of(isolation))
+    assert found == {source: [*PORTS, *PORTS] for source in found} and len(found) == 9
+
+
+@pytest.mark.parametrize(
+    ("values", "is_metadata_reached", "is_store_reached"),
+    [
+        ({}, True, True),
+        ({"blockMetadata": True}, False, True),
+        ({"blockedCidrs": ["203.0.113.0/24"]}, True, False),
+    ],
+    ids=["default", "metadata", "a network"],
+)
+def test_blocked_addresses_are_not_reached_but_all_others_are(
+    helm_program: Path, operator_labels: Object, values: Object, is_metadata_reached: bool, is_store_reached: bool
+) -> None:
+    isolation = isolation_of(render(helm_program, values))
+    addresses = (METADATA, METADATA_V6, STORE)
+    attempts = [("run-0", address, 80) for address in addresses] + [("neighbour", address, 80) for address in addresses]
+    attempts += [("run-0", "10.77.0.2", RANDOM_PORT), ("run-0", "fd77::4", PROGRESS_PORT)]
+    results = run_lab(Lab(pods(operator_labels), policies_of(isolation), tuple(attempts)))
+    own = [is_metadata_reached, is_metadata_reached, is_store_reached]
+    assert results == [*own, True, True, True, True, True]

@@ -1,0 +1,209 @@
+"""A small network in network namespaces that enforces NetworkPolicies with nftables. Runs as a program of its own.
+
+No network plugin that enforces NetworkPolicies runs on the test machine. This program takes its place: it makes one network namespace for
+each pod, translates the given policies into nftables rules of the pods' namespaces, and tries connections. It needs root, `ip` and `nft`.
+
+All namespaces are inside a network and a mount namespace of the program, so they end with it and no other program sees them. A refused
+connection is reset at once, where a real plugin would drop its packets. The translation covers the parts of NetworkPolicies that the
+operator uses, and fails for all others.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import ipaddress
+import json
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+Object = dict[str, Any]
+NAMESPACE_NAME_LABEL = "kubernetes.io/metadata.name"
+CLONE_NEWNET = 0x40000000
+CONNECT_SECONDS = 20
+"""Only a failure of this program makes a connection wait so long: rules refuse at once, and every address exists."""
+
+
+@dataclass(frozen=True)
+class LabPod:
+    """A pod, or a host outside the cluster (an empty namespace). It listens on all `ports`."""
+
+    name: str
+    namespace: str
+    labels: dict[str, str]
+    addresses: tuple[str, ...]
+    """Addresses with prefix length."""
+    ports: tuple[int, ...] = ()
+
+    @property
+    def ips(self) -> list[str]:
+        """Addresses without prefix length."""
+        return [str(ipaddress.ip_interface(address).ip) for address in self.addresses]
+
+
+@dataclass(frozen=True)
+class Lab:
+    """The pods, the policies, and the connections to try: (name of the source, address, port)."""
+
+    pods: tuple[LabPod, ...]
+    policies: tuple[Object, ...] = ()
+    attempts: tuple[tuple[str, str, int], ...] = field(default=())
+
+
+def missing_requirement() -> str | None:
+    """What this machine lacks for a lab, or None."""
+    missing = [program for program in ("ip", "nft", "unshare", "mount") if shutil.which(program, path="/usr/sbin:/sbin:/usr/bin:/bin") is None]
+    if missing:
+        return f"missing programs: {', '.join(missing)} (Debian packages nftables, iproute2)"
+    done = subprocess.run(["unshare", "--net", "--mount", "true"], capture_output=True, text=True)
+    return done.stderr.strip() or None
+
+
+def run_lab(lab: Lab) -> list[bool]:
+    """Build the network in a new process, and return for each connection whether it succeeded."""
+    repository = Path(__file__).parents[2]
+    done = subprocess.run(
+        ["unshare", "--net", "--mount", "--propagation", "private", sys.executable, "-m", "tests.support.network_lab"],
+        input=json.dumps(asdict(lab)), capture_output=True, text=True, cwd=repository, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return [bool(value) for value in json.loads(done.stdout)]
+
+
+# ---- from NetworkPolicies to nftables ----
+
+
+def nft_rules(pod: LabPod, lab: Lab) -> str:
+    """The rules of one pod. A pod is isolated in a direction as soon as one policy with this direction selects it."""
+    lines = ["table inet network_policy {"]
+    for direction, chain, hook in (("Ingress", "incoming", "input"), ("Egress", "outgoing", "output")):
+        policies = [p for p in lab.policies if _selects(p["spec"]["podSelector"], pod.labels) and p["metadata"]["namespace"] == pod.namespace]
+        policies = [policy for policy in policies if direction in policy["spec"]["policyTypes"]]
+        if not policies:
+            continue
+        lines += [f"chain {chain} {{", f"type filter hook {hook} priority 0; policy accept;", "ct state established,related accept"]
+        lines += [f"{'iif' if direction == 'Ingress' else 'oif'} lo accept", "meta l4proto ipv6-icmp accept"]
+        for policy in policies:
+            for rule in policy["spec"].get(direction.lower(), []):
+                lines += _accept_rules(rule, direction, policy, lab)
+        lines += ["meta l4proto tcp reject with tcp reset", "drop", "}"]
+    return "\n".join([*lines, "}"])
+
+
+def _accept_rules(rule: Object, direction: str, policy: Object, lab: Lab) -> list[str]:
+    """The rules for one entry of `ingress` or `egress`: every peer with every port."""
+    peers = rule.get("from" if direction == "Ingress" else "to")
+    assert set(rule) <= {"from", "to", "ports"}
+    side = "saddr" if direction == "Ingress" else "daddr"
+    addresses = [""] if not peers else [line for peer in peers for line in _peer_matches(peer, side, policy, lab)]
+    ports = [f"{port['protocol'].lower()} dport {port['port']} " for port in rule.get("ports", [])] or [""]
+    return [f"{address}{port}accept" for address in addresses for port in ports]
+
+
+def _peer_matches(peer: Object, side: str, policy: Object, lab: Lab) -> list[str]:
+    if "ipBlock" in peer:
+        assert set(peer) == {"ipBlock"}
+        block = peer["ipBlock"]
+        family = _family(block["cidr"])
+        exceptions = block.get("except", [])
+        excluded = f"{family} {side} != {{ {', '.join(exceptions)} }} " if exceptions else ""
+        return [f"{family} {side} {block['cidr']} {excluded}"]
+    assert set(peer) <= {"podSelector", "namespaceSelector"}
+    selected = [pod for pod in lab.pods if pod.namespace and _selects_peer(peer, pod, policy["metadata"]["namespace"])]
+    return [f"{_family(ip)} {side} {ip} " for pod in selected for ip in pod.ips]
+
+
+def _selects_peer(peer: Object, pod: LabPod, own_namespace: str) -> bool:
+    if "namespaceSelector" in peer:
+        if not _selects(peer["namespaceSelector"], {NAMESPACE_NAME_LABEL: pod.namespace}):
+            return False
+    elif pod.namespace != own_namespace:
+        return False
+    return _selects(peer.get("podSelector", {}), pod.labels)
+
+
+def _selects(selector: Object, labels: dict[str, str]) -> bool:
+    assert set(selector) <= {"matchLabels"}
+    return bool(selector.get("matchLabels", {}).items() <= labels.items())
+
+
+def _family(address: str) -> str:
+    return "ip6" if ":" in address else "ip"
+
+
+# ---- the network, in a process of its own ----
+
+
+def run(*command: str, text: str | None = None) -> None:
+    """Run a command; its error message ends this program."""
+    done = subprocess.run(command, input=text, capture_output=True, text=True)
+    if done.returncode != 0:
+        sys.exit(f"{' '.join(command)}: {done.stderr}{text or ''}")
+
+
+def in_namespace(name: str, function: Callable[[], T]) -> T:
+    """Call a function in a thread that has entered a network namespace. Sockets stay in the namespace in which they were created."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    results: list[T] = []
+
+    def enter() -> None:
+        with Path("/run/netns", name).open() as handle:
+            if libc.setns(handle.fileno(), CLONE_NEWNET) != 0:
+                raise OSError(ctypes.get_errno(), f"setns {name}")
+        results.append(function())
+
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    return results[0]
+
+
+def build_network(lab: Lab) -> list[socket.socket]:
+    """Connect all pods with one bridge, load their rules, and return their listening sockets."""
+    run("mount", "-t", "tmpfs", "tmpfs", "/run")  # `ip netns` keeps its names there
+    links = ["link add bridge0 type bridge", "link set bridge0 up"]
+    for number, pod in enumerate(lab.pods):
+        links += [f"netns add {pod.name}", f"link add pod{number} type veth peer name eth0 netns {pod.name}", f"link set pod{number} master bridge0 up"]
+    run("ip", "-batch", "-", text="\n".join(links))
+    listeners = []
+    for pod in lab.pods:
+        addresses = [f"addr add {address} dev eth0{' nodad' if ':' in address else ''}" for address in pod.addresses]
+        run("ip", "-n", pod.name, "-batch", "-", text="\n".join(["link set lo up", "link set eth0 up", *addresses, "route add default dev eth0"]))
+        run("ip", "-n", pod.name, "-6", "route", "add", "default", "dev", "eth0")
+        rules = nft_rules(pod, lab)
+        if "chain" in rules:
+            run("ip", "netns", "exec", pod.name, "nft", "-f", "-", text=rules)
+        for port in pod.ports:
+            listeners.append(in_namespace(pod.name, lambda port=port: socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)))
+    return listeners
+
+
+def can_connect(address: str, port: int) -> bool:
+    """Whether a connection is accepted. A refused connection is reset; any other failure ends this program."""
+    try:
+        socket.create_connection((address, port), timeout=CONNECT_SECONDS).close()
+    except ConnectionRefusedError:
+        return False
+    return True
+
+
+def main() -> None:
+    """Read a lab as JSON from standard input, and write the results as a JSON list."""
+    value = json.load(sys.stdin)
+    pods = tuple(LabPod(**{**pod, "addresses": tuple(pod["addresses"]), "ports": tuple(pod["ports"])}) for pod in value["pods"])
+    lab = Lab(pods, tuple(value["policies"]))
+    listeners = build_network(lab)
+    print(json.dumps([in_namespace(source, lambda a=address, p=port: can_connect(a, p)) for source, address, port in value["attempts"]]))
+    for listener in listeners:
+        listener.close()
+
+
+if __name__ == "__main__":
+    main()

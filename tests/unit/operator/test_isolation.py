@@ -1,0 +1,239 @@
+"""The Secret and the NetworkPolicy of an attempt, and the operator's key."""
+
+from __future__ import annotations
+
+import base64
+import json
+from typing import Any, cast
+
+import pytest
+from finetune_api.attempt_secret import derive_attempt_secret, derive_checkpoint_key, derive_progress_token
+from finetune_api.metadata_addresses import METADATA_CIDRS
+from finetune_api.names import Annotation, Reason
+from finetune_operator.act import PlanExecutor
+from finetune_operator.attempt_secrets import AttemptSecrets
+from finetune_operator.builders.isolation import build_network_policy
+from finetune_operator.kube import Forbidden, KubeClient
+from finetune_operator.objects import JOB, NETWORK_POLICY, SECRET, SERVICE, Kind, Object
+from finetune_operator.plan import ActionResult, Plan, Situation
+from finetune_operator.settings import IsolationSettings, OperatorConfig, SettingsError, StartError, parse_config
+
+from tests.unit.operator.fake_cluster import Server, new_server
+from tests.unit.operator.samples import CONFIG, UID, facts, job, spec
+
+KEY = bytes(range(32))
+OPERATOR_PODS = {"app.kubernetes.io/name": "finetune-operator", "app.kubernetes.io/instance": "rel"}
+ISOLATION = IsolationSettings(secret=True, network_policy=True, operator_namespace="ops", operator_labels=OPERATOR_PODS)
+SECRET_NAME = AttemptSecrets(ISOLATION, KEY).secret_name("run-1", UID, 1)
+
+
+def isolated_config(**changes: Any) -> OperatorConfig:
+    return CONFIG.model_copy(update={"isolation": ISOLATION.model_copy(update=changes)})
+
+
+def executor(server: Server, config: OperatorConfig) -> PlanExecutor:
+    return PlanExecutor(cast("KubeClient", server), config, AttemptSecrets(config.isolation, KEY))
+
+
+async def create_first_attempt(server: Server, config: OperatorConfig, nodes: int = 1) -> ActionResult:
+    observed = facts(spec=spec(resources={"nodes": nodes, "gpusPerNode": 0}), config=config)
+    return await executor(server, config).act(observed, Plan(Situation.STARTING, create_attempt=1))
+
+
+# The NetworkPolicy
+
+
+def test_only_own_pods_the_operator_and_monitoring_may_connect() -> None:
+    monitoring = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}
+    policy = build_network_policy(job(network_policy_name="run-1"), ISOLATION.model_copy(update={"metrics_from": (monitoring,)}))
+    own_pods = {"matchLabels": {"batch.kubernetes.io/job-name": "run-1"}}
+    operator_pods = {
+        "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "ops"}}, "podSelector": {"matchLabels": OPERATOR_PODS},
+    }  # fmt: skip
+    assert policy["spec"] == {
+        "podSelector": own_pods,
+        "policyTypes": ["Ingress"],
+        "ingress": [
+            {"from": [{"podSelector": own_pods}]},
+            {"from": [operator_pods, monitoring], "ports": [{"protocol": "TCP", "port": 8080}]},
+        ],
+    }
+    meta = policy["metadata"]
+    assert (meta["name"], meta["namespace"], meta["ownerReferences"][0]["uid"]) == ("run-1", "team", "job-1")
+
+
+def test_blocked_addresses_are_exceptions_of_an_egress_rule() -> None:
+    settings = ISOLATION.model_copy(update={"block_metadata": True, "blocked_cidrs": ("10.9.0.0/16",)})
+    policy = build_network_policy(job(network_policy_name="run-1"), settings)["spec"]
+    blocked_v4 = [cidr for cidr in METADATA_CIDRS if ":" not in cidr]
+    assert policy["policyTypes"] == ["Ingress", "Egress"]
+    assert policy["egress"] == [{"to": [
+        {"namespaceSelector": {}},
+        {"ipBlock": {"cidr": "0.0.0.0/0", "except": [*blocked_v4, "10.9.0.0/16"]}},
+        {"ipBlock": {"cidr": "::/0", "except": ["fd00:ec2::254/128", "fd20:ce::254/128"]}},
+    ]}]  # fmt: skip
+    assert "169.254.169.254/32" in blocked_v4
+
+
+def test_an_address_family_without_blocked_addresses_has_no_exceptions() -> None:
+    settings = ISOLATION.model_copy(update={"blocked_cidrs": ("10.9.0.0/16",)})
+    assert build_network_policy(job(), settings)["spec"]["egress"][0]["to"][2] == {"ipBlock": {"cidr": "::/0"}}
+
+
+# The objects of an attempt
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+async def test_policy_is_created_before_the_secret_that_the_pods_wait_for(nodes: int) -> None:
+    server = new_server()
+    result = await create_first_attempt(server, isolated_config(), nodes)
+    assert result.blocking_condition is None
+    kinds = [JOB, NETWORK_POLICY, SECRET, *([SERVICE] if nodes > 1 else [])]
+    assert server.requests == [("create", kind.plural) for kind in kinds]
+
+
+async def test_pods_mount_the_secret_beside_run_json() -> None:
+    server = new_server()
+    await create_first_attempt(server, isolated_config())
+    job_body = server.objects[JOB.plural, "run-1"]
+    volume = next(volume for volume in job_body["spec"]["template"]["spec"]["volumes"] if volume["name"] == "run")
+    run_json, secret = volume["projected"]["sources"]
+    assert run_json["downwardAPI"]["items"][0]["path"] == "run.json"
+    items = [{"key": "attempt-secret", "path": "attempt-secret"}, {"key": "checkpoint-key", "path": "checkpoint-key"}]
+    assert secret == {"secret": {"name": SECRET_NAME, "items": items}}
+    assert job_body["metadata"]["annotations"][Annotation.ATTEMPT_SECRET] == SECRET_NAME
+
+
+async def test_the_secret_is_in_no_object_but_the_secret() -> None:
+    server = new_server()
+    await create_first_attempt(server, isolated_config(), nodes=2)
+    secret, checkpoint_key = derive_attempt_secret(KEY, UID, 1), derive_checkpoint_key(KEY, UID)
+    body = server.objects.pop((SECRET.plural, SECRET_NAME))
+    assert {name: base64.b64decode(value).decode() for name, value in body["data"].items()} == {
+        "attempt-secret": secret, "checkpoint-key": checkpoint_key,
+    }  # fmt: skip
+    assert (body["immutable"], body["type"], body["metadata"]["ownerReferences"][0]["uid"]) == (True, "Opaque", "uid-run-1")
+    for value in (secret, checkpoint_key, *body["data"].values(), derive_progress_token(secret), KEY.hex()):
+        assert value not in json.dumps(list(server.objects.values()))
+
+
+async def test_by_default_an_attempt_gets_neither_secret_nor_policy() -> None:
+    server = new_server()
+    await create_first_attempt(server, CONFIG)
+    job_body = server.objects[JOB.plural, "run-1"]
+    assert server.requests == [("create", JOB.plural)]
+    assert {Annotation.ATTEMPT_SECRET, Annotation.NETWORK_POLICY} & set(job_body["metadata"]["annotations"]) == set()
+    volume = next(volume for volume in job_body["spec"]["template"]["spec"]["volumes"] if volume["name"] == "run")
+    assert list(volume) == ["name", "downwardAPI"]
+
+
+async def test_a_running_job_of_an_older_operator_is_not_changed() -> None:
+    server = new_server()
+    observed = facts(jobs=[job(nodes=1)], config=isolated_config())
+    assert await executor(server, isolated_config()).act(observed, Plan(Situation.ACTIVE)) == ActionResult()
+    assert server.requests == []
+
+
+async def test_missing_objects_of_a_running_job_are_created_again() -> None:
+    server = new_server()
+    running = job(nodes=1, attempt_secret_name=SECRET_NAME, network_policy_name="run-1")
+    await executor(server, isolated_config()).act(facts(jobs=[running], config=isolated_config()), Plan(Situation.ACTIVE))
+    assert {(SECRET.plural, SECRET_NAME), (NETWORK_POLICY.plural, "run-1")} <= set(server.objects)
+
+
+async def test_existing_secret_is_not_read() -> None:
+    server = new_server()
+    server.put(SECRET, {"metadata": {"name": SECRET_NAME, "namespace": "team"}})
+    result = await create_first_attempt(server, isolated_config(network_policy=False))
+    assert (result.blocking_condition, server.requests) == (None, [("create", JOB.plural), ("create", SECRET.plural)])
+
+
+async def test_without_its_policy_the_attempt_does_not_start() -> None:
+    """The pods wait for the Secret, which is created after the policy."""
+    server = new_server()
+
+    def refuse(verb: str, kind: Kind) -> None:
+        if (verb, kind) == ("create", NETWORK_POLICY):
+            raise Forbidden(verb, kind, "run-1", 403, "Forbidden", "networkpolicies is forbidden: cannot create resource")
+
+    server.before_request = refuse
+    result = await create_first_attempt(server, isolated_config())
+    assert result.blocking_condition is not None and "cannot create resource" in result.blocking_condition.message
+    assert server.count("create", SECRET) == 0
+
+
+async def test_policy_of_another_object_is_a_conflict() -> None:
+    server = new_server()
+    server.put(NETWORK_POLICY, {"metadata": {"name": "run-1", "namespace": "team"}})
+    result = await create_first_attempt(server, isolated_config())
+    assert result.blocking_condition is not None
+    assert result.blocking_condition.reason is Reason.CHILDREN_CONFLICT
+    assert result.blocking_condition.message == (
+        "NetworkPolicy run-1 exists and belongs to another object: the pods would not be protected from other pods"
+    )
+
+
+# The operator's key
+
+
+async def load(server: Server) -> AttemptSecrets:
+    secrets = AttemptSecrets(ISOLATION)
+    await secrets.load(cast("KubeClient", server), "ops")
+    return secrets
+
+
+async def test_the_operator_creates_its_key_once() -> None:
+    server = new_server()
+    first, second = await load(server), await load(server)
+    assert server.requests == [("get", SECRET.plural), ("create", SECRET.plural), ("get", SECRET.plural)]
+    assert first.secret(UID, 1) == second.secret(UID, 1) != (await load(new_server())).secret(UID, 1)
+    body = server.objects[SECRET.plural, ISOLATION.key_secret_name]
+    assert (len(base64.b64decode(body["data"]["key"])), body["immutable"]) == (32, True)
+
+
+async def test_two_replicas_use_the_key_of_the_faster_one() -> None:
+    server, faster = new_server(), new_server()
+    expected = await load(faster)
+
+    def create_first(verb: str, kind: Kind) -> None:
+        if (verb, kind) == ("create", SECRET):
+            server.put(SECRET, cast("Object", faster.objects[SECRET.plural, ISOLATION.key_secret_name]))
+
+    server.before_request = create_first
+    assert (await load(server)).secret(UID, 1) == expected.secret(UID, 1)
+
+
+@pytest.mark.parametrize("data", [None, {}, {"key": ""}, {"key": "not base64"}, {"key": base64.b64encode(bytes(31)).decode()}])
+async def test_a_damaged_key_is_refused_without_showing_it(data: Object | None) -> None:
+    server = new_server()
+    server.put(SECRET, {"metadata": {"name": ISOLATION.key_secret_name, "namespace": "ops"}, "data": data})
+    with pytest.raises(StartError) as error:
+        await load(server)
+    assert str(error.value) == (
+        "Secret ops/finetune-operator-attempt-key has no key 'key' of at least 32 bytes: delete the Secret, and the operator creates a new one"
+    )
+
+
+async def test_without_secrets_no_key_is_read_and_no_token_is_sent() -> None:
+    server, secrets = new_server(), AttemptSecrets(IsolationSettings())
+    await secrets.load(cast("KubeClient", server), "ops")
+    assert (server.requests, secrets.progress_token(UID, 1)) == ([], None)
+
+
+# The configuration
+
+
+@pytest.mark.parametrize(
+    ("isolation", "message"),
+    [
+        ({"networkPolicy": True}, "networkPolicy needs operatorNamespace and operatorLabels"),
+        ({"networkPolicy": True, "operatorNamespace": "ops"}, "networkPolicy needs operatorNamespace and operatorLabels"),
+        ({"blockMetadata": True}, "have no effect without networkPolicy"),
+        ({"blockedCidrs": ["10.0.0.0/8"]}, "have no effect without networkPolicy"),
+        ({"metricsFrom": [{}]}, "have no effect without networkPolicy"),
+        ({"blockedCidrs": ["10.0.0.1/8"]}, "'10.0.0.1/8' is not an address range"),
+    ],
+)
+def test_contradicting_settings_are_refused(isolation: Object, message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        parse_config({"isolation": isolation}, "test")

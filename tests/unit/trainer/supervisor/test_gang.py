@@ -1,0 +1,213 @@
+"""The connections of a gang: only pods that know the secret of the attempt reach the store of rank 0's pod."""
+
+from __future__ import annotations
+
+import contextlib
+import hmac
+import logging
+import socket
+import threading
+from collections.abc import Iterator
+
+import pytest
+from finetune_api.attempt_secret import derive_attempt_secret, derive_gang_key
+from finetune_api.errors import InternalError
+from finetune_api.pod import World
+from finetune_trainer.supervisor import gang as subject
+from finetune_trainer.supervisor.gang import Forwarder, Gate, connect_gang
+
+from localcluster.ports import free_ports
+
+SECRET, OTHER_SECRET = derive_attempt_secret(b"key", "uid", 1), derive_attempt_secret(b"key", "uid", 2)
+KEY, OTHER_KEY = derive_gang_key(SECRET), derive_gang_key(OTHER_SECRET)
+
+
+class EchoStore:
+    """Takes the place of the TCPStore: sends back what it receives, in upper case. Counts its connections."""
+
+    def __init__(self, listener: socket.socket | None = None) -> None:
+        self._listener = listener or socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        self.connections = 0
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = self._listener.accept()
+                self.connections += 1
+                threading.Thread(target=self._answer, args=(connection,), daemon=True).start()
+
+    def _answer(self, connection: socket.socket) -> None:
+        with connection, contextlib.suppress(OSError):
+            while data := connection.recv(65536):
+                if data == b"close":
+                    return
+                connection.sendall(data.upper())
+
+    def close(self) -> None:
+        self._listener.close()
+
+
+@pytest.fixture
+def store() -> Iterator[EchoStore]:
+    found = EchoStore()
+    yield found
+    found.close()
+
+
+@pytest.fixture
+def gate(store: EchoStore) -> Iterator[Gate]:
+    found = Gate(KEY, 0, store.port)
+    yield found
+    found.close()
+
+
+@contextlib.contextmanager
+def forwarder(port: int, key: bytes = KEY) -> Iterator[Forwarder]:
+    found = Forwarder(key, "127.0.0.1", port)
+    try:
+        yield found
+    finally:
+        found.close()
+
+
+def connect(port: int) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", port), timeout=20)
+
+
+def receive(connection: socket.socket, count: int) -> bytes:
+    data = b""
+    while len(data) < count and (chunk := connection.recv(65536)):
+        data += chunk
+    return data
+
+
+def is_closed(connection: socket.socket) -> bool:
+    """Whether the other side closes the connection without an answer."""
+    try:
+        return receive(connection, 1) == b""
+    except ConnectionResetError:
+        return True
+
+
+def test_a_pod_of_the_gang_reaches_the_store(gate: Gate) -> None:
+    with forwarder(gate.port) as own, connect(own.port) as one, connect(own.port) as two:
+        for connection, text in ((one, b"hello"), (two, b"x" * 3_000_000), (one, b"again")):
+            threading.Thread(target=connection.sendall, args=(text,), daemon=True).start()
+            assert receive(connection, len(text)) == text.upper()
+
+
+def test_a_pod_with_another_secret_does_not_reach_the_store(gate: Gate, store: EchoStore, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING), forwarder(gate.port, OTHER_KEY) as own, connect(own.port) as connection:
+        connection.sendall(b"hello")
+        own._loop.call_soon_threadsafe(own._stop.set)  # without the secret, the forwarder tries again until it is stopped
+        assert is_closed(connection)
+    assert store.connections == 0
+
+
+@pytest.mark.parametrize("answer", [b"", b"hello", bytes(64), b"GET /progress HTTP/1.1\r\n\r\n" + bytes(64)])
+def test_a_stranger_gets_nothing_but_a_random_number(gate: Gate, store: EchoStore, answer: bytes) -> None:
+    with connect(gate.port) as connection:
+        assert len(receive(connection, 32)) == 32
+        connection.sendall(answer)
+        connection.shutdown(socket.SHUT_WR)
+        assert is_closed(connection)
+    assert store.connections == 0
+
+
+def test_an_old_proof_is_worthless(gate: Gate, store: EchoStore) -> None:
+    """A neighbour that has recorded the proof of a pod cannot repeat it, because each connection has another challenge."""
+    with connect(gate.port) as connection:
+        challenge, nonce = receive(connection, 32), bytes(32)
+        recorded_proof = nonce + hmac.digest(KEY, b"member" + challenge + nonce, "sha256")
+        connection.sendall(recorded_proof)
+        assert receive(connection, 32) == hmac.digest(KEY, b"gate" + challenge + nonce, "sha256")
+        connection.sendall(b"hello")
+        assert receive(connection, 5) == b"HELLO"
+    with connect(gate.port) as connection:
+        assert receive(connection, 32) != challenge
+        connection.sendall(recorded_proof)
+        assert is_closed(connection)
+    assert store.connections == 1
+
+
+def test_a_false_pod_of_rank_0_gets_no_bytes_of_the_ranks(caplog: pytest.LogCaptureFixture) -> None:
+    """A neighbour that takes the address of rank 0's pod sees only the proof of the forwarder."""
+    with socket.create_server(("127.0.0.1", 0)) as false_gate, forwarder(false_gate.getsockname()[1]) as own, connect(own.port) as rank:
+        rank.sendall(b"keys of the ranks")
+        connection, _ = false_gate.accept()
+        with connection:
+            connection.sendall(bytes(32))
+            assert len(receive(connection, 64)) == 64
+            connection.sendall(bytes(32))
+            assert receive(connection, 1) == b""
+        assert is_closed(rank)
+    assert "does not know the secret of this attempt: it is not the pod of rank 0" in caplog.text
+
+
+def test_idle_strangers_do_not_keep_the_gang_out(gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
+    strangers = [connect(gate.port) for _ in range(3 * subject.MAX_UNPROVEN)]
+    with forwarder(gate.port) as own, connect(own.port) as connection:
+        connection.sendall(b"hello")
+        assert receive(connection, 5) == b"HELLO"
+        assert all(len(receive(stranger, 33)) == 32 for stranger in strangers[: 2 * subject.MAX_UNPROVEN])  # closed after the challenge
+        assert len(gate._unproven) <= subject.MAX_UNPROVEN
+    for stranger in strangers:
+        stranger.close()
+
+
+def test_an_idle_stranger_is_closed_after_a_time(store: EchoStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subject, "PROOF_SECONDS", 0.01)
+    gate = Gate(KEY, 0, store.port)
+    with connect(gate.port) as stranger:
+        assert len(receive(stranger, 33)) == 32
+    gate.close()
+
+
+def test_a_rank_waits_for_a_pod_of_rank_0_that_starts_later(store: EchoStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subject, "CONNECT_PAUSE_SECONDS", 0.01)
+    (port,) = free_ports(1)
+    with forwarder(port) as own, connect(own.port) as connection:
+        connection.sendall(b"early")
+        gate = Gate(KEY, port, store.port)
+        assert receive(connection, 5) == b"EARLY"
+        gate.close()
+
+
+@pytest.mark.parametrize("end", ["store", "gate"])
+def test_the_end_of_the_store_or_the_gate_ends_the_connection_of_the_rank(gate: Gate, end: str) -> None:
+    with forwarder(gate.port) as own, connect(own.port) as connection:
+        connection.sendall(b"hello")
+        assert receive(connection, 5) == b"HELLO"
+        if end == "store":
+            connection.sendall(b"close")
+        else:
+            gate.close()
+        assert is_closed(connection)
+
+
+def world(port: int) -> World:
+    return World(nodes=2, processes_per_node=1, gpus_per_node=0, master_address="127.0.0.1", master_port=port, rendezvous_id="r")
+
+
+def test_the_pods_of_a_gang_connect_with_their_secret() -> None:
+    """The connection waits until the agent has created the store from the bound socket."""
+    (port,) = free_ports(1)
+    gate, address = connect_gang(world(port), 0, SECRET)
+    other_pod, other_address = connect_gang(world(port), 1, SECRET)
+    assert address.listener is not None and address.listener.getsockname() == ("127.0.0.1", address.port)
+    assert other_address.listener is None and other_address.port not in (port, address.port)
+    with connect(other_address.port) as connection:
+        connection.sendall(b"hello")
+        late_store = EchoStore(address.listener)
+        assert receive(connection, 5) == b"HELLO"
+    late_store.close()
+    other_pod.close()
+    gate.close()
+
+
+def test_a_port_in_use_is_a_named_failure() -> None:
+    with socket.create_server(("", 0)) as taken, pytest.raises(InternalError) as error:
+        connect_gang(world(taken.getsockname()[1]), 0, SECRET)
+    assert error.value.code == "PortInUse"
