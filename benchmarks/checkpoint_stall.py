@@ -1,13 +1,17 @@
-"""How much checkpoints slow down training: the stall of each checkpoint, and the effect of a slow S3 server on step times.
+"""How much checkpoints slow down training: the stall of each checkpoint, in the background and without, and the effect of a slow S3 server.
 
     python -m benchmarks.checkpoint_stall
 
 Method. A pod (supervisor and one rank of the real trainer, one thread) trains a small Llama on this machine's CPU and uploads to a real S3 server on
 the same machine. The stall is the time for which a checkpoint stops training: from the decision to save a step until the rank notifies the
 supervisor, measured on the rank's clock. The benchmark measures two training states in turn: a LoRA adapter with its optimizer, and a full model with
-its optimizer (1 GB). Each is saved after every second step. Then the same LoRA training runs alternately without checkpoints and with a checkpoint
-after every 10th step. A proxy limits each upload to 1 MB/s. Each pair of consecutive runs yields a ratio: the median step time with checkpoints
-(without the steps that save) divided by the median step time without checkpoints. The result is the median of these ratios.
+its optimizer (1 GB unless an option says otherwise). Runs whose checkpoints are written in the background alternate with runs whose training waits
+for the files. Each pair of consecutive runs yields two ratios, background to blocking: of the median stalls, and of the times from the second step to
+the last. The results are the medians of these ratios. The checkpoints are far enough apart that each is written before the next one is due. Without a
+pod, the part `copy` saves a state of 16-megabyte tensors in turn in the background and blocking, and compares the times after which the caller
+continues; the first of each kind is dropped, because it allocates memory. Then the same LoRA training runs alternately without checkpoints and with a
+checkpoint after every 10th step. A proxy limits each upload to 1 MB/s. Each pair of consecutive runs yields a ratio: the median step time with
+checkpoints (without the steps that save) divided by the median step time without checkpoints. The result is the median of these ratios.
 """
 
 from __future__ import annotations
@@ -15,6 +19,9 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from benchmarks import record
@@ -22,17 +29,33 @@ from benchmarks.lib.bench_pods import Workspace, open_workspace, summarize
 from tests.support.s3proxy import Bandwidth, S3Proxy
 
 LORA_MODEL_SHAPE = {"hidden": 512, "layers": 8}
-FULL_MODEL_SHAPE = {"hidden": 1024, "layers": 9}
 SLOW_BYTES_PER_SECOND = 1e6
 STEPS_PER_CHECKPOINT = 10
+STEPS_BETWEEN_STALLS = {"lora": 10, "full": 15}
+"""Steps per checkpoint when stalls are measured."""
+
+
+@dataclass(frozen=True)
+class TimedTraining:
+    """The times of one run, in seconds."""
+
+    steps: list[float]
+    """Each step that does not follow a checkpoint."""
+    stalls: list[float]
+    """Each checkpoint but that of the last step, for which no copy is made."""
+    checkpoint_bytes: int
+    """Size of the largest checkpoint."""
+    total: float
+    """From the end of the first step to the end of the last."""
 
 
 def run_training(
-    workspace: Workspace, name: str, spec: dict[str, Any], *, endpoint_url: str | None = None
-) -> tuple[list[float], list[float], int]:
-    """Run a training. Returns the seconds of each step that does not save, the seconds of each stall, and the bytes of the largest checkpoint."""
+    workspace: Workspace, name: str, spec: dict[str, Any], *, endpoint_url: str | None = None, in_background: bool = True
+) -> TimedTraining:
+    """Run a training. If `in_background` is false, training waits until each checkpoint is written."""
     target = workspace.target(name, endpoint_url=endpoint_url)
-    with workspace.pod(name, spec, target, "benchmarks.lib.timed_train", env={"OMP_NUM_THREADS": "1"}) as pod:
+    environment = {"OMP_NUM_THREADS": "1", "BENCHMARK_CHECKPOINTS": "background" if in_background else "blocking"}
+    with workspace.pod(name, spec, target, "benchmarks.lib.timed_train", env=environment) as pod:
         code = pod.end(580)
         assert code == 0, pod.text[-3000:]
         size = max((checkpoint.bytes or 0 for checkpoint in pod.termination_message().checkpoints), default=0)
@@ -41,7 +64,8 @@ def run_training(
     stall_by_step = {entry["step"]: entry["stall"] for entry in time_records if "stall" in entry}
     # The time of a step includes the stall of the checkpoint before it.
     steps = [end_by_step[step] - end_by_step[step - 1] for step in end_by_step if step - 1 in end_by_step and step - 1 not in stall_by_step]
-    return steps[2:], list(stall_by_step.values()), size
+    before_last = [stall for step, stall in stall_by_step.items() if step < max(end_by_step)]
+    return TimedTraining(steps[2:], before_last, size, max(end_by_step.values()) - min(end_by_step.values()))
 
 
 def training_spec(workspace: Workspace, method: str, model_shape: dict[str, Any], steps: int, checkpoint_steps: int | None) -> dict[str, Any]:
@@ -53,11 +77,49 @@ def training_spec(workspace: Workspace, method: str, model_shape: dict[str, Any]
     )  # fmt: skip
 
 
-def measure_stalls(workspace: Workspace, method: str, model_shape: dict[str, Any], steps: int) -> dict[str, Any]:
-    """Measure the stalls of one kind of training state."""
-    step_seconds, stall_seconds, size = run_training(workspace, f"stall-{method}", training_spec(workspace, method, model_shape, steps, 2))
+def measure_stalls(workspace: Workspace, method: str, model_shape: dict[str, Any], steps: int, round_count: int) -> dict[str, Any]:
+    """Measure the stalls of one kind of training state, in the background and blocking in turn."""
+    runs: dict[bool, list[TimedTraining]] = {True: [], False: []}
+    for number in range(round_count):
+        for in_background in (True, False) if number % 2 == 0 else (False, True):
+            spec = training_spec(workspace, method, model_shape, steps, STEPS_BETWEEN_STALLS[method])
+            name = f"stall-{method}-{number}-{in_background}"
+            runs[in_background].append(run_training(workspace, name, spec, in_background=in_background))
+            print(f"{name}: stalls {[round(stall, 3) for stall in runs[in_background][-1].stalls]}, {runs[in_background][-1].total:.1f} s", flush=True)
+    pairs = list(zip(runs[True], runs[False], strict=True))
+    stall_ratios = [statistics.median(after.stalls) / statistics.median(before.stalls) for after, before in pairs]
+    time_ratios = [after.total / before.total for after, before in pairs]
     return {
-        "checkpointBytes": size, "stallSeconds": summarize(stall_seconds, 4), "stepSeconds": round(statistics.median(step_seconds), 4),
+        "checkpointBytes": runs[True][0].checkpoint_bytes, "stepsPerCheckpoint": STEPS_BETWEEN_STALLS[method], "rounds": round_count,
+        "stallRatio": round(statistics.median(stall_ratios), 4), "stallRatios": [round(ratio, 4) for ratio in stall_ratios],
+        "trainingTimeRatio": round(statistics.median(time_ratios), 4), "trainingTimeRatios": [round(ratio, 4) for ratio in time_ratios],
+        "stallSeconds": summarize([stall for run in runs[True] for stall in run.stalls], 4),
+        "blockingStallSeconds": summarize([stall for run in runs[False] for stall in run.stalls], 4),
+        "stepSeconds": round(statistics.median(step for run in runs[False] for step in run.steps), 4),
+    }  # fmt: skip
+
+
+def measure_copies(folder: Path, megabytes: int, round_count: int) -> dict[str, Any]:
+    """Measure the time after which the caller of a save continues, in the background and blocking in turn, in this process."""
+    import torch
+    from finetune_trainer.checkpoint.background import BackgroundWriter
+
+    torch.set_num_threads(1)
+    state = {f"tensor{number}": torch.full((4_000_000,), float(number)) for number in range(max(1, megabytes // 16))}
+    writer, seconds = BackgroundWriter(), {True: [], False: []}  # type: tuple[BackgroundWriter, dict[bool, list[float]]]
+    for number in range(round_count + 1):
+        for writer.in_background in (True, False) if number % 2 == 0 else (False, True):
+            started = time.monotonic()
+            with writer.collect_files():
+                torch.save(state, folder / "state.pt")
+            writer.finish_checkpoint()
+            seconds[writer.in_background].append(time.monotonic() - started)
+            writer.wait()
+    ratios = [after / before for after, before in zip(seconds[True][1:], seconds[False][1:], strict=True)]
+    return {
+        "stateBytes": sum(tensor.nbytes for tensor in state.values()), "rounds": round_count, "stallRatio": round(statistics.median(ratios), 4),
+        "stallRatios": [round(ratio, 4) for ratio in ratios], "stallSeconds": summarize(seconds[True][1:], 4),
+        "blockingStallSeconds": summarize(seconds[False][1:], 4),
     }  # fmt: skip
 
 
@@ -72,8 +134,8 @@ def measure_slow_store(workspace: Workspace, round_count: int, steps: int) -> di
             median_by_setting = {}
             for checkpoint_steps in checkpoint_settings:
                 spec = training_spec(workspace, "lora", {}, steps, checkpoint_steps)
-                step_seconds, _, _ = run_training(workspace, f"slow-{number}-{checkpoint_steps}", spec, endpoint_url=proxy.url)
-                median_by_setting[checkpoint_steps] = statistics.median(step_seconds)
+                training = run_training(workspace, f"slow-{number}-{checkpoint_steps}", spec, endpoint_url=proxy.url)
+                median_by_setting[checkpoint_steps] = statistics.median(training.steps)
             median_pairs.append((median_by_setting[None], median_by_setting[STEPS_PER_CHECKPOINT]))
             print(
                 f"round {number}: {median_by_setting[None] * 1000:.2f} ms without, {median_by_setting[STEPS_PER_CHECKPOINT] * 1000:.2f} ms with",
@@ -89,9 +151,12 @@ def measure_slow_store(workspace: Workspace, round_count: int, steps: int) -> di
 def main() -> None:
     """Measure and write the result. A part that is not measured keeps its measurements of the last run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", default="lora,full,slow", help="parts to measure")
+    parser.add_argument("--parts", default="copy,lora,full,slow", help="parts to measure")
     parser.add_argument("--lora-steps", type=int, default=240)
-    parser.add_argument("--full-steps", type=int, default=40)
+    parser.add_argument("--full-steps", type=int, default=64)
+    parser.add_argument("--copy-megabytes", type=int, default=1024)
+    parser.add_argument("--full-hidden", type=int, default=1024, help="size of the model for full training; the default has a state of 1 GB")
+    parser.add_argument("--full-layers", type=int, default=9)
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--slow-steps", type=int, default=600)
     options = parser.parse_args()
@@ -99,10 +164,13 @@ def main() -> None:
     path = record.RESULTS_FOLDER / "checkpoint_stall.json"
     measurements: dict[str, Any] = json.loads(path.read_text())["figures"] if path.exists() else {}
     with open_workspace() as workspace:
+        if "copy" in parts:
+            measurements["copy"] = measure_copies(workspace.folder, options.copy_megabytes, 2 * options.rounds)
         if "lora" in parts:
-            measurements["lora"] = measure_stalls(workspace, "lora", LORA_MODEL_SHAPE, options.lora_steps)
+            measurements["lora"] = measure_stalls(workspace, "lora", LORA_MODEL_SHAPE, options.lora_steps, options.rounds)
         if "full" in parts:
-            measurements["full"] = measure_stalls(workspace, "full", FULL_MODEL_SHAPE, options.full_steps)
+            full_model_shape = {"hidden": options.full_hidden, "layers": options.full_layers}
+            measurements["full"] = measure_stalls(workspace, "full", full_model_shape, options.full_steps, options.rounds)
         if "slow" in parts:
             measurements["slowStore"] = measure_slow_store(workspace, options.rounds, options.slow_steps)
     print(json.dumps(measurements, indent=1))

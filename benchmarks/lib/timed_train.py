@@ -1,11 +1,13 @@
 """Run the real training, and record the end of each step and the stall of each checkpoint on the rank's clock.
 
 FINETUNE_TRAINER_MODULE selects this module. It writes `<work>/times.jsonl`: {"step", "ended"} and {"step", "stall"}, in seconds.
+With BENCHMARK_CHECKPOINTS=blocking, training waits until each checkpoint is written.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import time
 from typing import Any
 
@@ -29,6 +31,10 @@ def main(run: RunConfig, channel: Channel, inputs: Inputs) -> None:
         original_staged(step, folder, **values)
 
     channel.report_step, channel.report_staged_files = record_heartbeat, record_staged  # type: ignore[method-assign] # to be timed
+    if os.environ.get("BENCHMARK_CHECKPOINTS") == "blocking":
+        from finetune_trainer.checkpoint.rank import CheckpointStager
+
+        CheckpointStager._copies_fit_in_memory = lambda self: False  # type: ignore[method-assign] # as before checkpoints were written in the background
     train.main(run, channel, inputs)
 
 

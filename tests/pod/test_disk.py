@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from finetune_api.names import Env
 from finetune_api.pod import ResumeConfig
-from finetune_trainer.checkpoint.rank import DISK_RESERVE_BYTES
+from finetune_trainer.checkpoint.space import DISK_RESERVE_BYTES
 from pod_buckets import Bucket
 from pod_harness import run_config
 from recorded_run import committed_steps, record_run, run_uninterrupted, spec_of, traced_pod

@@ -19,7 +19,9 @@ from pod_harness import Pod, run_config
 from recorded_run import CHECKPOINT_STEPS, STEPS, committed_steps, record_run, run_uninterrupted, spec_of, traced_pod
 
 from localcluster.s3 import S3Endpoint
+from tests.support.s3proxy import Blackhole, S3Proxy
 
+SLOW_DISK_NOTE = "checkpoints are due faster than the pod writes them to its disk: training waits for each of them"
 WAITING_POINTS = {
     "epochs": ("forward:16", 8), "boundary": ("forward:18", 9), "end": (f"end:{STEPS}", STEPS), "early-end": ("end:24", 24),
 }  # fmt: skip
@@ -103,6 +105,65 @@ def test_a_resumed_run_equals_an_uninterrupted_run(
     assert termination.resumed_from_step == at
     assert termination.resolved is not None and termination.resolved.resume_exact is True
     assert record_run(bucket, [first, second], termination) == expected_run
+
+
+@pytest.mark.parametrize(
+    ("method", "processes", "interrupt", "variant", "phase"),
+    [
+        pytest.param("full", 1, pod_killed, "plain", "write", id="write"),
+        *(
+            pytest.param(*case, marks=pytest.mark.faults, id=f"{case[4]}-{case[3]}-{case[2].__name__}")
+            for case in (
+                ("full", 1, pod_killed, "plain", "copy"), ("full", 1, pod_killed, "plain", "upload"), ("lora", 2, rank_killed, "windows", "write"),
+                ("full", 2, rank_killed, "fsdp", "copy"), ("full", 2, rank_killed, "fsdp", "write"), ("full", 2, rank_killed, "zero", "write"),
+            )
+        ),
+    ],
+)  # fmt: skip
+def test_a_kill_before_a_checkpoint_is_complete_resumes_from_the_previous_one(
+    s3_server: S3Endpoint, bucket: Bucket, model: Path, rows: Path, tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory, method: str, processes: int, interrupt: Callable[[Pod], tuple[int, int]],
+    variant: str, phase: str,
+) -> None:  # fmt: skip
+    """Kill the run while the checkpoint of step 16 is copied, written to the disk, or uploaded."""
+    expected_run = run_uninterrupted(s3_server, tmp_path_factory.getbasetemp(), model, rows, method, processes, variant)
+    spec = spec_of(model, rows, method, variant)
+    with S3Proxy(s3_server.host_url) as proxy:
+        upload = proxy.fault(Blackhole(), operation="PutObject", key="/checkpoints/step-00000016/")
+        run = run_config(spec, bucket.target(endpoint=proxy.url), processes=processes)
+        with traced_pod(run, tmp_path / "one", bucket, hold_point=f"{phase}:16") as first:
+            first.wait_until((lambda: upload.hits > 0) if phase == "upload" else (first.folder / "work" / "held").exists)
+            first.wait_committed(8)
+            code, expected = interrupt(first)
+    assert code == expected, first.text[-4000:]
+    assert committed_steps(bucket) == [8] and not bucket.keys("model/")
+
+    again = run_config(spec, bucket.target(), processes=processes, attempt=2, resume=ResumeConfig(mode="auto", expect_step=8))
+    with traced_pod(again, tmp_path / "two", bucket) as second:
+        assert second.end() == 0, second.text[-4000:]
+    assert second.termination_message().resumed_from_step == 8
+    assert record_run(bucket, [first, second], second.termination_message()) == expected_run
+
+
+@pytest.mark.faults
+def test_a_stop_waits_for_the_checkpoint_in_the_background(
+    s3_server: S3Endpoint, bucket: Bucket, model: Path, rows: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:  # fmt: skip
+    """The checkpoint of step 16 is still being written when that of step 24 is due. Training waits, and a stop saves all of them."""
+    expected_run = run_uninterrupted(s3_server, tmp_path_factory.getbasetemp(), model, rows, "full", 1, "plain")
+    spec = spec_of(model, rows, "full", "plain")
+    with traced_pod(run_config(spec, bucket.target()), tmp_path / "one", bucket, hold_point="write:16") as first:
+        first.wait_until((first.folder / "work" / "held").exists)
+        first.wait_step(24)
+        first.terminate()
+        assert first.end() == 75, first.text[-4000:]
+    stopped = first.termination_message()
+    assert stopped.committed_step == 25 and 16 in committed_steps(bucket)
+    assert stopped.resolved is not None and SLOW_DISK_NOTE in (stopped.resolved.notes or [])
+    again = run_config(spec, bucket.target(), attempt=2, resume=ResumeConfig(mode="auto", expect_step=25))
+    with traced_pod(again, tmp_path / "two", bucket) as second:
+        assert second.end() == 0, second.text[-4000:]
+    assert record_run(bucket, [first, second], second.termination_message()) == expected_run
 
 
 @pytest.mark.faults

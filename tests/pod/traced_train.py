@@ -2,8 +2,9 @@
 
 Tests select this module with FINETUNE_TRAINER_MODULE. `<work>/rows-<rank>.jsonl` has one line per step, with a hash for each sequence of each
 micro-batch. TRACE_HOLD, `<phase>:<step>`, pauses this rank at that point until all ranks have agreed on the step to stop at: `forward`,
-`accumulation` (before the second micro-batch of the step), `save`, `evaluation` (after the step), `end` (after the
-last step). The file `<work>/held` shows that the rank is paused.
+`accumulation` (before the second micro-batch of the step), `save`, `copy` (between two copies of the state to host memory), `write`
+(after the first file of the checkpoint is written, in the background), `evaluation` (after the step), `end` (after the last step).
+The file `<work>/held` shows that the rank is paused.
 TRACE_BREAK, `memory:<step>` or `nan:<step>`, makes a micro-batch of that step run out of memory or return a non-finite loss.
 With `memory-limit:<step>:<rank>:<rows>`, that rank runs out of memory for larger micro-batches, from that step on.
 """
@@ -36,10 +37,12 @@ def main(run: RunConfig, channel: Channel, inputs: Inputs) -> None:
 
 def patch_trainer(channel: Channel) -> None:
     """Replace methods of the trainer by methods that record rows and pause the rank."""
+    from finetune_trainer.checkpoint.background import BackgroundWriter
     from finetune_trainer.engine import GuardedTrainer
 
     before = GuardedTrainer.get_batch_samples
-    micro = 0
+    defer_file = BackgroundWriter._defer
+    micro = saved_step = file_count = 0
 
     def batches(self: Any, *args: Any, **options: Any) -> Any:
         nonlocal micro
@@ -64,6 +67,8 @@ def patch_trainer(channel: Channel) -> None:
         return super(GuardedTrainer, self).prediction_step(*args, **options)
 
     def save(self: Any, *args: Any, **options: Any) -> Any:
+        nonlocal saved_step, file_count
+        saved_step, file_count = self.state.global_step, 0
         wait_at_hold_point(channel, "save", self.state.global_step)
         return super(GuardedTrainer, self)._save_checkpoint(*args, **options)
 
@@ -71,11 +76,24 @@ def patch_trainer(channel: Channel) -> None:
         wait_at_hold_point(channel, "end", self.state.global_step)
         return super(GuardedTrainer, self)._finalize_training(*args, **options)
 
+    def defer(self: BackgroundWriter, save: Any, values: Any, is_collective: bool) -> None:
+        nonlocal file_count
+        file_count, step = file_count + 1, saved_step
+        if file_count > 1:
+            wait_at_hold_point(channel, "copy", step)
+
+        def save_and_wait(*args: Any, **options: Any) -> None:
+            save(*args, **options)
+            wait_at_hold_point(channel, "write", step)
+
+        defer_file(self, save_and_wait, values, is_collective)
+
     def start(self: StopAgreement, step: int) -> None:
         agreements.append(self)
         begin(self, step)
 
     begin = StopAgreement.start
+    BackgroundWriter._defer = defer  # type: ignore[method-assign] # pause the rank
     StopAgreement.start = start  # type: ignore[method-assign] # record the agreement
     GuardedTrainer.get_batch_samples = batches  # type: ignore[method-assign] # likewise
     GuardedTrainer.training_step = training_step  # type: ignore[method-assign] # likewise

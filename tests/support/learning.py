@@ -157,13 +157,23 @@ class RecordingHooks:
         self.outcome = RunOutcome()
 
     def create_callbacks(self, run: RunConfig, channel: Channel, inputs: Inputs) -> list[Any]:
-        """Return a callback that records the logs."""
+        """Return a callback that records the logs, and lets the Trainer write its checkpoints in the background."""
+        from finetune_trainer.checkpoint.background import BackgroundWriter
         from transformers import TrainerCallback
 
-        outcome = self.outcome
+        outcome, writer = self.outcome, BackgroundWriter()
         outcome.channel = channel
 
         class Recorder(TrainerCallback):
+            def on_trainer_created(self, trainer: Any) -> None:
+                trainer.checkpoint_writer, writer.in_background = writer, True
+
+            def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+                writer.wait()
+
+            def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+                writer.finish_checkpoint()
+
             def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
                 outcome.logs.append({"step": state.global_step, **(logs or {})})
 

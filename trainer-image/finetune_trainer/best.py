@@ -33,6 +33,11 @@ class KeepBest(TrainerCallback):
 
     def __init__(self, resumed_checkpoint: Path | None) -> None:
         self._resumed = resumed_checkpoint
+        self._trainer: Any = None
+
+    def on_trainer_created(self, trainer: Any) -> None:
+        """Keep a reference to the Trainer, because its checkpoints may be written in the background."""
+        self._trainer = trainer
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Restore the best weights from the checkpoint that this attempt resumed from.
@@ -54,13 +59,18 @@ class KeepBest(TrainerCallback):
         """Also store the best weights in this checkpoint, unless this checkpoint is the best one."""
         if args.local_process_index > 0 or not state.best_global_step:
             return
-        root = Path(str(args.output_dir))
-        folder, best_weights = root / f"checkpoint-{state.global_step}", root / BEST_FOLDER
-        if state.best_global_step == state.global_step:
-            _replace_files(best_weights, _weight_files(folder))
-        elif folder.is_dir():
-            for name, file in _weight_files(best_weights):
-                _link_or_copy(file, folder / (BEST_PREFIX + name))
+        step, is_best, root = state.global_step, state.best_global_step == state.global_step, Path(str(args.output_dir))
+        self._trainer.run_after_files(lambda: _link_best_weights(root, step, is_best))
+
+
+def _link_best_weights(root: Path, step: int, is_best: bool) -> None:
+    """Link the weights of the checkpoint of `step` to the folder of the best weights if they are the best, else the best weights to the checkpoint."""
+    folder, best_weights = root / f"checkpoint-{step}", root / BEST_FOLDER
+    if is_best:
+        _replace_files(best_weights, _weight_files(folder))
+    elif folder.is_dir():
+        for name, file in _weight_files(best_weights):
+            _link_or_copy(file, folder / (BEST_PREFIX + name))
 
 
 def copy_to_all_nodes(args: TrainingArguments) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from finetune_trainer.best import best_folder, copy_to_all_nodes
+from finetune_trainer.checkpoint.background import BackgroundWriter
 from finetune_trainer.checkpoint.rates import load_states_keeping_settings
 from finetune_trainer.distributed import DistributedStrategy
 from finetune_trainer.library_internals import OpenTrainer, tied_weight_names
@@ -52,6 +53,8 @@ class GuardedTrainer(OpenTrainer):
     """Measures the seconds of training. It starts with this attempt's first pass over the data."""
     kept_layer_tokens: int | None = None
     """Number of layers times tokens whose activations a micro-batch keeps. None if gradient checkpointing is on or off for all micro-batches."""
+    checkpoint_writer: BackgroundWriter | None = None
+    """Writes checkpoints in the background. None: each checkpoint is written before training continues."""
     _recomputation: RecomputationPerBatch | None = None
     _collected: CollectedModel | None = None
     """The modules and parameters of the model, during an epoch. None with FSDP and DeepSpeed."""
@@ -74,10 +77,13 @@ class GuardedTrainer(OpenTrainer):
             return
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             super().run_epoch(*args, **options)
-            return
-        with collected_model(self.model_wrapped) as self._collected:
-            super().run_epoch(*args, **options)
-        self._collected = None
+        else:
+            with collected_model(self.model_wrapped) as self._collected:
+                super().run_epoch(*args, **options)
+            self._collected = None
+        if self.checkpoint_writer is not None and (self._is_complete() or self.control.should_training_stop):
+            self.checkpoint_writer.wait()
+            self.accelerator.wait_for_everyone()  # every rank may now read the best weights
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **options: Any) -> Any:
         """Decide which layers recompute their activations, and compute the gradients of a micro-batch."""
@@ -141,6 +147,30 @@ class GuardedTrainer(OpenTrainer):
             self.clock = TrainingClock(logged_training_seconds(self.state))
         return self.clock
 
+    def save_checkpoint(self, model: Any, trial: Any = None) -> None:
+        """Save a checkpoint. Its large files may be written in the background."""
+        if self.checkpoint_writer is None:
+            super().save_checkpoint(model, trial)
+            return
+        with self.checkpoint_writer.collect_files():
+            super().save_checkpoint(model, trial)
+
+    def create_model_card(self, *args: Any, **options: Any) -> None:
+        """Write no model card of TRL with each checkpoint: the final model gets the card of `artefact.card`."""
+
+    def save_files(self, output_dir: str, state_dict: dict[str, Any] | None = None) -> None:
+        """Write weights, configuration and tokenizer, without the model card of PEFT."""
+        if hasattr(self.model, "peft_config"):
+            self.model.create_or_update_model_card = _write_no_card
+        super().save_files(output_dir, state_dict)
+
+    def run_after_files(self, task: Callable[[], object]) -> None:
+        """Run `task` when the files that have been saved so far are written, maybe in the background."""
+        if self.checkpoint_writer is None:
+            task()
+        else:
+            self.checkpoint_writer.run_after_files(task)
+
     def load_best_model(self) -> None:
         """Load the best weights from the folder of `best.KeepBest`. Errors: NoCheckpointError BestCheckpointMissing."""
         copy_to_all_nodes(self.args)
@@ -203,6 +233,10 @@ class GuardedTrainer(OpenTrainer):
                 "CheckpointForeign", f"the weights of the checkpoint do not match the weights of this run: {', '.join(mismatched_names[:4])}",
                 hint="use the same model, method and target modules as the run that wrote the checkpoint",
             )  # fmt: skip
+
+
+def _write_no_card(output_dir: str) -> None:
+    """Replaces the method of PEFT that writes a model card."""
 
 
 class TrainingClock:

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Collection, Iterator, MutableMapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from transformers import Trainer, TrainingArguments
@@ -59,6 +59,13 @@ class OpenTrainer(Trainer):  # type: ignore[misc]  # transformers ships no types
         """Save optimizer and scheduler. Overridden because transformers uses one FSDP layout for these states and the weights."""
         super()._save_optimizer_and_scheduler(output_dir)
 
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self.save_checkpoint(model, trial)
+
+    def save_checkpoint(self, model: Any, trial: Any = None) -> None:
+        """Save a checkpoint. Overridden because transformers writes all files before training continues."""
+        super()._save_checkpoint(model, trial)
+
     def _load_best_model(self) -> None:
         self.load_best_model()
 
@@ -72,6 +79,10 @@ class OpenTrainer(Trainer):  # type: ignore[misc]  # transformers ships no types
     def save_files(self, output_dir: str, state_dict: dict[str, Any] | None = None) -> None:
         """Write weights, configuration and tokenizer on this rank. (The public `save_model` also decides which ranks write.)"""
         super()._save(output_dir, state_dict)
+
+    def run_after_files(self, task: Callable[[], object]) -> None:
+        """Run `task` when the files that have been saved so far are written. Files are written at once, unless a subclass defers them."""
+        task()
 
     def _clip_grad_norm(self, model: Any) -> Any:
         return self.clip_gradients(model)
@@ -217,6 +228,54 @@ def _adapter_holders(model: Any) -> list[tuple[Any, str]]:
     names = ((BaseTunerLayer, "_active_adapter"), (AuxiliaryTrainingWrapper, "_active_adapter"), (BaseTuner, "active_adapter"))
     holders = [(module, name) for module in model.modules() for kind, name in names if isinstance(module, kind)]
     return [(model, "active_adapter"), *holders]
+
+
+class DeferFunction(Protocol):
+    """Copies `values` and calls `save` with the copy later. `is_collective`: `save` communicates with the other ranks."""
+
+    def __call__(self, save: Callable[..., None], values: Any, is_collective: bool) -> None: ...
+
+
+@contextmanager
+def deferred_saves(defer: DeferFunction) -> Iterator[None]:
+    """Within the context, the functions that write tensors to files pass their work to `defer`.
+
+    * `torch.save`: the optimizer's state, and all files of DeepSpeed.
+    * `safetensors.torch.save_file`, which transformers and PEFT import under another name: weights and adapters.
+    * `torch.distributed.checkpoint.save`, called by accelerate: the shards of FSDP's optimizer state.
+
+    Small objects that are no dictionaries, such as the TrainingArguments, are written at once.
+    """
+    import peft.peft_model
+    import torch.distributed.checkpoint as sharded
+    import transformers.modeling_utils
+
+    save_object, save_tensors, save_shards = torch.save, transformers.modeling_utils.safe_save_file, sharded.save
+
+    def defer_object(values: Any, file: Any, *args: Any, **options: Any) -> None:
+        if isinstance(values, dict):
+            defer(lambda copies: save_object(copies, file, *args, **options), values, is_collective=False)
+        else:
+            save_object(values, file, *args, **options)
+
+    def defer_tensors(tensors: dict[str, Any], file: Any, metadata: dict[str, str] | None = None) -> None:
+        defer(lambda copies: save_tensors(copies, file, metadata=metadata), tensors, is_collective=False)
+
+    def defer_shards(state_dict: dict[str, Any], **options: Any) -> None:
+        defer(lambda copies, process_group: save_shards(copies, process_group=process_group, **options), state_dict, is_collective=True)
+
+    patches = (
+        (torch, "save", defer_object), (transformers.modeling_utils, "safe_save_file", defer_tensors),
+        (peft.peft_model, "safe_save_file", defer_tensors), (sharded, "save", defer_shards),
+    )  # fmt: skip
+    originals = [getattr(module, name) for module, name, _ in patches]
+    for module, name, function in patches:
+        setattr(module, name, function)
+    try:
+        yield
+    finally:
+        for (module, name, _), original in zip(patches, originals, strict=True):
+            setattr(module, name, original)
 
 
 def use_one_device(args: TrainingArguments) -> None:

@@ -7,6 +7,8 @@ import json
 import logging
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -32,6 +34,8 @@ OUT_OF_GPU_MEMORY = re.compile(
     re.IGNORECASE | re.DOTALL,
 )
 """Out-of-memory messages of libraries that allocate GPU memory themselves, so torch does not raise `torch.OutOfMemoryError`."""
+CHECKPOINT_AFTER_FAILURE_SECONDS = 60.0
+"""How long a rank whose training has failed waits until the checkpoint in the background is written."""
 FINAL_FOLDER = "final"
 """Folder of the final artefact in the Trainer's output folder."""
 RULES_CHECKED_AGAIN = (
@@ -112,7 +116,8 @@ class TrainingSession:
         trainer, trainable_model = self._build_trainer(self.hooks.create_callbacks(self.run, self.channel, self.inputs))
         if self.resume_path is not None:
             self.channel.report_stage(Stage.RESTORING)
-        trainer.train(resume_from_checkpoint=str(self.resume_path) if self.resume_path else None)
+        with _finish_checkpoint_after_failure(trainer):
+            trainer.train(resume_from_checkpoint=str(self.resume_path) if self.resume_path else None)
         test_metrics = self._evaluate_test_set(trainer)
         self.channel.report_stage(Stage.SAVING)
         folder, extra = self._save_output(trainer, trainable_model)
@@ -144,23 +149,44 @@ class TrainingSession:
         set_seed(args.seed)
         method = create_method(self._method_context(tokenizer))
         context.unquantized = method.before_load()
-        base_model, notes = model.load_model(
-            self.run, self.inputs, self.hardware, is_sharded=self.strategy.shards_weights, kind=self.objective.model_kind,
-            skip_quantization=context.unquantized,
-        )  # fmt: skip
-        vocabulary.fit_embeddings(base_model, tokenizer, self.run, [data.train, data.validation, data.test])
-        trainable_model = method.make_trainable(base_model)
-        self._emit_notes(*notes, *trainable_model.notes, *self.strategy.notes)
-        with method.trainer_construction(base_model):
-            trainer = self.objective.build_trainer(context, args, trainable_model.model, data)
+        with self._shared_weights() as (context.inputs, sharing_notes):
+            base_model, notes = model.load_model(
+                self.run, context.inputs, self.hardware, is_sharded=self.strategy.shards_weights, kind=self.objective.model_kind,
+                skip_quantization=context.unquantized,
+            )  # fmt: skip
+            vocabulary.fit_embeddings(base_model, tokenizer, self.run, [data.train, data.validation, data.test])
+            trainable_model = method.make_trainable(base_model)
+            self._emit_notes(*notes, *sharing_notes, *trainable_model.notes, *self.strategy.notes)
+            with method.trainer_construction(base_model):  # dpo also loads its reference model
+                trainer = self.objective.build_trainer(context, args, trainable_model.model, data)
+        context.inputs = self.inputs
         trainer.kept_layer_tokens = kept_layer_tokens
         method.on_trainer_created(trainer)
-        for callback in callbacks:
+        for callback in trainer.callback_handler.callbacks:
             if isinstance(callback, NeedsTrainer):
                 callback.on_trainer_created(trainer)
         trainer.remove_callback(PrinterCallback)
         self.trainer, self.trainable = trainer, trainable_model
         return trainer, trainable_model
+
+    @contextmanager
+    def _shared_weights(self) -> Iterator[tuple[Inputs, list[str]]]:
+        """Yield the inputs to load the model from, and notes. With FSDP, the ranks of a pod share 32-bit weights that one rank has converted."""
+        import torch
+
+        from finetune_trainer import shared_weights
+
+        is_needed = (
+            self.strategy.name == "fsdp" and self.channel.world_size > 1 and self.hardware.dtype is torch.float32 and rules.base_bits(self.run.spec) is None
+            and getattr(self.config, "quantization_config", None) is None and shared_weights.has_16_bit_weights(self.inputs.model)
+        )  # fmt: skip
+        if not is_needed:
+            yield self.inputs, []
+            return
+        with shared_weights.float32_weights(
+            self.inputs.model, self.channel.work, converts=self.channel.local_rank == 0, wait_for_ranks=torch.distributed.barrier
+        ) as (folder, notes):
+            yield self.inputs.model_copy(update={"model": folder}), notes
 
     def _choose_arguments(self, tokenizer: Any, callbacks: list[Any]) -> tuple[TrainingContext, Any]:
         """Choose the attention for the model, and create the context of the objective and its TrainingArguments."""
@@ -403,6 +429,18 @@ def _checkpoint_hooks() -> TrainingHooks:
     from finetune_trainer.checkpoint import rank
 
     return rank  # type: ignore[return-value]  # the module has the functions of TrainingHooks
+
+
+@contextmanager
+def _finish_checkpoint_after_failure(trainer: Any) -> Iterator[None]:
+    """If training fails, complete the checkpoint in the background, because its step was correct. A failure of the checkpoint is only logged."""
+    try:
+        yield
+    except Exception:
+        if trainer.checkpoint_writer is not None:
+            with suppress(Exception):
+                trainer.checkpoint_writer.wait(CHECKPOINT_AFTER_FAILURE_SECONDS)
+        raise
 
 
 def _name_base_by_source(folder: Path, run: RunConfig) -> None:

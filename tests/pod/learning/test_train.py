@@ -225,6 +225,7 @@ def test_the_best_weights_are_published_even_after_a_resume(model: Path, tmp_pat
     assert outcome.folder is not None
     final = load_file(outcome.folder / "adapter_model.safetensors")
     best_weights = load_file(tmp_path / "out" / f"checkpoint-{best}" / "adapter_model.safetensors")
+    assert not list((tmp_path / "out").rglob("checkpoint-*/README.md")), "a model card with each checkpoint would cost time"
     assert all(torch.equal(final[key], best_weights[key]) for key in best_weights)
     carried = tmp_path / "out" / "checkpoint-8" / "best--adapter_model.safetensors"
     assert all(torch.equal(load_file(carried)[key], best_weights[key]) for key in best_weights)

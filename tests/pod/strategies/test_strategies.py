@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -179,7 +180,21 @@ def results(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
         for name, spec in EQUAL_BATCH_SPECS.items()
         for method, method_spec in (("full", FULL_SPEC), ("lora", LORA_EXACT))
     ]
+    stored_in_16_bits = store_in_16_bits(model, folder / "model-16-bit")
+    cells += [
+        Cell(f"{name}, stored in 16 bits", str(stored_in_16_bits), specs[name], TEN_ROWS) for name in ("ddp full", "fsdp full")
+    ]
     return launch_cells(cells, folder, rank_count=2)
+
+
+def store_in_16_bits(model: Path, folder: Path) -> Path:
+    """Copy a model with its weights in bf16."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(model, folder)
+    for file in folder.glob("*.safetensors"):
+        save_file({name: tensor.to(torch.bfloat16) for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
+    return folder
 
 
 def equal_cell(method: str, name: str) -> str:
@@ -195,6 +210,13 @@ def load_final_tensors(result: Result) -> dict[str, torch.Tensor]:
             next(final / name for name in ("adapter_model.safetensors", "model.safetensors") if (final / name).exists())
         )
     )
+
+
+def test_ranks_that_share_converted_weights_train_the_same(results: dict[str, Result]) -> None:
+    """With FSDP, one rank converts the 16-bit files to 32 bits for all ranks. With ddp, every rank converts them."""
+    shared, private = results["fsdp full, stored in 16 bits"], results["ddp full, stored in 16 bits"]
+    assert shared.error is None and shared.losses == private.losses != results["ddp full"].losses
+    assert not list((Path(shared.folder).parent / "work").glob("float32-weights*"))
 
 
 @pytest.mark.parametrize("name", SPECS)

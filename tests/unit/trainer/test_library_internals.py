@@ -35,7 +35,7 @@ class OneWeightModel(torch.nn.Module):
 
 HOOK_NAMES = (
     "run_epoch", "load_checkpoint_weights", "check_loaded_keys", "load_optimizer_and_scheduler", "save_optimizer_and_scheduler",
-    "load_best_model", "save_files", "clip_gradients", "gradient_norm",
+    "save_checkpoint", "load_best_model", "save_files", "clip_gradients", "gradient_norm",
 )  # fmt: skip
 
 
@@ -83,7 +83,7 @@ def test_a_training_run_calls_the_hooks_that_belong_to_it(tmp_path: Path) -> Non
     # The run saves two checkpoints. Loading the best weights checks the loaded keys once.
     assert trainer.calls == {
         "run_epoch": 2, "load_checkpoint_weights": 0, "check_loaded_keys": 1, "load_optimizer_and_scheduler": 0,
-        "save_optimizer_and_scheduler": 2, "load_best_model": 1, "save_files": 2, "clip_gradients": 2, "gradient_norm": 2,
+        "save_optimizer_and_scheduler": 2, "save_checkpoint": 2, "load_best_model": 1, "save_files": 2, "clip_gradients": 2, "gradient_norm": 2,
     }  # fmt: skip
 
 

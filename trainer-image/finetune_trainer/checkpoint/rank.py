@@ -13,7 +13,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from finetune_api.errors import PeerError
 from finetune_api.names import Env, Reason
 from finetune_api.pod import RunConfig
@@ -23,9 +22,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import IntervalStrategy
 
 from finetune_trainer.channel import Channel
+from finetune_trainer.checkpoint import space
+from finetune_trainer.checkpoint.background import BackgroundWriter
 from finetune_trainer.checkpoint.stop import GangStore, SingleRankStore, StopAgreement, TcpGangStore, TrainingStopped
 from finetune_trainer.checkpoint.window import LoggingWindow
-from finetune_trainer.disk import free_bytes
 from finetune_trainer.inputs import Inputs
 
 INCARNATION_KEY = "incarnation"
@@ -33,9 +33,8 @@ START_SECONDS = 1800.0
 """Maximum wait for other pods that are still downloading their inputs."""
 HEARTBEAT_SECONDS = 1.0
 """Minimum time between two heartbeats within a step or an evaluation."""
-DISK_RESERVE_BYTES = 32 * 1024 * 1024
-OPTIMIZER_BYTES = 8
-"""Bytes of optimizer state per trained parameter (Adam's two moments), to estimate the size of the first checkpoint."""
+GIGABYTE = 1e9
+SLOW_DISK_NOTE = "checkpoints are due faster than the pod writes them to its disk: training waits for each of them"
 
 
 def create_callbacks(run: RunConfig, channel: Channel, inputs: Inputs) -> list[TrainerCallback]:
@@ -156,6 +155,10 @@ class CheckpointStager(TrainerCallback):
         self._channel, self._agreement, self._incarnation = channel, agreement, incarnation
         self._resumed = resumed_checkpoint
         self._window: LoggingWindow | None = None
+        self._trainer: Any = None
+        self._writer = BackgroundWriter()
+        self._has_memory: bool | None = None
+        """Whether host memory can hold a copy of the training state. None before the first checkpoint."""
         self._open_tokens = 0
         """Tokens of the current logging window. The Trainer adds them to its state only at the next log line."""
         self._stopping = False
@@ -166,7 +169,8 @@ class CheckpointStager(TrainerCallback):
         self._save_started = 0.0
 
     def on_trainer_created(self, trainer: Any) -> None:
-        """Keep a reference to the Trainer, because transformers does not pass its running sums to callbacks."""
+        """Keep a reference to the Trainer, because transformers does not pass its running sums to callbacks. Let it write checkpoints in the background."""
+        self._trainer, trainer.checkpoint_writer = trainer, self._writer
         self._window = LoggingWindow(trainer, self._channel.rank, self._channel.world_size)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -180,6 +184,7 @@ class CheckpointStager(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
     ) -> None:
+        self._writer.raise_failure()
         if state.global_step >= state.max_steps:
             control.should_log = True  # Log the last window even if it has fewer steps than the others.
         if self._agreement.must_stop(state.global_step):
@@ -199,7 +204,9 @@ class CheckpointStager(TrainerCallback):
     def _before_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any) -> None:
         if not control.should_save:
             return
-        if not self._has_disk_space(args, model):
+        self._save_started = time.monotonic()
+        self._wait_for_last_checkpoint()
+        if not space.has_disk_space(args, self._channel.world_size, self._last_size, model):
             control.should_save = False
             self._channel.send_message(
                 "skipped", step=state.global_step, reason=Reason.STAGING_DISK_FULL.value,
@@ -208,44 +215,53 @@ class CheckpointStager(TrainerCallback):
             if self._stopping:
                 raise TrainingStopped(state.global_step)
             return
-        self._save_started = time.monotonic()
         self._open_tokens = 0
         if self._window is not None:
             tokens = self._window.require_finite(model, state.global_step)
             self._open_tokens = 0 if control.should_log else tokens  # the log line at this step adds the tokens to the state
+        is_last = self._stopping or state.global_step >= state.max_steps
+        self._writer.in_background = not is_last and self._copies_fit_in_memory()  # without further steps, a copy saves no time
 
-    def _has_disk_space(self, args: TrainingArguments, model: Any) -> bool:
-        """Whether the disks of all ranks can hold another checkpoint. The result is the same on all ranks."""
-        has_space = (
-            free_bytes(Path(str(args.output_dir)).parent) > (self._last_size or _estimated_size(model)) + DISK_RESERVE_BYTES
-        )
-        if self._channel.world_size == 1:
-            return has_space
-        flag = torch.tensor([int(has_space)], device=args.device)
-        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MIN)
-        return bool(flag.item())
+    def _wait_for_last_checkpoint(self) -> None:
+        if self._writer.is_busy and self._channel.rank == 0:
+            self._channel.report_note(SLOW_DISK_NOTE)
+        self._writer.wait()
+
+    def _copies_fit_in_memory(self) -> bool:
+        """Whether host memory can hold the copies of the training state. Decided at the first checkpoint, because the memory is kept."""
+        if self._trainer is None:
+            return False
+        if self._has_memory is None:
+            copies = space.space_for_copies(self._trainer, self._channel.world_size)
+            self._has_memory = copies.fits
+            if not copies.fits and self._channel.rank == 0:
+                self._channel.report_note(
+                    f"training waits until each checkpoint is written to the disk: a copy of the training state needs {copies.needed / GIGABYTE:.1f} GB "
+                    f"of the pod's memory, and {copies.available / GIGABYTE:.1f} GB are available; raise resources.memory for checkpoints in the background"
+                )
+        return self._has_memory
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         step = state.global_step
         folder = Path(str(args.output_dir)) / f"checkpoint-{step}"
         if self._window is not None:
             self._window.write(folder)
-        if self._channel.local_rank == 0:
-            self._last_size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-        self._channel.report_staged_files(
-            step, folder, incarnation=self._incarnation, graceful=self._stopping, epoch=state.epoch,
-            tokens=int(state.num_input_tokens_seen or 0) + self._open_tokens or None, evalLoss=_rounded_or_none(eval_loss(state, step)),
-            samples=step * args.train_batch_size * args.gradient_accumulation_steps * self._channel.world_size,
-            stallSeconds=round(time.monotonic() - self._save_started, 4),
-        )  # fmt: skip
+        facts: dict[str, Any] = {
+            "incarnation": self._incarnation, "graceful": self._stopping, "epoch": state.epoch,
+            "tokens": int(state.num_input_tokens_seen or 0) + self._open_tokens or None, "evalLoss": _rounded_or_none(eval_loss(state, step)),
+            "samples": step * args.train_batch_size * args.gradient_accumulation_steps * self._channel.world_size,
+            "stallSeconds": round(time.monotonic() - self._save_started, 4),
+        }  # fmt: skip
+        self._writer.run_after_files(lambda: self._report_files(step, folder, facts))
+        self._writer.finish_checkpoint()
         if self._stopping:
             raise TrainingStopped(step)
 
-
-def _estimated_size(model: Any) -> int:
-    """Return the estimated bytes of the first checkpoint: trained weights and the optimizer's moments."""
-    trained_parameters = [parameter for parameter in model.parameters() if parameter.requires_grad] if model is not None else []
-    return sum(weight.numel() * (weight.element_size() + OPTIMIZER_BYTES) for weight in trained_parameters)
+    def _report_files(self, step: int, folder: Path, facts: dict[str, Any]) -> None:
+        """Report the complete files of this rank. Runs in the background if the files were written there."""
+        if self._channel.local_rank == 0:
+            self._last_size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        self._channel.report_staged_files(step, folder, **facts)
 
 
 def _waits_for_epoch_end(args: TrainingArguments, state: TrainerState) -> bool:

@@ -179,8 +179,9 @@ def _merge_fsdp(result: FsdpOptions, fsdp_config: dict[str, Any], merge: FileMer
         )
     if _is_true(fsdp_config.get("cpu_ram_efficient_loading")):
         raise ConfigError(
-            "ConfigFileInvalid", f"{FILE_FIELD}: fsdp_cpu_ram_efficient_loading is true, but here every rank reads the weights",
-            hint="remove it, and give the pod memory for one copy of the weights per rank",
+            "ConfigFileInvalid", f"{FILE_FIELD}: fsdp_cpu_ram_efficient_loading is true, but here every rank reads the weights, "
+            "from files that the ranks of a pod share",
+            hint="remove it: each rank needs host memory for its shard only",
         )  # fmt: skip
     built_in = [f"fsdp_{key}" for key in VERSION_1_KEYS if key in fsdp_config]
     if built_in:

@@ -42,7 +42,7 @@ class ReferenceModelMixin(OpenTrainer):
         """Save without the frozen adapter."""
         super().save_files(output_dir, state_dict)
         if self.args.should_save:
-            shutil.rmtree(Path(output_dir) / REFERENCE_ADAPTER, ignore_errors=True)
+            self.run_after_files(lambda: shutil.rmtree(Path(output_dir) / REFERENCE_ADAPTER, ignore_errors=True))
 
 
 def load_reference_model(context: TrainingContext) -> Any:

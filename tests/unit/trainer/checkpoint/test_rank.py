@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +14,7 @@ torch = pytest.importorskip("torch")
 from finetune_api.errors import DivergedError  # noqa: E402 - likewise
 from finetune_trainer.channel import STOP_FILE, Channel  # noqa: E402 - torch first: without it there is nothing to test
 from finetune_trainer.checkpoint import rank as subject  # noqa: E402 - likewise
+from finetune_trainer.checkpoint import space  # noqa: E402 - likewise
 from finetune_trainer.checkpoint.stop import SingleRankStore, StopAgreement, TrainingStopped  # noqa: E402 - likewise
 from transformers import TrainerControl, TrainerState, TrainingArguments  # noqa: E402 - likewise
 
@@ -40,6 +43,8 @@ class FakeTrainingLoop:
         self.model = torch.nn.Linear(2, 2)
         self.logged: list[int] = []
         self.saved: list[int] = []
+        self.wait_for_writer = True
+        """Whether each step waits until the checkpoint in the background is complete."""
         self.agreement.start(0)
 
     def ask_to_stop(self) -> None:
@@ -65,13 +70,25 @@ class FakeTrainingLoop:
             self.logged.append(self.state.global_step)
         if self.control.should_save:
             folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-            folder.mkdir()
-            (folder / "optimizer.pt").write_bytes(b"x" * 100)
+            with self.stager._writer.collect_files():
+                folder.mkdir()
+                (folder / "optimizer.pt").write_bytes(b"x" * 100)
             self.saved.append(self.state.global_step)
             self.stager.on_save(self.args, self.state, self.control)
+            if self.wait_for_writer:
+                self.stager._writer.wait()
 
     def sent(self, kind: str) -> list[dict[str, Any]]:
         return [message for message in self.channel.sent if message["kind"] == kind]
+
+
+def fake_trainer(run: FakeTrainingLoop, loss: Any, sums: dict[str, Any], *, last_logged_step: int = 0) -> Any:
+    """An object with the attributes of the Trainer that the callbacks use."""
+    optimizer = torch.optim.SGD(run.model.parameters())
+    return SimpleNamespace(
+        args=run.args, model=run.model, optimizer=optimizer, is_fsdp_enabled=False, is_deepspeed_enabled=False,
+        _globalstep_last_logged=last_logged_step, _tr_loss=loss, _sums={"train": sums},
+    )  # fmt: skip
 
 
 @pytest.fixture
@@ -111,16 +128,14 @@ def test_the_last_step_is_logged_even_if_its_window_is_short(run: FakeTrainingLo
 def test_a_checkpoint_includes_the_current_logging_window(tmp_path: Path) -> None:
     run = FakeTrainingLoop(tmp_path)
     sums = {"tokens": torch.tensor(7), "nll": torch.tensor(0.3)}
-    trainer = SimpleNamespace(
-        args=run.args, _globalstep_last_logged=0, _tr_loss=torch.tensor(0.1) + torch.tensor(0.2), _sums={"train": sums}
-    )  # fmt: skip
+    trainer = fake_trainer(run, torch.tensor(0.1) + torch.tensor(0.2), sums)
     run.stager.on_trainer_created(trainer)
     run.state.num_input_tokens_seen = 100
     run.step()
     run.step(save=True)
     (message,) = run.sent("staged")
     assert message["tokens"] == 107
-    later = SimpleNamespace(args=run.args, _globalstep_last_logged=2, _tr_loss=torch.tensor(0.0), _sums={"train": {}})
+    later = fake_trainer(run, torch.tensor(0.0), {}, last_logged_step=2)
     again = subject.CheckpointStager(run.channel, run.agreement, "a2-00000000", Path(message["folder"]))
     again.on_trainer_created(later)
     run.agreement.start = lambda step: None  # type: ignore[method-assign] # the thread runs already
@@ -135,11 +150,7 @@ def test_a_checkpoint_includes_the_current_logging_window(tmp_path: Path) -> Non
     [("nan", 1.0, "LossNotFinite"), ("inf", 1.0, "LossNotFinite"), ("1", float("nan"), "WeightsNotFinite")],
 )
 def test_a_state_with_non_finite_values_is_never_saved(run: FakeTrainingLoop, loss: str, weight: float, code: str) -> None:
-    run.stager.on_trainer_created(
-        SimpleNamespace(
-            args=run.args, _globalstep_last_logged=0, _tr_loss=torch.tensor(float(loss)), _sums={"train": {}}
-        )
-    )
+    run.stager.on_trainer_created(fake_trainer(run, torch.tensor(float(loss)), {}))
     run.model.weight.data[0, 0] = weight
     with pytest.raises(DivergedError) as caught:
         run.step(save=True)
@@ -148,10 +159,7 @@ def test_a_state_with_non_finite_values_is_never_saved(run: FakeTrainingLoop, lo
 
 def test_weights_are_checked_at_a_step_with_a_log_line_too(run: FakeTrainingLoop) -> None:
     """The last update may have made weights non-finite, although the logged loss before this update was finite."""
-    sums = {"train": {"tokens": torch.tensor(7)}}
-    run.stager.on_trainer_created(
-        SimpleNamespace(args=run.args, _globalstep_last_logged=0, _tr_loss=torch.tensor(1.0), _sums=sums)
-    )
+    run.stager.on_trainer_created(fake_trainer(run, torch.tensor(1.0), {"tokens": torch.tensor(7)}))
     run.step(save=True, log=True)
     assert run.saved == [1] and "tokens" not in run.sent("staged")[0], (
         "the tokens of the log line are not counted twice"
@@ -200,17 +208,17 @@ def test_a_stop_at_an_epochs_end_without_evaluation_is_immediate(tmp_path: Path)
 
 
 def set_free_bytes(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
-    monkeypatch.setattr(subject, "free_bytes", lambda work: free)
+    monkeypatch.setattr(space, "free_bytes", lambda work: free)
 
 
 def test_a_full_disk_skips_the_checkpoint_and_training_goes_on(run: FakeTrainingLoop, monkeypatch: pytest.MonkeyPatch) -> None:
-    set_free_bytes(monkeypatch, subject.DISK_RESERVE_BYTES)
+    set_free_bytes(monkeypatch, space.DISK_RESERVE_BYTES)
     run.step(save=True)
     run.step()
     assert run.saved == []
     (message,) = run.sent("skipped")
     assert (message["step"], message["reason"]) == (1, "StagingDiskFull")
-    set_free_bytes(monkeypatch, 10 * subject.DISK_RESERVE_BYTES)
+    set_free_bytes(monkeypatch, 10 * space.DISK_RESERVE_BYTES)
     run.step(save=True)
     assert run.saved == [3]
 
@@ -224,11 +232,73 @@ def test_a_full_disk_at_a_stop_ends_without_a_checkpoint(run: FakeTrainingLoop, 
     assert run.saved == [] and run.sent("skipped")
 
 
-def test_the_size_of_the_first_checkpoint_is_estimated(run: FakeTrainingLoop) -> None:
-    """A checkpoint contains each trained weight and two moments of the optimizer for this weight."""
-    assert subject._estimated_size(run.model) == 6 * (4 + 8)
-    run.model.bias.requires_grad = False
-    assert subject._estimated_size(run.model) == 4 * (4 + 8)
+def start_slow_checkpoint(run: FakeTrainingLoop, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Save a checkpoint that stays in the background until the returned event is set."""
+    may_finish = threading.Event()
+    run.stager.on_trainer_created(fake_trainer(run, torch.tensor(1.0), {}))
+    monkeypatch.setattr(run.stager, "_report_files", lambda *_: may_finish.wait(60))
+    run.wait_for_writer = False
+    run.step(save=True)
+    assert run.stager._writer.is_busy
+    return may_finish
+
+
+def test_the_next_checkpoint_waits_for_the_last_one(run: FakeTrainingLoop, monkeypatch: pytest.MonkeyPatch) -> None:
+    may_finish = start_slow_checkpoint(run, monkeypatch)
+    run.step()
+    assert run.stager._writer.is_busy and run.sent("note") == [], "a step without a checkpoint does not wait"
+    writer, first = run.stager._writer, run.stager._writer._thread
+    wait = writer.wait
+    monkeypatch.setattr(writer, "wait", lambda: (may_finish.set(), wait()))
+    run.step(save=True)
+    assert first is not None and not first.is_alive() and run.saved == [1, 3]
+    assert [message["text"] for message in run.sent("note")] == [subject.SLOW_DISK_NOTE]
+    wait()
+
+
+def test_a_failure_in_the_background_ends_the_run_at_the_next_step(run: FakeTrainingLoop, monkeypatch: pytest.MonkeyPatch) -> None:
+    run.stager.on_trainer_created(fake_trainer(run, torch.tensor(1.0), {}))
+
+    def fail(*_: Any, **facts: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(run.channel, "report_staged_files", fail)
+    run.wait_for_writer = False
+    run.step(save=True)
+    with contextlib.suppress(OSError):
+        run.stager._writer.wait()
+    with pytest.raises(OSError, match="No space left on device"):
+        run.step()
+    assert run.sent("staged") == []
+
+
+def test_without_memory_for_a_copy_training_waits_for_each_checkpoint(run: FakeTrainingLoop, monkeypatch: pytest.MonkeyPatch) -> None:
+    run.stager.on_trainer_created(fake_trainer(run, torch.tensor(1.0), {}))
+    monkeypatch.setattr(space, "available_bytes", lambda: space.MEMORY_RESERVE_BYTES)
+    run.step(save=True)
+    run.step(save=True)
+    assert run.stager._writer.in_background is False and [message["step"] for message in run.sent("staged")] == [1, 2]
+    (note,) = run.sent("note")
+    assert note["text"] == (
+        "training waits until each checkpoint is written to the disk: a copy of the training state needs 0.0 GB of the pod's memory, and 0.3 GB are "
+        "available; raise resources.memory for checkpoints in the background"
+    )
+
+
+@pytest.mark.parametrize("is_stop", [True, False])
+def test_the_last_checkpoint_is_written_at_once(run: FakeTrainingLoop, is_stop: bool) -> None:
+    """No step follows, so that a copy would not save time."""
+    run.stager.on_trainer_created(fake_trainer(run, torch.tensor(1.0), {}))
+    run.step(save=True)
+    assert run.stager._writer.in_background is True
+    if is_stop:
+        run.ask_to_stop()
+        with pytest.raises(TrainingStopped):
+            run.step()
+    else:
+        run.state.max_steps = 2
+        run.step(save=True)
+    assert run.stager._writer.in_background is False and [message["step"] for message in run.sent("staged")] == [1, 2]
 
 
 def test_only_finite_values_are_reported(run: FakeTrainingLoop) -> None:

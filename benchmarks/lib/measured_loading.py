@@ -1,0 +1,85 @@
+"""Run the real training, and record the largest memory of this rank while the model is loaded and sharded.
+
+FINETUNE_TRAINER_MODULE selects this module. It writes `<work>/memory-<rank>.json`: the private bytes of the process (RssAnon) before the model
+is loaded, their peak until it is loaded and until training begins, and the logged losses. With BENCHMARK_LOADING=private, every rank converts
+the weights by itself.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from finetune_api.pod import RunConfig
+from finetune_api.status import Stage
+from finetune_trainer import model, train
+from finetune_trainer.channel import Channel
+from finetune_trainer.inputs import Inputs
+
+LOADING_VARIABLE = "BENCHMARK_LOADING"
+SAMPLE_SECONDS = 0.005
+preload = train.preload
+
+
+def main(run: RunConfig, channel: Channel, inputs: Inputs) -> None:
+    meter = MemoryMeter()
+    losses: list[float] = []
+    build, load, report_stage, report_log_line = (
+        train.TrainingSession._build_trainer, model.load_model, channel.report_stage, channel.report_log_line
+    )  # fmt: skip
+
+    def build_and_measure(self: Any, callbacks: Any) -> Any:
+        meter.start()
+        return build(self, callbacks)
+
+    def load_and_measure(*args: Any, **options: Any) -> Any:
+        result = load(*args, **options)
+        meter.loaded = meter.peak
+        return result
+
+    def note_stage(stage: Stage, detail: str | None = None) -> None:
+        if stage is Stage.TRAINING:
+            meter.stop()
+        report_stage(stage, detail)
+
+    def note_line(step: int, values: dict[str, Any]) -> None:
+        losses.extend([values["loss"]] if "loss" in values else [])
+        report_log_line(step, values)
+
+    if os.environ.get(LOADING_VARIABLE) == "private":
+        train.TrainingSession._shared_weights = lambda self: nullcontext((self.inputs, []))  # type: ignore[method-assign] # as before
+    model.load_model = load_and_measure
+    train.TrainingSession._build_trainer = build_and_measure  # type: ignore[method-assign] # to be measured
+    channel.report_stage, channel.report_log_line = note_stage, note_line  # type: ignore[method-assign] # likewise
+    train.main(run, channel, inputs)
+    result = {"before": meter.before, "loaded": meter.loaded, "peak": meter.peak, "losses": losses}
+    (channel.work / f"memory-{channel.rank}.json").write_text(json.dumps(result))
+
+
+class MemoryMeter:
+    """Samples the private memory of this process until `stop`."""
+
+    def __init__(self) -> None:
+        self.before = self.loaded = self.peak = 0
+        self._ended = threading.Event()
+
+    def start(self) -> None:
+        self.before = self.peak = private_bytes()
+        threading.Thread(target=self._sample, daemon=True).start()
+
+    def stop(self) -> None:
+        self._ended.set()
+
+    def _sample(self) -> None:
+        while not self._ended.wait(SAMPLE_SECONDS):
+            self.peak = max(self.peak, private_bytes())
+
+
+def private_bytes() -> int:
+    """Bytes of memory that only this process has, without the file cache, which processes share and the kernel may drop."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status["RssAnon"].split()[0]) * 1024

@@ -1,0 +1,101 @@
+"""How much host memory each rank needs while a model is loaded and sharded.
+
+    python -m benchmarks.loading_memory
+
+Method. A pod (supervisor and four ranks of the real trainer, on this machine's CPU) trains a Llama whose weights are stored in bf16 and loaded in
+32 bits (about 170 MB), as a full fine-tuning on GPUs does. Each rank samples its private memory (RssAnon) every 5 ms: bytes that no other process shares
+and that the kernel cannot drop. The result is the increase from the beginning of the loading to its peak, until the model is loaded and until the first
+step. Runs in which the ranks share one converted copy of the weights alternate with runs in which each rank converts all weights. The losses of all runs
+with the same strategy must be equal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+from pathlib import Path
+from typing import Any
+
+from benchmarks import record
+from benchmarks.lib.bench_pods import POD_PYTHONPATH, Workspace, open_workspace
+from tests.pod.pod_harness import Pod, run_config
+
+MODEL_SHAPE = {"hidden": 768, "layers": 8}
+RANKS = 4
+STRATEGIES: dict[str, dict[str, Any]] = {
+    "fsdp": {"strategy": "fsdp"}, "zero3": {"strategy": "deepspeed", "deepspeed": {"zeroStage": 3}},
+}  # fmt: skip
+
+
+def create_16_bit_model(workspace: Workspace) -> Path:
+    """Create the model in 16 bits and return its folder."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    source = Path(workspace.spec(MODEL_SHAPE)["model"]["source"].removeprefix("file://"))
+    folder = source.with_name(source.name + "-bf16")
+    shutil.copytree(source, folder)
+    AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+def run_training(workspace: Workspace, model: Path, strategy: str, loading: str, number: int) -> list[dict[str, Any]]:
+    """Train two steps. Returns the record of each rank (see `benchmarks.lib.measured_loading`)."""
+    name = f"{strategy}-{loading}-{number}"
+    spec = workspace.spec(
+        MODEL_SHAPE, method={"type": "full"}, checkpoint={"strategy": "no"}, tracking={"loggingSteps": 1}, distributed=STRATEGIES[strategy],
+        training={"maxSteps": 2, "batchSizePerDevice": 1, "gradientAccumulationSteps": 1, "learningRate": 1e-4},
+    ) | {"model": {"source": f"file://{model}"}}  # fmt: skip
+    environment = {
+        "PYTHONPATH": POD_PYTHONPATH, "FINETUNE_TRAINER_MODULE": "benchmarks.lib.measured_loading", "BENCHMARK_LOADING": loading,
+        **workspace.credentials,
+    }  # fmt: skip
+    with Pod(run_config(spec, workspace.target(name), processes=RANKS), workspace.folder / name, environment) as pod:
+        assert pod.end(580) == 0, pod.text[-3000:]
+    return [json.loads((pod.folder / "work" / f"memory-{rank}.json").read_text()) for rank in range(RANKS)]
+
+
+def measure_strategy(workspace: Workspace, model: Path, strategy: str, round_count: int) -> dict[str, Any]:
+    """Measure both kinds of loading in turn. Errors: AssertionError if the losses differ."""
+    ranks_by_loading: dict[str, list[dict[str, Any]]] = {"shared": [], "private": []}
+    losses: set[tuple[float, ...]] = set()
+    for number in range(round_count):
+        for loading in ranks_by_loading:
+            ranks = run_training(workspace, model, strategy, loading, number)
+            ranks_by_loading[loading] += ranks
+            losses.add(tuple(ranks[0]["losses"]))
+            print(f"{strategy} {loading}: {[round((one['peak'] - one['before']) / 1e6) for one in ranks]} MB", flush=True)
+    assert len(losses) == 1, f"the losses differ: {losses}"
+    return {"losses": list(losses.pop())} | {
+        f"{loading}Megabytes": {
+            until: summarize_increases([one[until] - one["before"] for one in ranks]) for until in ("loaded", "peak")
+        }
+        for loading, ranks in ranks_by_loading.items()
+    }  # fmt: skip
+
+
+def summarize_increases(increases: list[int]) -> dict[str, float]:
+    return {"median": round(statistics.median(increases) / 1e6, 1), "most": round(max(increases) / 1e6, 1)}
+
+
+def main() -> None:
+    """Measure and write the result."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--strategies", default=",".join(STRATEGIES))
+    parser.add_argument("--rounds", type=int, default=2)
+    options = parser.parse_args()
+    with open_workspace() as workspace:
+        model = create_16_bit_model(workspace)
+        measurements: dict[str, Any] = {
+            "ranks": RANKS, "rounds": options.rounds, "fileBytes": sum(file.stat().st_size for file in model.glob("*.safetensors")),
+        }  # fmt: skip
+        for strategy in options.strategies.split(","):
+            measurements[strategy] = measure_strategy(workspace, model, strategy, options.rounds)
+    print(json.dumps(measurements, indent=1))
+    print(record.write_result("loading_memory", measurements, method=record.extract_method(__doc__)))
+
+
+if __name__ == "__main__":
+    main()

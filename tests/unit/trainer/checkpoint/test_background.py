@@ -1,0 +1,142 @@
+"""Checkpoints in the background: the files contain the state of the step that was saved, and failures end the run."""
+
+from __future__ import annotations
+
+import errno
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+from finetune_api.errors import StorageError  # noqa: E402 - torch first: without it there is nothing to test
+from finetune_trainer.checkpoint.background import BackgroundWriter  # noqa: E402 - likewise
+from finetune_trainer.failure import classify_error  # noqa: E402 - likewise
+from finetune_trainer.library_internals import deferred_saves  # noqa: E402 - likewise
+
+
+@pytest.fixture
+def writer() -> BackgroundWriter:
+    writer = BackgroundWriter()
+    writer.in_background = True
+    return writer
+
+
+def save_state(writer: BackgroundWriter, file: Path, weight: Any) -> None:
+    """Save a checkpoint of one file, without completing it."""
+    with writer.collect_files():
+        torch.save({"weight": weight, "step": [1]}, file)
+
+
+def test_a_file_contains_the_values_at_the_time_of_the_save(writer: BackgroundWriter, tmp_path: Path) -> None:
+    weight = torch.arange(4.0)
+    save_state(writer, tmp_path / "a.pt", weight)
+    weight.zero_()
+    assert not (tmp_path / "a.pt").exists()
+    writer.finish_checkpoint()
+    writer.wait()
+    stored = torch.load(tmp_path / "a.pt")
+    assert stored["weight"].tolist() == [0.0, 1.0, 2.0, 3.0] and stored["step"] == [1]
+
+
+@pytest.mark.parametrize("method", ["transformers", "peft"])
+def test_weights_of_models_and_adapters_are_written_later(writer: BackgroundWriter, tmp_path: Path, method: str) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "vocab_size": 8}
+    model: Any = LlamaForCausalLM(LlamaConfig(**shape))
+    if method == "peft":
+        model = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
+    name = "adapter_model.safetensors" if method == "peft" else "model.safetensors"
+    model.save_pretrained(tmp_path / "at-once")
+    with writer.collect_files():
+        model.save_pretrained(tmp_path / "later")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert not (tmp_path / "later" / name).exists()
+    writer.finish_checkpoint()
+    writer.wait()
+    assert (tmp_path / "later" / name).read_bytes() == (tmp_path / "at-once" / name).read_bytes()
+
+
+def test_objects_without_a_state_dictionary_are_written_at_once(writer: BackgroundWriter, tmp_path: Path) -> None:
+    with writer.collect_files():
+        torch.save((1, 2), tmp_path / "arguments.bin")
+        assert torch.load(tmp_path / "arguments.bin") == (1, 2)
+
+
+def test_tasks_run_in_order_after_the_files(writer: BackgroundWriter, tmp_path: Path) -> None:
+    seen: list[Any] = []
+    save_state(writer, tmp_path / "a.pt", torch.ones(1))
+    writer.run_after_files(lambda: seen.append((tmp_path / "a.pt").exists()))
+    writer.run_after_files(lambda: seen.append(threading.current_thread().name))
+    assert seen == []
+    writer.finish_checkpoint()
+    writer.wait()
+    assert seen == [True, "checkpoint-writer"]
+
+
+def test_without_a_checkpoint_a_task_runs_at_once(writer: BackgroundWriter, tmp_path: Path) -> None:
+    """The final model is saved after training, outside a checkpoint."""
+    seen: list[str] = []
+    writer.run_after_files(lambda: seen.append("before"))
+    save_state(writer, tmp_path / "a.pt", torch.ones(1))
+    writer.finish_checkpoint()
+    writer.wait()
+    writer.run_after_files(lambda: seen.append("after"))
+    assert seen == ["before", "after"]
+
+
+def test_a_writer_that_is_not_in_the_background_writes_at_once(writer: BackgroundWriter, tmp_path: Path) -> None:
+    seen: list[str] = []
+    writer.in_background = False
+    save_state(writer, tmp_path / "a.pt", torch.ones(1))
+    assert (tmp_path / "a.pt").exists()
+    writer.run_after_files(lambda: seen.append(threading.current_thread().name))
+    writer.finish_checkpoint()
+    assert seen == ["MainThread"]
+
+
+def test_the_next_checkpoint_uses_the_memory_of_the_last_one(writer: BackgroundWriter) -> None:
+    weight, addresses = torch.ones(8), []
+    for _ in range(2):
+        writer._defer(lambda copies: addresses.append(copies["weight"].data_ptr()), {"weight": weight}, is_collective=False)
+        writer.finish_checkpoint()
+        writer.wait()
+    assert addresses[0] == addresses[1] != weight.data_ptr()
+
+
+def test_a_failure_in_the_background_is_raised_in_the_training_thread(writer: BackgroundWriter) -> None:
+    def fail() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    later: list[str] = []
+    with writer.collect_files():
+        writer.run_after_files(fail)
+        writer.run_after_files(lambda: later.append("reported"))
+    writer.finish_checkpoint()
+    with pytest.raises(OSError, match="No space left") as raised:
+        writer.wait()
+    failure, is_origin = classify_error(raised.value)
+    assert isinstance(failure, StorageError) and failure.code == "LocalDiskFull" and is_origin
+    assert later == [], "an incomplete checkpoint is not reported"
+    with pytest.raises(OSError, match="No space left"):
+        writer.raise_failure()
+
+
+def test_the_functions_of_the_libraries_are_restored() -> None:
+    import peft.peft_model
+    import torch.distributed.checkpoint as sharded
+    import transformers.modeling_utils
+
+    def functions() -> tuple[Any, ...]:
+        return torch.save, transformers.modeling_utils.safe_save_file, peft.peft_model.safe_save_file, sharded.save
+
+    before = functions()
+    with pytest.raises(RuntimeError), deferred_saves(lambda save, values, is_collective: None):
+        assert [now is old for now, old in zip(functions(), before, strict=True)] == [False] * 4
+        raise RuntimeError
+    assert functions() == before

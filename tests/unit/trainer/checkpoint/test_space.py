@@ -1,0 +1,81 @@
+"""The estimated size of a checkpoint, and whether its copies fit into the pod's memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+from finetune_trainer import host_memory  # noqa: E402 - torch first: without it there is nothing to test
+from finetune_trainer.checkpoint import space  # noqa: E402 - likewise
+
+
+def trainer_after_a_step(*, writes_weights: bool = True, **flags: bool) -> Any:
+    """A trainer with 6 parameters of 4 bytes, of which the optimizer holds two moments and one 4-byte step count for each of two tensors."""
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(2)).sum().backward()
+    optimizer.step()
+    args = SimpleNamespace(should_save=writes_weights, device=torch.device("cpu"))
+    return SimpleNamespace(args=args, model=model, optimizer=optimizer, **({"is_fsdp_enabled": False, "is_deepspeed_enabled": False} | flags))
+
+
+def test_the_size_of_the_first_checkpoint_is_estimated() -> None:
+    """A checkpoint contains each trained weight and two moments of the optimizer for this weight."""
+    model = torch.nn.Linear(2, 2)
+    assert space.estimated_size(model) == 6 * (4 + 8)
+    model.bias.requires_grad = False
+    assert space.estimated_size(model) == 4 * (4 + 8)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, 24 + 48 + 8), ({"writes_weights": False}, 48 + 8), ({"is_fsdp_enabled": True}, 2 * 24 + 48 + 8),
+        ({"is_deepspeed_enabled": True}, 2 * (24 + 48 + 8)),
+    ],
+)  # fmt: skip
+def test_copies_contain_the_optimizer_state_and_on_one_rank_the_weights(options: dict[str, bool], expected: int) -> None:
+    assert space.copy_bytes(trainer_after_a_step(**options)) == expected
+
+
+@pytest.mark.parametrize(("free", "fits"), [(80, True), (79, False)])
+def test_copies_must_leave_a_reserve_of_memory(monkeypatch: pytest.MonkeyPatch, free: int, fits: bool) -> None:
+    monkeypatch.setattr(space, "available_bytes", lambda: free + space.MEMORY_RESERVE_BYTES)
+    copies = space.space_for_copies(trainer_after_a_step(), 1)
+    assert (copies.needed, copies.available, copies.fits) == (80, free + space.MEMORY_RESERVE_BYTES, fits)
+
+
+@pytest.mark.parametrize(
+    ("needed", "available", "expected"),
+    [([1, 2, 3, 4], [50, 40, 30, 20], (7, 20)), ([30, 2, 3, 4], [50, 40, 60, 70], (32, 40))],
+)  # fmt: skip
+def test_the_pod_with_the_least_free_memory_decides(
+    monkeypatch: pytest.MonkeyPatch, needed: list[int], available: list[int], expected: tuple[int, int]
+) -> None:
+    """Four ranks in two pods. The ranks of a pod share its memory."""
+    numbers = iter([needed, available])
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(space, "_share_with_ranks", lambda *_: next(numbers))
+    copies = space.space_for_copies(trainer_after_a_step(), 4)
+    assert (copies.needed, copies.available) == expected
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"memory.max": "1000", "memory.current": "700", "memory.stat": "anon 600\ninactive_file 50"}, 350),
+        ({"memory.max": "max", "memory.current": "700", "memory.stat": "inactive_file 50"}, None),
+        ({"memory/memory.limit_in_bytes": "1000", "memory/memory.usage_in_bytes": "900", "memory/memory.stat": "total_inactive_file 10"}, 110),
+        ({}, None),
+    ],
+)  # fmt: skip
+def test_available_memory_is_that_of_the_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, str], expected: int | None) -> None:
+    monkeypatch.setattr(host_memory.psutil, "virtual_memory", lambda: SimpleNamespace(available=10**6))
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text + "\n")
+    assert host_memory.available_bytes(tmp_path) == (10**6 if expected is None else expected)
