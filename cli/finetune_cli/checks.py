@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,11 +16,12 @@ from finetune_api.support import unsupported_fields
 from pydantic import ValidationError
 
 from finetune_cli.field_errors import FieldError, field_errors, is_within, locations_to_remove
-from finetune_cli.fields import fields, get_value, group_example
+from finetune_cli.fields import get_value
 from finetune_cli.manifests import Manifest
 from finetune_cli.mistakes import Mistake
 from finetune_cli.redaction import contains_secret
-from finetune_cli.suggestions import closest_name, suggest_field
+from finetune_cli.suggestions import closest_name
+from finetune_cli.unknown_fields import find_unknown_fields
 
 
 @dataclass(frozen=True)
@@ -53,30 +53,22 @@ def check_manifest(
         message = "the spec is missing" if raw_spec is None else "the spec is not a mapping"
         mistake = Mistake(manifest.location("spec"), "spec", message, "write `spec:` followed by its fields")
         return None, [*findings, Finding(mistake, "SpecMissing")]
+    unknown_fields = list(find_unknown_fields(raw_spec))
     raw_spec = without_nulls(raw_spec)
-    findings += _find_unknown_fields(manifest, raw_spec)
+    findings += [_make_finding(manifest, field.path, field.message, field.hint, "UnknownField") for field in unknown_fields]
     spec, field_errors = _load_spec(raw_spec)
     findings += [
         _make_finding(manifest, error.path, error.message, error.hint, "ValueInvalid")
         for error in field_errors
-        if not error.is_unknown
+        if not error.is_unknown and not any(is_within(error.path, field.path) for field in unknown_fields)
     ]
     if spec is not None:
-        unsupported_problems = unsupported_fields(spec)
-        problems = [
-            problem for problem in check(spec, target=target) if not _is_about_unsupported_field(problem, unsupported_problems)
-        ]
+        # A field that the user wrote under an unknown name is not missing.
+        misnamed_paths = {field.suggested_path for field in unknown_fields}
         findings += [
             _make_finding(manifest, problem.path, problem.message, problem.hint, problem.code)
-            for problem in (*problems, *unsupported_problems)
-            if not (
-                target is ExecutionTarget.LOCAL
-                and problem.code == "SourceInvalid"
-                and _is_local_path(raw_spec, problem.path)
-            )
-            and not any(
-                is_within(problem.path, other.path) or is_within(other.path, problem.path) for other in field_errors
-            )
+            for problem in _broken_rules(spec, raw_spec, target)
+            if problem.path not in misnamed_paths and not any(_is_caused_by(problem, error) for error in field_errors)
         ]
         findings += [
             _make_finding(manifest, warning.path, warning.message, warning.hint, warning.code, is_error=False)
@@ -84,6 +76,23 @@ def check_manifest(
         ]
     findings += _find_secrets(manifest, raw_spec)
     return spec, findings
+
+
+def _is_caused_by(problem: Problem, error: FieldError) -> bool:
+    """Whether a rule is broken because the invalid value was removed: at the same path, or because a source of the group is missing."""
+    is_missing_source = problem.code in ("ModelMissing", "DatasetMissing") and is_within(error.path, problem.path.partition(".")[0])
+    return is_missing_source or is_within(problem.path, error.path) or is_within(error.path, problem.path)
+
+
+def _broken_rules(spec: FineTuneJobSpec, raw_spec: dict[str, Any], target: ExecutionTarget) -> list[Problem]:
+    """Return the problems of a spec that can be read: broken rules, and fields that this release does not implement."""
+    unsupported_problems = unsupported_fields(spec)
+    problems = [problem for problem in check(spec, target=target) if not _is_about_unsupported_field(problem, unsupported_problems)]
+    is_local = target is ExecutionTarget.LOCAL
+    return [
+        problem for problem in (*problems, *unsupported_problems)
+        if not (is_local and problem.code == "SourceInvalid" and _is_local_path(raw_spec, problem.path))
+    ]  # fmt: skip
 
 
 def _make_finding(manifest: Manifest, path: str, message: str, hint: str, code: str, *, is_error: bool = True) -> Finding:
@@ -150,13 +159,23 @@ def _check_metadata(manifest: Manifest) -> Iterator[Finding]:
     metadata = manifest.value.get("metadata")
     message = invalid_name(manifest.name)
     if message:
-        hint = f"write at most {MAX_NAME_LENGTH} characters a-z, 0-9 and -, beginning with a letter"
+        hint = _name_hint(manifest.name, metadata)
         yield Finding(Mistake(manifest.location("metadata.name"), "metadata.name", message, hint), "NameInvalid")
     if isinstance(metadata, dict):
         yield from (
             _unknown_key_finding(manifest, key, METADATA_KEYS, "metadata.") for key in metadata if key not in METADATA_KEYS
         )
         yield from _find_unquoted_values(manifest, metadata)
+
+
+def _name_hint(name: str, metadata: Any) -> str:
+    """Return what to write instead of a missing or invalid name: the corrected name, or the rule for names."""
+    rule = f"write at most {MAX_NAME_LENGTH} characters a-z, 0-9 and -, beginning with a letter"
+    if not name and isinstance(metadata, dict) and metadata.get("generateName"):
+        return f"only `kubectl create` uses generateName, so {rule}"
+    corrected = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    is_corrected = bool(corrected) and corrected != name and not invalid_name(corrected)
+    return f"{rule}, for example {corrected}" if is_corrected else rule
 
 
 def invalid_name(name: str) -> str:
@@ -189,61 +208,7 @@ def _find_unquoted_values(manifest: Manifest, metadata: dict[str, Any]) -> Itera
             yield Finding(mistake, "ValueInvalid")
 
 
-# --- unknown fields and invalid values ------------------------------------------------------------------------------
-
-
-def _find_unknown_fields(manifest: Manifest, raw_spec: dict[str, Any]) -> Iterator[Finding]:
-    """Yield an error for each field that the schema does not have, with the most similar field of the schema as the hint."""
-    is_group_by_path = {field.path: field.is_group or field.kind.startswith("list of group") for field in fields()}
-    map_paths = {field.path for field in fields() if field.kind.startswith("map of")}
-    yield from _find_unknown_fields_below(manifest, raw_spec, "spec", "spec", is_group_by_path, map_paths)
-
-
-def _find_unknown_fields_below(
-    manifest: Manifest, value: dict[str, Any], path: str, pattern: str, is_group_by_path: dict[str, bool], map_paths: set[str]
-) -> Iterator[Finding]:
-    """Check the fields of one group. `path` contains list indexes (`rewards[0]`). `pattern` is the same path with `[]` (`rewards[]`)."""
-    for key, field_value in value.items():
-        field_path, field_pattern = f"{path}.{key}", f"{pattern}.{key}"
-        if "." in key:
-            message = "a key with dots does not select a nested field"
-            yield Finding(
-                Mistake(manifest.location(field_path), field_path, message, f"write {_nested_yaml(key, field_value)}"),
-                "UnknownField",
-            )
-        elif field_pattern not in is_group_by_path:
-            yield Finding(
-                Mistake(manifest.location(field_path), field_path, "unknown field", _suggest_field_hint(field_pattern, is_group_by_path)),
-                "UnknownField",
-            )
-        elif field_pattern in map_paths:
-            continue
-        elif isinstance(field_value, dict) and is_group_by_path[field_pattern]:
-            yield from _find_unknown_fields_below(manifest, field_value, field_path, field_pattern, is_group_by_path, map_paths)
-        elif isinstance(field_value, list):
-            for i, item in enumerate(field_value):
-                if isinstance(item, dict):
-                    yield from _find_unknown_fields_below(
-                        manifest, item, f"{field_path}[{i}]", f"{field_pattern}[]", is_group_by_path, map_paths
-                    )
-
-
-def _nested_yaml(key: str, value: Any) -> str:
-    """Return a dotted key and its value as nested YAML: `training: {learningRate: 0.5}`."""
-    *groups, field_name = key.split(".")
-    text = f"{field_name}: {json.dumps(value) if isinstance(value, str | int | float | bool | None) else '...'}"
-    for group in reversed(groups):
-        text = f"{group}: {{{text}}}"
-    return text
-
-
-def _suggest_field_hint(path: str, known_paths: dict[str, bool]) -> str:
-    """Suggest a field to write instead of an unknown field. If the suggested field is a group, add an example of its fields."""
-    closest = suggest_field(path, known_paths)
-    if not closest:
-        return "`finetune explain` lists all fields"
-    example = group_example(closest.removeprefix("spec."))
-    return f"did you mean {closest}?" + (f" For example {example}" if example else "")
+# --- invalid values ------------------------------------------------------------------------------
 
 
 def _load_spec(raw_spec: dict[str, Any]) -> tuple[FineTuneJobSpec | None, list[FieldError]]:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from finetune_api.patterns import FORMS
 from pydantic import ValidationError
 
-from finetune_cli.fields import example_of, group_example
-
-SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+from finetune_cli.value_hints import hint_for_value, text_of
 
 
 @dataclass(frozen=True)
@@ -41,7 +39,8 @@ def field_errors(error: ValidationError, known_errors: Iterable[FieldError] = ()
             is_within(other.path, path.rpartition(".")[0] or path) for other in earlier_errors
         ):
             continue
-        yield FieldError(path, _message(details), _hint(details, path), details["type"] == "extra_forbidden")
+        hint = hint_for_value(details["type"], details["input"], path, details.get("ctx", {}))
+        yield FieldError(path, _message(details), hint, details["type"] == "extra_forbidden")
 
 
 def locations_to_remove(error: ValidationError) -> Iterator[tuple[Any, ...]]:
@@ -66,36 +65,8 @@ def _message(details: Any) -> str:
     value = details["input"]
     if details["type"] == "string_too_short":
         return "the value is empty"
-    value_text = f"{value!r}: " if isinstance(value, str | int | float) and len(str(value)) <= 200 else ""
+    value_text = text_of(value) if isinstance(value, str | int | float) and len(str(value)) <= 200 else ""
     if details["type"] == "string_pattern_mismatch":
-        return f"{value_text}the value does not have the required form"
-    return value_text + str(details["msg"]).removeprefix("Value error, ").removeprefix("Input ")
-
-
-def _hint(details: Any, path: str) -> str:
-    """Return an example of a valid value if the message alone does not say what to write."""
-    if details["type"] in ("missing", "string_too_short", "string_pattern_mismatch", "list_type"):
-        return field_example_hint(path)
-    if details["type"] in ("model_type", "model_attributes_type", "dict_type"):
-        return group_example_hint(path)
-    seconds = _seconds(details["input"]) if path.endswith("Seconds") else None
-    return f"write {seconds}" if seconds is not None else ""
-
-
-def field_example_hint(path: str) -> str:
-    """Return a hint with an example of the field in YAML, or an empty string without an example."""
-    example = example_of(path)
-    return f"for example {path.rpartition('.')[2]}: {example}" if example else ""
-
-
-def group_example_hint(path: str) -> str:
-    """Return a hint with an example of the group in YAML, or an empty string without an example."""
-    example = group_example(path)
-    return f"write for example {example}" if example else ""
-
-
-def _seconds(value: Any) -> int | None:
-    """Convert a duration such as `1h`, `30m` or `1h30m` to seconds. Return None for any other value."""
-    if not isinstance(value, str) or not re.fullmatch(r"(\d+[smhd])+", value):
-        return None
-    return sum(int(number) * SECONDS[unit] for number, unit in re.findall(r"(\d+)([smhd])", value))
+        return f"{value_text or 'the value'} {FORMS.get(details['ctx']['pattern'], 'does not have the required form')}"
+    message = str(details["msg"]).removeprefix("Value error, ").removeprefix("Input ").replace("a valid array", "a list")
+    return f"{value_text}: {message}" if value_text else message

@@ -69,7 +69,7 @@ def kind_of(schema: dict[str, Any]) -> str:
 def example_of(path: str) -> str:
     """Return the example in the description of a field below spec, or an empty string without an example."""
     field = fields_by_path().get(re.sub(r"\[\d+\]", "[]", f"spec.{path}"))
-    match = re.search(r"Example: `(.*)`", field.description) if field else None
+    match = re.search(r"Example: `(.*?)`\.?(?: Values:|$)", field.description) if field else None
     return match.group(1) if match else ""
 
 

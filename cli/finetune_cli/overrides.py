@@ -7,11 +7,12 @@ import shlex
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from finetune_cli.field_errors import field_example_hint, group_example_hint, is_within
+from finetune_cli.field_errors import is_within
 from finetune_cli.fields import Field, example_of, fields, group_example
 from finetune_cli.mistakes import InvalidInput, Mistake
 from finetune_cli.provenance import AssignedValue, ValueOrigin
 from finetune_cli.suggestions import suggest_field
+from finetune_cli.value_hints import field_example_hint, group_example_hint
 from finetune_cli.yaml_reader import parse_value
 
 FIELD_OF_OPTION = {

@@ -8,12 +8,15 @@ from collections.abc import Iterable
 
 from finetune_api.aliases import field_for_alias, normalise
 
+COMMON_NAMES = ("name", "key", "type", "value", "values", "source", "format", "columns", "weight", "operator")
+"""Names that fields of several unrelated groups have. Such a name does not show which field the user means."""
+
 
 def suggest_field(path: str, known_paths: Iterable[str]) -> str:
     """Return the field that an unknown path probably means, or an empty string if no field is similar.
 
     `path` and `known` may begin with `spec.`. Precedence: another spelling of a field in the same group (`batch_size`), a usual name in
-    other tools (`lr`), a similar name.
+    other tools (`lr`), the same name in another group, a similar name.
     """
     candidates = list(known_paths)
     group, _, name = path.rpartition(".")
@@ -21,7 +24,17 @@ def suggest_field(path: str, known_paths: Iterable[str]) -> str:
     other_spelling = next((field for field in same_group if normalise(field.rpartition(".")[2]) == normalise(name)), "")
     prefix = "spec." if path.startswith("spec.") else ""
     alias = field_for_alias(path.removeprefix("spec."))
-    return other_spelling or (prefix + alias if prefix + alias in candidates else "") or closest_name(path, candidates)
+    known_alias = prefix + alias if prefix + alias in candidates else ""
+    return other_spelling or known_alias or _field_elsewhere(path, candidates) or closest_name(path, candidates)
+
+
+def _field_elsewhere(path: str, candidates: list[str]) -> str:
+    """Return the field with the same name in another group: below the same group, or if it is the only field with this name."""
+    group, _, name = path.rpartition(".")
+    same_name = [field for field in candidates if normalise(field.rpartition(".")[2]) == normalise(name)]
+    below_group = [field for field in same_name if group and field.startswith(f"{group}.")]
+    found = below_group or (same_name if name not in COMMON_NAMES else [])
+    return found[0] if len(found) == 1 else ""
 
 
 def closest_name(word: str, known_names: Iterable[str]) -> str:
@@ -42,7 +55,8 @@ def closest_name(word: str, known_names: Iterable[str]) -> str:
     )
     if not dot:
         return same_prefix if len(tail) > 1 else ""
-    name_in_other_group = next((candidate for candidate in candidates if candidate.rpartition(".")[2] == tail), "")
+    other_groups = (candidate for candidate in candidates if candidate.rpartition(".")[2] == tail and tail not in COMMON_NAMES)
+    name_in_other_group = next(other_groups, "")
     return same_prefix or name_in_other_group or ("" if siblings else _most_similar(word, candidates, 0.8))
 
 

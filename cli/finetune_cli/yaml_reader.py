@@ -6,6 +6,7 @@ An unquoted `no` is read as false. Converters that expect a word turn false back
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +16,7 @@ from finetune_cli.redaction import SECRET_NAME_PATTERN
 MAX_NODES = 20_000
 """Maximum number of values, more than any configuration has. With nested aliases, a few lines could expand to billions of values."""
 MAX_QUOTED = 80
+TEMPLATE_HINT = "a template must be rendered first, for example with `helm template`"
 SCALAR_TAGS = frozenset({"null", "bool", "int", "float", "str", "timestamp", "value"})
 
 
@@ -71,7 +73,8 @@ def read_trees(text: str) -> list[Tree]:
     except MarkedYAMLError as error:
         error_position = error.problem_mark or error.context_mark
         raise InvalidYaml(
-            f"invalid YAML: {error.problem or error.context}{_quoted_line(text, error_position)}", error_position.line + 1 if error_position else 0
+            f"invalid YAML: {error.problem or error.context}{_quoted_line(text, error_position)}{_yaml_hint(text, error_position)}",
+            error_position.line + 1 if error_position else 0,
         ) from None
     except YAMLError as error:
         raise InvalidYaml(f"invalid YAML: {str(error).splitlines()[0]}") from None
@@ -86,6 +89,15 @@ def _quoted_line(text: str, error_position: Any) -> str:
     if SECRET_NAME_PATTERN.search(line):
         return ""
     return f", in the line `{line[:MAX_QUOTED]}`" if line else ""
+
+
+def _yaml_hint(text: str, error_position: Any) -> str:
+    """Return what to write, as the end of a message, for usual causes of invalid YAML: tabs, and templates."""
+    lines = text.splitlines()
+    line = lines[error_position.line] if error_position and error_position.line < len(lines) else ""
+    if re.match(r" *\t", line):
+        return "; indent with spaces, because YAML allows no tabs there"
+    return f"; {TEMPLATE_HINT}" if "{{" in line or "{%" in line else ""
 
 
 def _build_tree(node: Any) -> Tree:
@@ -149,7 +161,8 @@ class _NodeReader:
         for key_node, value_node in node.value:
             line = key_node.start_mark.line + 1
             if key_node.id != "scalar":
-                self._add_problem(line, prefix, "a key must be plain text", "write key: value")
+                is_template = key_node.id == "mapping" and key_node.flow_style
+                self._add_problem(line, prefix, "a key must be plain text", TEMPLATE_HINT if is_template else "write key: value")
                 continue
             key = str(key_node.value)
             path = f"{prefix}.{key}" if prefix else key

@@ -1,4 +1,4 @@
-"""Option names of other tools, and the equivalent FineTuneJob fields. If a spec contains another tool's name, the error message suggests the field."""
+"""Names of options and values in other tools, and ours. If a spec contains another tool's name, the error message suggests our name."""
 
 from __future__ import annotations
 
@@ -13,18 +13,25 @@ FIELD_ALIASES: dict[str, str] = {
     # method
     "r": "method.lora.rank", "lorar": "method.lora.rank", "lorarank": "method.lora.rank", "loraalpha": "method.lora.alpha",
     "loradropout": "method.lora.dropout", "targetmodules": "method.lora.targetModules", "loratargetmodules": "method.lora.targetModules",
-    "usedora": "method.lora.useDora", "userslora": "method.lora.rankStabilized", "peft": "method.lora", "finetuningtype": "method.type",
+    "usedora": "method.lora.useDora", "userslora": "method.lora.rankStabilized", "peft": "method.lora", "method.qlora": "method.lora",
+    "method.dora": "method.lora", "loraconfig": "method.lora", "finetuningtype": "method.type",
     # data
     "data": "dataset.train", "datapath": "dataset.train", "datasetpath": "dataset.train", "trainfile": "dataset.train", "trainpath": "dataset.train",
     "traindata": "dataset.train", "trainingdata": "dataset.train", "trainingfile": "dataset.train", "dataset.path": "dataset.train",
-    "dataset.name": "dataset.train", "dataset.source": "dataset.train", "valdata": "dataset.validation", "valpath": "dataset.validation",
+    "dataset.name": "dataset.train", "dataset.source": "dataset.train", "dataset.val": "dataset.validation", "dataset.eval": "dataset.validation",
+    "dataset.valid": "dataset.validation", "dataset.type": "dataset.format",
+    "valsetsize": "dataset.split.validation", "validationsplit": "dataset.split.validation", "testsize": "dataset.split.test",
+    "dataset.system": "dataset.systemPrompt",
+    "valdata": "dataset.validation", "valpath": "dataset.validation",
     "evaldata": "dataset.validation", "evalpath": "dataset.validation", "validationfile": "dataset.validation", "evaldataset": "dataset.validation",
     "maxlength": "dataset.maxSequenceLength", "maxseqlength": "dataset.maxSequenceLength", "maxseqlen": "dataset.maxSequenceLength",
     "sequencelen": "dataset.maxSequenceLength", "cutofflen": "dataset.maxSequenceLength", "contextlength": "dataset.maxSequenceLength",
     "modelmaxlength": "dataset.maxSequenceLength", "samplepacking": "dataset.packing", "trainonresponsesonly": "dataset.responseOnly.enabled",
     # training
     "lr": "training.learningRate", "numepochs": "training.epochs", "nepochs": "training.epochs", "numtrainepochs": "training.epochs",
-    "training.steps": "training.maxSteps", "batchsize": "training.batchSizePerDevice", "microbatchsize": "training.batchSizePerDevice",
+    "training.steps": "training.maxSteps", "maxtrainsteps": "training.maxSteps", "numtrainsteps": "training.maxSteps", "totalsteps": "training.maxSteps",
+    "iterations": "training.maxSteps", "iters": "training.maxSteps", "numsteps": "training.maxSteps", "batchsize": "training.batchSizePerDevice",
+    "microbatchsize": "training.batchSizePerDevice",
     "trainbatchsize": "training.batchSizePerDevice", "perdevicetrainbatchsize": "training.batchSizePerDevice",
     "gradaccsteps": "training.gradientAccumulationSteps", "gradaccumulation": "training.gradientAccumulationSteps",
     "gradientaccumulation": "training.gradientAccumulationSteps", "optim": "training.optimizer", "lrscheduler": "training.scheduler",
@@ -37,6 +44,8 @@ FIELD_ALIASES: dict[str, str] = {
     "perdeviceevalbatchsize": "evaluation.batchSizePerDevice", "evalsteps": "evaluation.steps", "evalstrategy": "evaluation.strategy",
     "evaluationstrategy": "evaluation.strategy", "savesteps": "checkpoint.steps", "checkpointsteps": "checkpoint.steps",
     "savestrategy": "checkpoint.strategy", "savetotallimit": "checkpoint.keep", "resumefromcheckpoint": "checkpoint.resume",
+    "checkpoint.every": "checkpoint.steps", "checkpoint.interval": "checkpoint.steps", "checkpoint.frequency": "checkpoint.steps",
+    "evaluation.every": "evaluation.steps", "evaluation.interval": "evaluation.steps", "resumefrom": "checkpoint.resume",
     "loadbestmodelatend": "checkpoint.loadBestAtEnd", "logsteps": "tracking.loggingSteps", "wandb": "tracking.reportTo", "report": "tracking.reportTo",
     # cluster
     "gpu": "resources.gpusPerNode", "gpus": "resources.gpusPerNode", "numgpus": "resources.gpusPerNode", "ngpus": "resources.gpusPerNode",
@@ -44,11 +53,66 @@ FIELD_ALIASES: dict[str, str] = {
     "replicas": "resources.nodes", "workers": "resources.nodes", "numworkers": "resources.nodes", "cpus": "resources.cpu", "numcpus": "resources.cpu",
     "ram": "resources.memory", "mem": "resources.memory", "disk": "resources.ephemeralStorage", "shm": "resources.sharedMemory",
     "shmsize": "resources.sharedMemory", "zerostage": "distributed.deepspeed.zeroStage", "outputdir": "storage.uri", "bucket": "storage.uri",
+    "nvidia.com/gpu": "resources.gpusPerNode",
+    "gputype": "resources.nodePool", "gpumodel": "resources.nodePool", "accelerator": "resources.nodePool", "acceleratortype": "resources.nodePool",
+    "instancetype": "resources.nodePool", "machinetype": "resources.nodePool", "nodetype": "resources.nodePool", "pool": "resources.nodePool",
+    "accesskey": "storage.credentialsSecretRef", "accesskeyid": "storage.credentialsSecretRef", "awsaccesskeyid": "storage.credentialsSecretRef",
+    "secretkey": "storage.credentialsSecretRef", "secretaccesskey": "storage.credentialsSecretRef", "awssecretaccesskey": "storage.credentialsSecretRef",
+    "credentials": "storage.credentialsSecretRef", "secretname": "storage.credentialsSecretRef", "secretref": "storage.credentialsSecretRef",
+    "storage.path": "storage.uri", "storage.url": "storage.uri", "storage.prefix": "storage.uri", "storage.endpointurl": "storage.endpoint",
+    "forcepathstyle": "storage.addressingStyle", "s3forcepathstyle": "storage.addressingStyle", "pathstyle": "storage.addressingStyle",
+    "insecure": "storage.caBundleRef", "insecureskipverify": "storage.caBundleRef", "verifyssl": "storage.caBundleRef", "cabundle": "storage.caBundleRef",
+    "placement.env[].valuefrom": "placement.env[].secretKeyRef", "affinity": "placement.nodeAffinity",
     "queue": "placement.queueName", "localqueue": "placement.queueName", "timeout": "policy.activeDeadlineSeconds",
-    "maxruntime": "policy.activeDeadlineSeconds", "maxretries": "policy.retries", "backofflimit": "policy.retries",
+    "maxruntime": "policy.activeDeadlineSeconds", "deadline": "policy.activeDeadlineSeconds", "policy.ttldays": "policy.ttlSecondsAfterFinished",
+    "ttl": "policy.ttlSecondsAfterFinished",
+    "restartpolicy": "policy.retries", "maxretries": "policy.retries", "backofflimit": "policy.retries",
     "pushtohub": "output.hub.push", "hubmodelid": "output.hub.repository",
 }  # fmt: skip
 """Maps option names of other tools to spec paths. Names are in lower case without `_` and `-`. A key `group.name` applies only in the group `group`."""
+
+VALUE_ALIASES: dict[str, dict[str, str]] = {
+    "method.type": {"peft": "lora", "fft": "full", "fullfinetuning": "full", "fullfinetune": "full", "ptuning": "promptTuning", "prefix": "prefixTuning"},
+    "trainer.type": {
+        "sfttrainer": "sft", "supervised": "sft", "instruction": "sft", "dpotrainer": "dpo", "grpotrainer": "grpo", "ktotrainer": "kto", "orpotrainer": "orpo",
+        "rewardtrainer": "reward", "rewardmodel": "reward", "rm": "reward",
+    },
+    "model.dtype": {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"},
+    "model.attention": {
+        "flash": "flashAttention2", "flashattention": "flashAttention2", "flashattn": "flashAttention2", "flashattn2": "flashAttention2",
+        "fa2": "flashAttention2", "xformers": "sdpa",
+    },
+    "dataset.format": {
+        "chat": "messages", "chatml": "messages", "openai": "messages", "conversation": "messages", "conversations": "sharegpt", "chattemplate": "messages",
+        "text": "plainText", "raw": "plainText", "completion": "plainText", "pretraining": "plainText", "dpo": "preference", "orpo": "preference",
+        "pairwise": "preference", "kto": "unpairedPreference", "prompt": "promptOnly", "grpo": "promptOnly", "inputoutput": "promptCompletion",
+        "multiplechoice": "mcq", "questionanswer": "qa",
+    },
+    "dataset.fileFormat": {"ndjson": "jsonl", "tsv": "csv", "text": "txt", "pq": "parquet"},
+    "training.mixedPrecision": {
+        "bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float32": "no", "fp32": "no", "none": "no", "true": "auto", "false": "no",
+    },
+    "training.gradientCheckpointing": {"true": "enabled", "false": "disabled", "yes": "enabled", "none": "disabled"},
+    "training.scheduler": {
+        "cosinewithhardrestarts": "cosineWithRestarts", "cosineannealing": "cosine", "cosineannealinglr": "cosine", "wsd": "warmupStableDecay",
+    },
+    "training.device": {"gpu": "cuda", "nvidia": "cuda", "cuda:0": "cuda"},
+    "distributed.strategy": {
+        "dp": "ddp", "distributeddataparallel": "ddp", "multigpu": "ddp", "fsdp2": "fsdp", "fullshard": "fsdp", "zero": "deepspeed",
+        "single": "none", "false": "none",
+    },
+    "checkpoint.strategy": {"step": "steps", "epochs": "epoch", "none": "no", "never": "no", "false": "no"},
+    "evaluation.strategy": {"step": "steps", "epochs": "epoch", "none": "no", "never": "no", "false": "no"},
+    "evaluation.metrics": {"acc": "accuracy", "ppl": "perplexity", "rougel": "rouge"},
+    "tracking.reportTo": {"tb": "tensorboard", "weightsandbiases": "wandb"},
+    "storage.addressingStyle": {"virtualhosted": "virtual", "host": "virtual", "true": "path"},
+    "output.export": {"huggingface": "safetensors", "pytorch": "safetensors"},
+    "placement.tolerations[].operator": {"equals": "Equal", "=": "Equal", "==": "Equal", "exist": "Exists"},
+    "placement.nodeAffinity[].operator": {"=": "In", "==": "In", "equal": "In", "equals": "In", "!=": "NotIn", ">": "Gt", "<": "Lt"},
+    "evaluation.gates[].op": {"<": "lt", "<=": "le", ">": "gt", ">=": "ge", "min": "ge", "max": "le"},
+    "encryption.type": {"aws:kms": "kms", "ssekms": "kms", "aes256": "s3", "sses3": "s3", "ssec": "customerKey"},
+}  # fmt: skip
+"""Maps usual names of values to our values, by field. The usual names are in lower case without `_` and `-`; `true` and `false` are YAML's booleans."""
 
 OPTIMIZER_ALIASES: dict[str, str] = {
     "adam": "adamw_torch_fused", "adamw": "adamw_torch_fused", "adamw_hf": "adamw_torch_fused", "adamwtorch": "adamw_torch",

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, NamedTuple
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from finetune_api.base import DEFAULT_KEY, Group, nested_group
 from finetune_api.names import Origin
@@ -30,7 +30,7 @@ from finetune_api.rules import (
     warnings,
     world_size,
 )
-from finetune_api.spec import FineTuneJobSpec
+from finetune_api.spec import FineTuneJobSpec, load_spec
 from finetune_api.spec.cluster import StorageRoot
 from finetune_api.spec.enums import IntervalStrategy, LoraInit, MethodType, StrategyType, TrainerBackend, TrainerType
 from finetune_api.spec.method import Method
@@ -182,6 +182,24 @@ def _storage_defaults(spec: FineTuneJobSpec, platform_defaults: PlatformDefaults
 FROM_PLATFORM = (
     "resources.gpuResource", "resources.nodePool", "resources.cpu", "resources.memory", "resources.ephemeralStorage", "resources.sharedMemory",
 )  # fmt: skip
+
+
+LATE_DEFAULTS = ("dataset.maxSequenceLength", "dataset.useChatTemplate", "dataset.numProc")
+"""Defaults that depend on the model or the pod. The trainer fills them in and reports them for `status.resolved.defaults`."""
+
+
+def valid_late_defaults(reported: Any) -> dict[str, Any]:
+    """Return the late defaults of a pod's report that have a valid value. All other entries are dropped, because a report can contain any value."""
+    result: dict[str, Any] = {}
+    for path in LATE_DEFAULTS:
+        group, _, name = path.partition(".")
+        try:
+            value = load_spec({group: {name: reported.get(path)}}).value(path) if isinstance(reported, dict) else None
+        except ValidationError:
+            continue
+        if value is not None:
+            result[path] = value
+    return result
 
 
 FORMER_DEFAULTS = ("model.ligerKernels",)

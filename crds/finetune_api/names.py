@@ -72,8 +72,6 @@ class Annotation(StrEnum):
     """On a FineTuneJob from `finetune rerun`: name and uid of the original job."""
     FROM_STEP = f"{GROUP}/from-step"
     """On a FineTuneJob from `finetune rerun`: optimizer step of the original job's checkpoint. The rerun starts from that checkpoint."""
-    OBSERVED_VERSION = f"{GROUP}/observed-version"
-    """On an event: resourceVersion of the FineTuneJob that caused the event. The operator uses this annotation to avoid counting an event twice."""
 
 
 class Env(StrEnum):

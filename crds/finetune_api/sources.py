@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from finetune_api.errors import ConfigError
+from finetune_api.source_mistakes import explain_mistake
 
 _REPO_PATTERN = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
 _REVISION_PATTERN = re.compile(r"^[\w./-]+$")
@@ -20,7 +21,8 @@ _CONFIG_MAP_KEY_PATTERN = re.compile(r"^[-._a-zA-Z0-9]+$")
 _INCARNATION_SUFFIX = r"(/a\d+-[^/]{8})?$"
 _CHECKPOINT_PATH_PATTERN = re.compile(r"/checkpoints/step-\d{8,}" + _INCARNATION_SUFFIX)
 _MODEL_PATH_PATTERN = re.compile(r"/model" + _INCARNATION_SUFFIX)
-_DATA_FILE_PATTERN = re.compile(r"\.(jsonl?|csv|tsv|txt|parquet|zip|gz)$", re.IGNORECASE)
+_DATA_FILE_PATTERN = re.compile(r"\.(jsonl?|ndjson|csv|tsv|txt|parquet|zip|gz)$", re.IGNORECASE)
+_UNREADABLE_FILE_PATTERN = re.compile(r"\.(xlsx?|xlsm|ods|pdf|docx?|pptx?|arrow|feather|avro|orc|pkl|pickle|npy|npz|zip|7z|rar|zst|bz2|xz|tar)$", re.IGNORECASE)
 _UID_PATTERN = re.compile(r"^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$")
 SOURCE_NOTATIONS = "org/name[@revision], hf://org/name, s3://bucket/key, pvc://claim/path, configmap://name/key, https://host/path or file:///path"
 
@@ -113,6 +115,9 @@ def parse(text: str, *, path: str = "model.source") -> Source:
     """
     if text != text.strip() or not text:
         raise _source_error(path, text, "the source is empty, or starts or ends with a space", SOURCE_NOTATIONS)
+    mistake = explain_mistake(text, path)
+    if mistake is not None:
+        raise _source_error(path, text, *mistake)
     scheme, colon, address = text.partition("://")
     if not colon:
         return _parse_hub_source(text, path, text)
@@ -191,6 +196,11 @@ def _parse_hub_source(address: str, path: str, text: str) -> HubSource:
 def is_data_file_name(text: str) -> bool:
     """Whether a source has no scheme and the extension of a data file, as in `data/train.jsonl`."""
     return "://" not in text and bool(_DATA_FILE_PATTERN.search(text))
+
+
+def is_unreadable_data_file(text: str) -> bool:
+    """Whether a source of data ends with the extension of a file that the trainer cannot read, such as `.xlsx`."""
+    return bool(_UNREADABLE_FILE_PATTERN.search(redact_source(text)))
 
 
 def _parse_s3_source(address: str, path: str, text: str) -> S3Source:

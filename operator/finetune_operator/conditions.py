@@ -31,15 +31,18 @@ TRACKER_PROBLEMS = {reason.value: reason for reason in (Reason.TRACKER_UNAVAILAB
 """Tracker problems that have their own reason. For all other problems, the reason is TrackerFailed."""
 
 
-def compute_conditions(inputs: StatusInput, latest_checkpoint: str | None) -> list[Condition]:
-    """Return all conditions, in a fixed order."""
+def compute_conditions(inputs: StatusInput, latest_checkpoint: str | None, *, transition_time: datetime) -> list[Condition]:
+    """Return all conditions, in a fixed order. `transition_time`: when the conditions that change now have changed."""
     new_conditions = [
         _accepted_condition(inputs), _prepared_condition(inputs), _quota_reserved_condition(inputs), _pods_ready_condition(inputs),
         _suspended_condition(inputs), _checkpoints_healthy_condition(inputs, latest_checkpoint), _trackers_reachable_condition(inputs),
         _succeeded_condition(inputs), _finished_condition(inputs), _reconciling_condition(inputs), _stalled_condition(inputs),
     ]  # fmt: skip
     old_by_type = {condition.type: condition for condition in inputs.old_status.conditions}
-    return [_with_transition_time(condition, old_by_type.get(condition.type), inputs) for condition in new_conditions if condition is not None]
+    return [
+        _with_transition_time(condition, old_by_type.get(condition.type), transition_time, inputs.facts.job.generation)
+        for condition in new_conditions if condition is not None
+    ]  # fmt: skip
 
 
 def with_generation(conditions: Iterable[Condition], generation: int) -> list[Condition]:
@@ -47,13 +50,15 @@ def with_generation(conditions: Iterable[Condition], generation: int) -> list[Co
     return [_copy_with(condition, condition.last_transition_time, generation) for condition in conditions]
 
 
-def _with_transition_time(new_condition: Condition, old_condition: Condition | None, inputs: StatusInput) -> Condition:
+def _with_transition_time(
+    new_condition: Condition, old_condition: Condition | None, transition_time: datetime, generation: int
+) -> Condition:
     """Return the condition with `lastTransitionTime`, the time at which the status of the condition last changed."""
     unchanged_since = old_condition.last_transition_time if old_condition is not None and old_condition.status == new_condition.status else None
     known_times = [time for time in (unchanged_since, new_condition.last_transition_time) if time is not None]
     # The stored time may be too early: while the operator was stopped, the condition may have changed and changed back. So the later time
     # is used.
-    return _copy_with(new_condition, max(known_times, default=inputs.facts.now), inputs.facts.job.generation)
+    return _copy_with(new_condition, max(known_times, default=transition_time), generation)
 
 
 def _copy_with(condition: Condition, transition_time: datetime | None, generation: int) -> Condition:

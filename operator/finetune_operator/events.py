@@ -4,13 +4,17 @@
 cannot post an event, the reconcile continues. The API server does not allow changes of an event's message, so the event's name contains a hash
 of the message.
 
+kubectl sorts events of one second by their names. `kubectl get events` and `kubectl describe` sort all events of the operator in this way,
+because only the older API of events has the time that they use. The names therefore begin with the job's resourceVersion and the number of the event.
+
 Events are emitted before the status is written. If the operator restarts before the status write, it detects the same transition and
-emits an event with the same name and resourceVersion again. So no event is lost, and no event is counted twice.
+emits an event with the same name again. So no event is lost. A new event is not duplicated; an event that repeats an earlier one may be.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import logging
 from collections.abc import Iterator
@@ -23,7 +27,7 @@ from finetune_api.names import Condition as Kind
 from finetune_api.names import Phase, Reason
 from finetune_api.status import Attempt, FineTuneJobStatus
 
-from finetune_operator.kube import AlreadyExists, KubeClient, KubeError
+from finetune_operator.kube import AlreadyExists, KubeClient, KubeError, NotFound
 from finetune_operator.objects import EVENT, Object
 from finetune_operator.text import clean
 from finetune_operator.views import JobObject
@@ -39,6 +43,8 @@ FINISH_ACTION = "Finish"
 """Action of a job's last event. The rate limit never drops this event."""
 BUCKET_TOKENS, TOKEN_REFILL_SECONDS = 25, 60.0
 """Size of a job's token bucket, and seconds until one token is added to the bucket."""
+MAX_NAMES = 16384
+"""Number of event names that are kept for series."""
 MAX_BUCKETS = 4096
 """If there are more token buckets than this, the full buckets are dropped."""
 BLOCKING_REASONS = frozenset({
@@ -176,17 +182,28 @@ def _is_finished(status: FineTuneJobStatus) -> bool:
     return status.is_true(Kind.FINISHED)
 
 
-def build_event(job: JobObject, draft: EventDraft, reporting_instance: str, now: datetime) -> Object:
-    """Return the Kubernetes object of one event. Equal events of the same job have equal names."""
+def content_hash(job: JobObject, draft: EventDraft) -> str:
+    """Return a hash that is equal for equal events of the same job."""
     text = clean(draft.note, MAX_NOTE_CHARACTERS)
-    content_hash = hashlib.sha256("\0".join((job.uid, draft.type, draft.reason, draft.action, text)).encode()).hexdigest()
+    return hashlib.sha256("\0".join((job.uid, draft.type, draft.reason, draft.action, text)).encode()).hexdigest()[:16]
+
+
+def event_name(job: JobObject, draft: EventDraft, number: int) -> str:
+    """Return the name of the event with this number among the events that are emitted for one resourceVersion of the job.
+
+    Names sort in the order in which the events are emitted, because a later resourceVersion is a larger number.
+    """
+    return f"{job.name}.{job.version:016x}.{number:02x}.{content_hash(job, draft)}"
+
+
+def build_event(job: JobObject, draft: EventDraft, name: str, reporting_instance: str, now: datetime) -> Object:
+    """Return the Kubernetes object of one event."""
     return {
         "apiVersion": EVENT.api_version,
         "kind": EVENT.kind,
         "metadata": {
-            "name": f"{job.name}.{content_hash[:16]}",
+            "name": name,
             "namespace": job.namespace,
-            "annotations": {names.Annotation.OBSERVED_VERSION.value: job.resource_version},
         },
         "eventTime": _micro_time(now),
         "reportingController": names.GROUP,
@@ -194,7 +211,7 @@ def build_event(job: JobObject, draft: EventDraft, reporting_instance: str, now:
         "action": draft.action,
         "reason": draft.reason.value,
         "type": draft.type,
-        "note": text,
+        "note": clean(draft.note, MAX_NOTE_CHARACTERS),
         "regarding": {
             "apiVersion": names.API_VERSION,
             "kind": names.KIND,
@@ -234,22 +251,25 @@ class EventRecorder:
         self._reporting_instance = reporting_instance
         self._buckets: dict[str, TokenBucket] = {}
         self._uncommitted: dict[str, set[str]] = {}
-        """Names of the events posted since the job's last status write, by uid of the job."""
+        """Hashes of the events posted since the job's last status write, by uid of the job."""
+        self._names: dict[str, str] = {}
+        """Names of earlier events, by hash, for the series of repeated events."""
 
     async def emit(self, job: JobObject, drafts: list[EventDraft]) -> None:
         """Post the events for the next status write. Until `record_status_write`, each event is posted only once. Errors are logged, not raised."""
-        posted_names = self._uncommitted.setdefault(job.uid, set())
+        posted_hashes = self._uncommitted.setdefault(job.uid, set())
         for draft in drafts:
-            event = build_event(job, draft, self._reporting_instance, self._kube.clock.now())
-            if event["metadata"]["name"] in posted_names:
+            draft_hash = content_hash(job, draft)
+            if draft_hash in posted_hashes:
                 continue
-            posted_names.add(event["metadata"]["name"])
+            name = event_name(job, draft, len(posted_hashes))
+            posted_hashes.add(draft_hash)
             if not self._take_token(job.uid) and draft.action != FINISH_ACTION:
                 logger.info("dropped event %s of %s/%s: rate limit", draft.reason, job.namespace, job.name)
                 continue
             try:
                 async with asyncio.timeout(POST_TIMEOUT_SECONDS):
-                    await self._post(event)
+                    await self._post(build_event(job, draft, name, self._reporting_instance, self._kube.clock.now()), draft_hash)
             except (KubeError, TimeoutError) as error:
                 # A terminating namespace or a missing permission must not fail the reconcile.
                 logger.info("event not posted: %s", str(error) or "timeout")
@@ -258,18 +278,29 @@ class EventRecorder:
         """Record that the status was written. From now on, an equal event is a repeat, and the series counts it."""
         self._uncommitted.pop(uid, None)
 
-    async def _post(self, event: Object) -> None:
-        meta = event["metadata"]
+    async def _post(self, event: Object, event_hash: str) -> None:
+        """Count the event in the series of an earlier equal event. If there is none, create the event."""
+        earlier_name = self._names.get(event_hash)
+        if earlier_name is not None and await self._count_in_series(earlier_name, event):
+            return
+        self._names[event_hash] = event["metadata"]["name"]
+        if len(self._names) > MAX_NAMES:
+            del self._names[next(iter(self._names))]
+        # If the event exists, this operator has emitted it before a restart.
+        with contextlib.suppress(AlreadyExists):
+            await self._kube.create(EVENT, event["metadata"]["namespace"], event)
+
+    async def _count_in_series(self, name: str, event: Object) -> bool:
+        """Add one to the count of an existing event. Returns False if the event has expired."""
+        namespace = event["metadata"]["namespace"]
         try:
-            await self._kube.create(EVENT, meta["namespace"], event)
-        except AlreadyExists:
-            existing_event = await self._kube.get(EVENT, meta["namespace"], meta["name"])
-            if (existing_event["metadata"].get("annotations") or {}) == meta["annotations"]:
-                return
+            existing_event = await self._kube.get(EVENT, namespace, name)
             count = int((existing_event.get("series") or {}).get("count", 1)) + 1
             series = {"count": count, "lastObservedTime": event["eventTime"]}
-            series_patch = {"metadata": {"annotations": meta["annotations"]}, "series": series}
-            await self._kube.patch(EVENT, meta["namespace"], meta["name"], series_patch)
+            await self._kube.patch(EVENT, namespace, name, {"series": series})
+        except NotFound:
+            return False
+        return True
 
     def _take_token(self, uid: str) -> bool:
         now = asyncio.get_running_loop().time()

@@ -121,7 +121,11 @@ def compute_reason(inputs: StatusInput, conditions: list[Condition]) -> str:
         return Reason.QUEUED
     if is_recovering(inputs.old_status) and compute_phase(inputs) is Phase.RECOVERING:
         return next(attempt.reason for attempt in reversed(inputs.old_status.attempts) if attempt.end_time is not None) or NO_VALUE
-    return _reason_of_conditions(conditions)
+    reason = _reason_of_conditions(conditions)
+    waits_for_pods = plan.situation in (Situation.STARTING, Situation.ACTIVE) and inputs.facts.live_report is None
+    if reason == NO_VALUE and waits_for_pods and compute_phase(inputs) is Phase.STARTING and inputs.ready_pods < inputs.facts.nodes:
+        return Reason.PODS_NOT_READY
+    return reason
 
 
 def _reason_of_failure(inputs: StatusInput) -> str:

@@ -11,6 +11,7 @@ from datetime import UTC, datetime, timedelta
 from functools import lru_cache
 from typing import Any, TypeVar
 
+from finetune_api.defaults import valid_late_defaults
 from finetune_api.pod import ProgressReport, TerminationMessage
 from pydantic import BaseModel, ValidationError
 from pydantic.alias_generators import to_camel
@@ -35,7 +36,7 @@ CLOCK_SKEW = timedelta(days=1)
 TIME_FIELDS = frozenset({"time", "updateTime"})
 SIGNED_FIELDS = frozenset({"trainLoss", "evalLoss", "bestEvalLoss", "evaluation"})
 """Fields with numbers that may be negative. Negative numbers in all other fields are dropped."""
-OPERATOR_FIELDS = frozenset({"method", "modelName", "image", "imageDigest", "nodePool", "defaults", "specSha256"})
+OPERATOR_FIELDS = frozenset({"method", "modelName", "image", "imageDigest", "nodePool", "specSha256"})
 """Fields of `resolved` that only the operator fills in."""
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -62,7 +63,9 @@ def _parse_model(model: type[Model], data: bytes, last_time: datetime) -> Model 
     bounded_fields = _limit_value(value, last_time)
     resolved = bounded_fields.get("resolved")
     if isinstance(resolved, dict):
-        bounded_fields["resolved"] = {name: entry for name, entry in resolved.items() if to_camel(name) not in OPERATOR_FIELDS}
+        kept_fields = {name: entry for name, entry in resolved.items() if to_camel(name) not in OPERATOR_FIELDS}
+        late_defaults = valid_late_defaults(kept_fields.pop("defaults", None))
+        bounded_fields["resolved"] = kept_fields | ({"defaults": late_defaults} if late_defaults else {})
     try:
         return model.model_validate(bounded_fields)
     except ValidationError:

@@ -68,7 +68,9 @@ def compute_status(facts: Facts, plan: Plan, result: ActionResult) -> FineTuneJo
         return _with_generation(old_status, facts.job.generation)
     inputs = StatusInput(facts, plan, result)
     counters, checkpoints, metrics = _compute_counters(inputs), _compute_checkpoints(inputs), _compute_metrics(inputs)
-    all_conditions = compute_conditions(inputs, checkpoints.latest_uri)
+    attempts, progress = _compute_attempts(inputs), _compute_progress(inputs)
+    completion_time = _compute_completion_time(inputs, attempts, progress, checkpoints, counters.adaptations)
+    all_conditions = compute_conditions(inputs, checkpoints.latest_uri, transition_time=completion_time or facts.now)
     return FineTuneJobStatus(
         observed_generation=facts.job.generation,
         phase=compute_phase(inputs),
@@ -78,10 +80,10 @@ def compute_status(facts: Facts, plan: Plan, result: ActionResult) -> FineTuneJo
         restarts=counters.restarts,
         retries_used=counters.retries_used,
         active_seconds=counters.active_seconds,
-        attempts=_compute_attempts(inputs),
+        attempts=attempts,
         preparation=plan.preparation or old_status.preparation,
         data=(plan.preparation_message.data if plan.preparation_message else None) or old_status.data,
-        progress=_compute_progress(inputs),
+        progress=progress,
         metrics=metrics,
         checkpoints=checkpoints.kept_checkpoints,
         latest_checkpoint=checkpoints.latest_uri,
@@ -94,8 +96,8 @@ def compute_status(facts: Facts, plan: Plan, result: ActionResult) -> FineTuneJo
         resolved=_compute_resolved(inputs),
         plan=_merge_reports(RunPlan(), "plan", inputs),
         start_time=counters.start_time,
-        completion_time=_compute_completion_time(inputs) or old_status.completion_time,
-        duration=_compute_duration(inputs) or old_status.duration,
+        completion_time=completion_time or old_status.completion_time,
+        duration=_compute_duration(inputs, completion_time) or old_status.duration,
     )
 
 
@@ -328,6 +330,8 @@ def _compute_progress(inputs: StatusInput) -> Progress:
         merged_progress = merge_fields(merged_progress, Progress(step=message.step))
     if inputs.plan.job_end is not None:
         merged_progress = merged_progress.model_copy(update={"seconds_remaining": None})
+    if merged_progress.update_time is not None and merged_progress.update_time > inputs.facts.now:
+        merged_progress = merged_progress.model_copy(update={"update_time": inputs.facts.now})
     return merge_fields(merged_progress, _compute_display_fields(merged_progress, inputs))
 
 
@@ -367,7 +371,7 @@ def _compute_checkpoints(inputs: StatusInput) -> StatusCheckpoints:
     by_step = {checkpoint.step: checkpoint for checkpoint in inputs.old_status.checkpoints}
     for source in inputs.facts.reported_checkpoints:
         by_step = {step: known_checkpoint for step, known_checkpoint in by_step.items() if not _is_removed(known_checkpoint, source.checkpoints)}
-        by_step |= {new.step: _merge_checkpoint(by_step.get(new.step), new) for new in source.checkpoints}
+        by_step |= {new.step: _merge_checkpoint(by_step.get(new.step), new, inputs.facts.now) for new in source.checkpoints}
     ordered_checkpoints = sorted(by_step.values(), key=lambda checkpoint: checkpoint.step)
     kept_checkpoints = ordered_checkpoints[-KEPT_CHECKPOINTS:]
     evaluated_checkpoints = [checkpoint for checkpoint in ordered_checkpoints if checkpoint.eval_loss is not None]
@@ -378,11 +382,17 @@ def _compute_checkpoints(inputs: StatusInput) -> StatusCheckpoints:
     return StatusCheckpoints(kept_checkpoints, latest_uri, _step_of(latest_uri, kept_checkpoints))
 
 
-def _merge_checkpoint(known_checkpoint: Checkpoint | None, reported_checkpoint: Checkpoint) -> Checkpoint:
-    """Fill in the fields that the report lacks. For example, only the attempt that saved a checkpoint reports its upload duration."""
+def _merge_checkpoint(known_checkpoint: Checkpoint | None, reported_checkpoint: Checkpoint, now: datetime) -> Checkpoint:
+    """Fill in the fields that the report lacks. For example, only the attempt that saved a checkpoint reports its upload duration.
+
+    The clock of a node may be fast. A time in the future is replaced by the time of the first report.
+    """
     if known_checkpoint is None or known_checkpoint.uri != reported_checkpoint.uri:
-        return reported_checkpoint
-    return merge_fields(known_checkpoint, reported_checkpoint)
+        merged, first_seen = reported_checkpoint, now
+    else:
+        merged, first_seen = merge_fields(known_checkpoint, reported_checkpoint), known_checkpoint.time or now
+    is_in_future = merged.time is not None and merged.time > now
+    return merged.model_copy(update={"time": first_seen}) if is_in_future else merged
 
 
 def _is_removed(checkpoint: Checkpoint, listed_checkpoints: Sequence[Checkpoint]) -> bool:
@@ -423,7 +433,13 @@ def _compute_resolved(inputs: StatusInput) -> ResolvedConfig:
     )
     prepared_values = inputs.plan.preparation_message.resolved if inputs.plan.preparation_message else None
     trainer_values = [prepared_values, last_report.resolved if last_report else None, message.resolved if message else None]
-    return merge_fields(inputs.old_status.resolved or ResolvedConfig(), from_spec, observed_values, *trainer_values)
+    resolved = merge_fields(inputs.old_status.resolved or ResolvedConfig(), from_spec, observed_values, *trainer_values)
+    own_defaults = (from_spec or inputs.old_status.resolved or ResolvedConfig()).defaults or {}
+    late_defaults = [known.defaults for known in trainer_values if known is not None and known.defaults]
+    if not late_defaults:
+        return resolved
+    # A value that the operator filled in is never replaced, because the next attempt uses it.
+    return resolved.model_copy(update={"defaults": late_defaults[-1] | own_defaults})
 
 
 def _resolved_from_spec(inputs: StatusInput, acceptance: AcceptedSpec) -> ResolvedConfig:
@@ -515,16 +531,29 @@ def _final_failure(job_end: JobEnd) -> Failure | None:
     return job_end.failure or Failure(class_=FailureClass.INTERNAL, code=job_end.reason, message="unknown")
 
 
-def _compute_completion_time(inputs: StatusInput) -> datetime | None:
+def _compute_completion_time(
+    inputs: StatusInput, attempts: list[Attempt], progress: Progress, checkpoints: StatusCheckpoints, adaptations: list[Adaptation]
+) -> datetime | None:
+    """Return the end of the last attempt, or a later time that the status shows. None if the job is not finished.
+
+    A container's end has no fractions of a second, and other times come from other clocks. Without this rule, a checkpoint or a
+    condition could be later than the end of the job.
+    """
     if inputs.plan.job_end is None:
         return None
-    return inputs.plan.attempt_end.time if inputs.plan.attempt_end is not None else inputs.facts.now
+    end_time = inputs.plan.attempt_end.time if inputs.plan.attempt_end is not None else inputs.facts.now
+    shown_times = [
+        inputs.old_status.start_time, progress.update_time,
+        *(time for attempt in attempts for time in (attempt.start_time, attempt.end_time)),
+        *(checkpoint.time for checkpoint in checkpoints.kept_checkpoints), *(adaptation.time for adaptation in adaptations),
+        *(condition.last_transition_time for condition in inputs.old_status.conditions),
+    ]  # fmt: skip
+    return max([end_time, *(time for time in shown_times if time is not None)])
 
 
-def _compute_duration(inputs: StatusInput) -> str | None:
-    end_time = _compute_completion_time(inputs)
-    if end_time is None:
+def _compute_duration(inputs: StatusInput, completion_time: datetime | None) -> str | None:
+    if completion_time is None:
         return None
     job = inputs.facts.current_job
     start = inputs.old_status.start_time or (job.created_at if job else None)
-    return format_duration(seconds_between(start, end_time)) if start else NO_VALUE
+    return format_duration(seconds_between(start, completion_time)) if start else NO_VALUE

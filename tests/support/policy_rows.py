@@ -196,7 +196,9 @@ def _placement_rows() -> list[Row]:
     control_plane_label = "node-role.kubernetes.io/control-plane"
 
     def affinity(operator: str) -> Values:
-        return _placement(nodeAffinity=[{"key": "topology.kubernetes.io/zone", "operator": "Exists"}, {"key": control_plane_label, "operator": operator}])
+        values = {"values": ["true"]} if operator in ("In", "NotIn") else {}
+        term = {"key": control_plane_label, "operator": operator, **values}
+        return _placement(nodeAffinity=[{"key": "topology.kubernetes.io/zone", "operator": "Exists"}, term])
 
     return [
         *_both("placement.image", "images",

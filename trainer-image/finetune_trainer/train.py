@@ -136,11 +136,13 @@ class TrainingSession:
         from transformers import PrinterCallback, set_seed
 
         from finetune_trainer import model, vocabulary
+        from finetune_trainer.data.prepare import late_defaults
         from finetune_trainer.method.registry import create_method
 
         tokenizer, notes = model.load_tokenizer(self.run, self.inputs)
         context, args = self._choose_arguments(tokenizer, [*self._own_callbacks(), *callbacks])
         data, self.facts = self.objective.load_data(context)
+        self.late_defaults = late_defaults(self.run, tokenizer, context.max_positions)
         self.training_rows, self.test_rows, self.datasets = data.train, data.test, (data.test, data.validation, data.train)
         if data.test is not None and self.channel.rank == 0:
             self._write_test_split()
@@ -298,7 +300,7 @@ class TrainingSession:
                 strategy=active_strategy, attention=attention, device=self.hardware.name,
                 trainable_parameters=self.trainable.trainable, total_parameters=self.trainable.total,
                 model_revision=self.inputs.model_revision, dataset_digest=self.inputs.dataset_digest,
-                dataset_rows=self.facts.rows, dataset_format=self.facts.format.value,
+                dataset_rows=self.facts.rows, dataset_format=self.facts.format.value, defaults=self.late_defaults or None,
             )
         )  # fmt: skip
         self._report_memory_plan()

@@ -46,7 +46,7 @@ from finetune_cli.importers.options import (
     to_steps_or_fraction,
 )
 from finetune_cli.importers.sources import assign_output_folder
-from finetune_cli.importers.training_arguments import flag_or_path, has_validation, set_deepspeed
+from finetune_cli.importers.training_arguments import flag_or_path, has_validation, set_deepspeed, set_state_dict
 from finetune_cli.mistakes import Mistake
 
 TRAINERS = {
@@ -798,13 +798,10 @@ def _set_state_dict(draft: JobDraft) -> None:
     for key in keys:
         if key not in draft.given_options:
             continue
-        word = str(draft.get(key)).upper().removesuffix("_STATE_DICT")
-        if key != keys[0]:
-            draft.add_reason(key, "no effect: the final model is always stored whole")
-        elif word in ("FULL", "SHARDED"):
-            draft.assign("distributed.fsdp.stateDict", word.lower(), key)
+        if key == keys[0]:
+            set_state_dict(draft, key, draft.get(key))
         else:
-            draft.refuse_feature(key, f"the state dict {draft.get(key)} of FSDP", "write SHARDED_STATE_DICT")
+            draft.add_reason(key, "no effect: the final model is always stored whole")
 
 
 def _set_intervals(draft: JobDraft) -> None:

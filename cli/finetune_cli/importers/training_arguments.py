@@ -47,6 +47,8 @@ FSDP_WORDS = {
     "hybrid_shard": "fullShard",
     "hybrid_shard_zero2": "shardGradOp",
 }
+OTHER_FSDP_WORDS = ("auto_wrap", "offload")
+"""Words of `fsdp` that do not choose the sharding."""
 
 
 def strategy(value: Any) -> str:
@@ -321,23 +323,35 @@ def set_fsdp(draft: JobDraft) -> None:
         draft.add_mistake(("deepspeed", "fsdp"), "DeepSpeed and FSDP exclude each other", "remove one of them")
         return
     draft.assign("distributed.strategy", "fsdp", "fsdp")
+    unknown_words = [word for word in words if word not in (*FSDP_WORDS, *OTHER_FSDP_WORDS)]
+    if unknown_words:
+        draft.add_mistake("fsdp", f"{', '.join(unknown_words)} is not an option of FSDP", f"write words of {', '.join((*FSDP_WORDS, *OTHER_FSDP_WORDS))}")
     sharding = next((FSDP_WORDS[word] for word in words if word in FSDP_WORDS), "fullShard")
+    if isinstance(config, str) and config:
+        draft.refuse_feature("fsdp_config", f"reading the FSDP configuration {config}, which is not given,", "write its options below fsdp_config")
     if isinstance(config, dict):
         names = {key.removeprefix("fsdp_"): value for key, value in config.items()}
         if names.get("reshard_after_forward") is False:
             sharding = "shardGradOp"
         if names.get("offload_params"):
             words.append("offload")
-        state = str(names.get("state_dict_type", "")).upper().removesuffix("_STATE_DICT")
-        if state in ("FULL", "SHARDED"):
-            draft.assign("distributed.fsdp.stateDict", state.lower(), "fsdp_config")
-    if "fsdp_config" in draft.given_options:
+        set_state_dict(draft, "fsdp_config", names.get("state_dict_type"))
+    if isinstance(config, dict) and "fsdp_config" in draft.given_options:
         draft.add_reason("fsdp_config", "the trainer uses FSDP version 2 and chooses the layers to wrap")
     draft.assign("distributed.fsdp.sharding", sharding, "fsdp")
     if "offload" in words:
         draft.add_warning(
             f"{draft.given_options['fsdp'].origin.location}: fsdp: offload has no effect: the weights stay in GPU memory; use more GPUs, or DeepSpeed"
         )
+
+
+def set_state_dict(draft: JobDraft, key: str, state_dict_type: Any) -> None:
+    """Set the form of FSDP's checkpoints from the value of the option `key`. Refuse a form that FSDP version 2 does not have."""
+    word = str(state_dict_type or "").upper().removesuffix("_STATE_DICT")
+    if word in ("FULL", "SHARDED"):
+        draft.assign("distributed.fsdp.stateDict", word.lower(), key)
+    elif word:
+        draft.refuse_feature(key, f"the state dict {state_dict_type} of FSDP", "write SHARDED_STATE_DICT or FULL_STATE_DICT")
 
 
 def has_validation(draft: JobDraft) -> bool:

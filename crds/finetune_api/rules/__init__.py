@@ -61,7 +61,7 @@ from finetune_api.rules.objectives import LOSSES_WITH_LABEL_SMOOTHING, min_batch
 from finetune_api.rules import vision
 from finetune_api.rules import data
 from finetune_api.rules import training
-from finetune_api.rules.training import OPTIMIZERS
+from finetune_api.rules.training import OPTIMIZERS, optimizer_hint
 from finetune_api.rules import strategies
 from finetune_api.rules.strategies import OPTIMIZERS_FOR_SHARDED_WEIGHTS, incompatible_with_deepspeed, incompatible_with_fsdp, incompatible_with_zero3
 from finetune_api.rules import results
@@ -71,7 +71,7 @@ from finetune_api.rules.serving import adapter_rank, max_lora_rank
 from finetune_api.rules import storage
 from finetune_api.rules import placement
 from finetune_api.rules import quantities
-from finetune_api.rules.warnings import warnings
+from finetune_api.rules.warnings import ALL_MODULES, warnings
 from finetune_api.rules.rewards import REWARD_PARAMETERS, invalid_parameters
 
 RULE_MODULES = (required_fields, methods, objectives, vision, data, training, strategies, results, benchmarks, serving, storage, placement, quantities)
@@ -79,6 +79,7 @@ RULE_MODULES = (required_fields, methods, objectives, vision, data, training, st
 
 __all__ = [
     "MODULES",
+    "ALL_MODULES",
     "INITS_CHANGING_BASE",
     "Findings",
     "OUTPUT_HEADS",
@@ -89,6 +90,7 @@ __all__ = [
     "LOWER_IS_BETTER",
     "OPTIMIZERS",
     "OPTIMIZERS_FOR_SHARDED_WEIGHTS",
+    "optimizer_hint",
     "PREFERENCE_TRAINERS",
     "PROMPT_METHODS",
     "Problem",

@@ -12,10 +12,27 @@ from finetune_api.rules.derived_values import (
     is_vision_language,
     value_or_default,
 )
+from finetune_api.rules.required_fields import IMAGE_ROOT, source_fields
+from finetune_api.sources import is_unreadable_data_file, redact_source
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.enums import (
     DatasetFormat,
+    FileFormat,
 )
+
+
+@rule("DataFileUnreadable")
+def check_data_files(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
+    if spec.dataset.file_format not in (None, FileFormat.AUTO):
+        return
+    for path, text in source_fields(spec):
+        if path.startswith("dataset.") and path != IMAGE_ROOT and not text.startswith("hf://") and is_unreadable_data_file(text):
+            extension = redact_source(text).rpartition(".")[2].lower()
+            yield (
+                path,
+                f"{redact_source(text)!r}: the trainer cannot read .{extension} files",
+                "convert the rows to a .jsonl, .json, .csv, .tsv, .txt or .parquet file (.gz is possible, except for .parquet)",
+            )
 
 
 @rule("SplitRatios")

@@ -1,10 +1,18 @@
-"""Rules for `spec.placement`: environment variables, volumes and duplicate names."""
+"""Rules for `spec.placement`: environment variables, volumes, duplicate names, and the syntax that Kubernetes requires of pods."""
 
 from __future__ import annotations
 
+import re
+
 from finetune_api.names import Env
+from finetune_api.patterns import FORMS, LABEL_VALUE
 from finetune_api.rules.base import ExecutionTarget, Findings, rule
 from finetune_api.spec import FineTuneJobSpec
+
+KEY_PATTERN = re.compile(r"([a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?")
+"""A qualified name: the key of a label, an annotation or a node label."""
+OPERATORS_WITH_VALUES = ("In", "NotIn")
+OPERATORS_WITH_NUMBER = ("Gt", "Lt")
 
 
 @rule("EnvironmentReserved")
@@ -59,3 +67,46 @@ def check_unique_names(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findin
         for i, value in enumerate(values):
             if value in values[:i]:
                 yield f"placement.{path.format(i)}", f"another entry also has {value}", "write a different value"
+
+
+@rule("LabelSyntax")
+def check_label_syntax(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
+    placement = spec.placement
+    for field, values in (("labels", placement.labels), ("annotations", placement.annotations), ("nodeSelector", placement.node_selector)):
+        for key, value in (values or {}).items():
+            path = f"placement.{field}.{key}"
+            if not KEY_PATTERN.fullmatch(key):
+                yield path, f"{key!r} is not a label or annotation key", "write a key such as team or example.com/team"
+            if field != "annotations" and not re.match(LABEL_VALUE, value):
+                yield path, f"{value!r} {FORMS[LABEL_VALUE]}", "write for example team-a"
+
+
+@rule("SchedulingTermInvalid")
+def check_scheduling_terms(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
+    """Check devices, tolerations and node affinity by the API server's rules for pods. Otherwise the error appears only when the Job is created."""
+    resource = spec.resources.gpu_resource
+    if resource is not None and "/" not in resource:
+        yield "resources.gpuResource", f"{resource!r} is not the name of a device, because it has no domain", "write for example nvidia.com/gpu or amd.com/gpu"
+    for i, toleration in enumerate(spec.placement.tolerations or []):
+        path, exists = f"placement.tolerations[{i}]", toleration.operator == "Exists"
+        if exists and toleration.value:
+            yield f"{path}.value", f"{toleration.value!r}, but operator Exists compares no value", "remove value, or write `operator: Equal`"
+        if toleration.key is None and not exists:
+            yield f"{path}.key", "the key is missing, and operator Equal needs a key", "write the key of the taint, or `operator: Exists` for all taints"
+        if toleration.toleration_seconds is not None and toleration.effect != "NoExecute":
+            yield (
+                f"{path}.tolerationSeconds",
+                f"{toleration.toleration_seconds}, but only pods on nodes with a NoExecute taint are evicted",
+                "write `effect: NoExecute`, or remove tolerationSeconds",
+            )
+    for i, term in enumerate(spec.placement.node_affinity or []):
+        yield from _affinity_problems(f"placement.nodeAffinity[{i}].values", term.operator, term.values or [])
+
+
+def _affinity_problems(path: str, operator: str, values: list[str]) -> Findings:
+    if operator in OPERATORS_WITH_VALUES and not values:
+        yield path, f"operator {operator} compares with values, but there are none", "write for example `values: [eu-1a]`"
+    elif operator in OPERATORS_WITH_NUMBER and (len(values) != 1 or not re.fullmatch(r"-?\d+", values[0])):
+        yield path, f"{values}, but operator {operator} compares with one integer", 'write for example `values: ["8"]`'
+    elif operator not in OPERATORS_WITH_VALUES + OPERATORS_WITH_NUMBER and values:
+        yield path, f"{values}, but operator {operator} compares with no value", f"remove values, or write `operator: {'In' if operator == 'Exists' else 'NotIn'}`"

@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from finetune_api.errors import ConfigError
 from finetune_api.rules.base import ExecutionTarget, Findings, rule
 from finetune_api.rules.derived_values import reads_rows_after_training
-from finetune_api.sources import ConfigMapSource, HttpsSource, parse, redact_source
+from finetune_api.sources import ConfigMapSource, HttpsSource, HubSource, parse, redact_source
 from finetune_api.spec import FineTuneJobSpec
 
 IMAGE_ROOT = "dataset.images.root"
+RESUME_HINT = "write auto for the newest checkpoint of this job, never, or the address of a checkpoint such as s3://bucket/.../checkpoints/step-00000100"
 
 
 @rule(
@@ -49,10 +50,13 @@ def check_sources(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
         try:
             source = parse(text, path=path)
         except ConfigError as error:
-            yield path, error.message.removeprefix(f"{path} is "), error.hint or ""
+            hint = RESUME_HINT if path == "checkpoint.resume" and "://" not in text else error.hint
+            yield path, error.message.removeprefix(f"{path} is "), hint or ""
             continue
         if path.startswith("dataset.") and path != IMAGE_ROOT:
             continue
+        if path == "checkpoint.resume" and isinstance(source, HubSource):
+            yield path, f"{text!r} is not the address of a checkpoint", RESUME_HINT
         if isinstance(source, ConfigMapSource):
             needs_folder = "a benchmark" if path.startswith("evaluation.benchmarks") else "the root of the images" if path == IMAGE_ROOT else "a model"
             yield (

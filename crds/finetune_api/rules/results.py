@@ -151,6 +151,12 @@ def check_output_folder(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findi
     for path, names in folders.items():
         if any(name in (".", "..") for name in names):
             yield path, f"{'/'.join(names)}, but `.` and `..` are not names of folders", "write a folder below storage.uri, for example results"
+    if "://" in (spec.output.dir or ""):
+        yield (
+            "output.dir",
+            f"{redact_source(spec.output.dir or '')} is an address, but output.dir is a folder below storage.uri",
+            "write the address in storage.uri, and in output.dir a folder such as results",
+        )
 
 
 @rule("TrackerAndOptions")

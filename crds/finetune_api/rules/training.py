@@ -48,10 +48,15 @@ OPTIMIZERS = (
 def check_optimizer_unknown(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     name = spec.training.optimizer
     if name is not None and name not in OPTIMIZERS:
-        alias = OPTIMIZER_ALIASES.get(name.lower()) or OPTIMIZER_ALIASES.get(normalise(name))
-        similar = difflib.get_close_matches(name, OPTIMIZERS, 1)
-        hint = f"did you mean {similar[0]}?" if similar else f"write one of {', '.join(OPTIMIZERS[:8])}, ..."
-        yield "training.optimizer", f"{name!r} is not a supported optimizer", f"write {alias}" if alias else hint
+        yield "training.optimizer", f"{name!r} is not a supported optimizer", optimizer_hint(name)
+
+
+def optimizer_hint(name: str) -> str:
+    """Return what to write instead of an unknown optimizer."""
+    spelling = name.lower().replace("-", "_")
+    alias = OPTIMIZER_ALIASES.get(name.lower()) or OPTIMIZER_ALIASES.get(normalise(name)) or (spelling if spelling in OPTIMIZERS else "")
+    similar = difflib.get_close_matches(spelling, OPTIMIZERS, 1)
+    return f"write {alias}" if alias else f"did you mean {similar[0]}?" if similar else f"write one of {', '.join(OPTIMIZERS)}"
 
 
 @rule("PrecisionOnCpu")

@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, StringConstraints
 
 from finetune_api.base import CelRule, Group, spec_field
+from finetune_api.patterns import ABSOLUTE_PATH, IDENTIFIER, LABEL_KEY, LABEL_VALUE, NO_SPACE, STORAGE_URI, VOLUME_NAME
 from finetune_api.quantities import CPU_KIND, SIZE_KIND
 from finetune_api.spec.common import ObjectName, SecretKeyRef, ShortText, StorageConnection, StringMap
 from finetune_api.spec.enums import OnDivergence, OnOutOfMemory, PrepareStrategy
@@ -16,7 +17,7 @@ SizeQuantity = Annotated[str | int, Field(json_schema_extra=SIZE_KIND.schema, un
 LabelKey = Annotated[
     str,
     StringConstraints(
-        pattern=r"^([a-z0-9]([-a-z0-9.]*[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?$", max_length=317
+        pattern=LABEL_KEY, max_length=317
     ),
 ]
 
@@ -33,7 +34,7 @@ class StorageRoot(StorageConnection):
         ),
     )
 
-    uri: Annotated[str, StringConstraints(pattern=r"^(s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[^\s?#]*)?|file:///[^\s?#]*|pvc://[a-z0-9][-a-z0-9.]*(/[^\s?#]*)?)$", max_length=512)] | None = spec_field(
+    uri: Annotated[str, StringConstraints(pattern=STORAGE_URI, max_length=512)] | None = spec_field(
         "Root folder: `s3://bucket/prefix`, `pvc://claim/path` or `file:///path`. The job writes below "
         "`<uri>/<namespace>/<name>/<uid>/`.",
         default_text="the operator's configuration", example="s3://models/finetune",
@@ -42,6 +43,14 @@ class StorageRoot(StorageConnection):
 
 class Resources(Group):
     """`spec.resources`: pods, ranks, and the resources of each pod."""
+
+    cel = (
+        CelRule(
+            "!has(self.gpuResource) || self.gpuResource.contains('/')",
+            "resources.gpuResource needs a domain: write for example nvidia.com/gpu or amd.com/gpu",
+            "SchedulingTermInvalid",
+        ),
+    )
 
     nodes: Annotated[int, Field(ge=1, le=1024)] | None = spec_field(
         "Number of pods. Each pod runs on a different node.", default=1, example=2
@@ -105,6 +114,24 @@ class Prepare(Group):
 class Toleration(Group):
     """A toleration, with the fields of a pod's toleration."""
 
+    cel = (
+        CelRule(
+            "!has(self.value) || self.value == '' || !has(self.operator) || self.operator != 'Exists'",
+            "a toleration with operator Exists has no value: remove value, or write `operator: Equal`",
+            "SchedulingTermInvalid",
+        ),
+        CelRule(
+            "has(self.key) || (has(self.operator) && self.operator == 'Exists')",
+            "a toleration without key tolerates every taint: write `operator: Exists`, or the key of the taint",
+            "SchedulingTermInvalid",
+        ),
+        CelRule(
+            "!has(self.tolerationSeconds) || (has(self.effect) && self.effect == 'NoExecute')",
+            "tolerationSeconds requires effect NoExecute: write `effect: NoExecute`, or remove tolerationSeconds",
+            "SchedulingTermInvalid",
+        ),
+    )
+
     key: LabelKey | None = spec_field(
         "Key of the taint. If key is absent and operator is Exists, every taint is tolerated.",
         default_text="none",
@@ -132,6 +159,24 @@ class Toleration(Group):
 class NodeAffinityTerm(Group):
     """One requirement on node labels."""
 
+    cel = (
+        CelRule(
+            "!(self.operator in ['In', 'NotIn']) || (has(self.values) && size(self.values) > 0)",
+            "operators In and NotIn need values: write for example `values: [eu-1a]`",
+            "SchedulingTermInvalid",
+        ),
+        CelRule(
+            "!(self.operator in ['Exists', 'DoesNotExist']) || !has(self.values) || size(self.values) == 0",
+            "operators Exists and DoesNotExist compare no values: remove values, or write operator In or NotIn",
+            "SchedulingTermInvalid",
+        ),
+        CelRule(
+            "!(self.operator in ['Gt', 'Lt']) || (has(self.values) && size(self.values) == 1 && self.values[0].matches('^-?[0-9]+$'))",
+            "operators Gt and Lt compare with one integer: write for example `values: [\"8\"]`",
+            "SchedulingTermInvalid",
+        ),
+    )
+
     key: LabelKey = Field(description="Label of the node. Required. Example: `topology.kubernetes.io/zone`.")
     operator: Literal["In", "NotIn", "Exists", "DoesNotExist", "Gt", "Lt"] = Field(
         description="Comparison with the label. `In`: the label has one of the values. `NotIn`: the label has none of the values. `Exists`: the label exists. "
@@ -153,7 +198,7 @@ class EnvVar(Group):
         ),
     )
 
-    name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", max_length=128)] = Field(
+    name: Annotated[str, StringConstraints(pattern=IDENTIFIER, max_length=128)] = Field(
         description="Name of the variable. Required. Example: `NCCL_DEBUG`."
     )
     value: Annotated[str, StringConstraints(max_length=4096)] | None = spec_field(
@@ -175,7 +220,7 @@ class Volume(Group):
         ),
     )
 
-    name: Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$", max_length=63)] = Field(
+    name: Annotated[str, StringConstraints(pattern=VOLUME_NAME, max_length=63)] = Field(
         description="Name of the volume. Required. Example: `cache`."
     )
     persistent_volume_claim: ObjectName | None = spec_field(
@@ -191,7 +236,7 @@ class VolumeMount(Group):
     """A mount of a volume in the trainer container."""
 
     name: ShortText = Field(description="Name of a volume in placement.volumes. Required. Example: `cache`.")
-    mount_path: Annotated[str, StringConstraints(pattern=r"^/[^\s:]+$", max_length=512)] = Field(
+    mount_path: Annotated[str, StringConstraints(pattern=ABSOLUTE_PATH, max_length=512)] = Field(
         description="Absolute mount path in the container. Required. Example: `/mnt/cache`."
     )
     sub_path: Annotated[str, StringConstraints(max_length=512)] | None = spec_field(
@@ -208,6 +253,16 @@ class Placement(Group):
             "!has(self.volumeMounts) || (has(self.volumes) && self.volumeMounts.all(m, self.volumes.exists(v, v.name == m.name)))",
             "every placement.volumeMounts[].name must be the name of a volume in placement.volumes",
             "VolumeContradiction",
+        ),
+        CelRule(
+            f"!has(self.labels) || self.labels.all(key, self.labels[key].matches('{LABEL_VALUE}'))",
+            "a label value has at most 63 letters, digits, `-`, `_` and `.`, with a letter or digit first and last: correct placement.labels",
+            "LabelSyntax",
+        ),
+        CelRule(
+            f"!has(self.nodeSelector) || self.nodeSelector.all(key, self.nodeSelector[key].matches('{LABEL_VALUE}'))",
+            "a label value has at most 63 letters, digits, `-`, `_` and `.`, with a letter or digit first and last: correct placement.nodeSelector",
+            "LabelSyntax",
         ),
     )
 
@@ -241,7 +296,7 @@ class Placement(Group):
     image_pull_secrets: Annotated[list[ObjectName], Field(max_length=16)] | None = spec_field(
         "Secrets for pulling the trainer image.", default_text="the operator's configuration", example=["registry"]
     )
-    image: Annotated[str, StringConstraints(pattern=r"^[^\s]+$", max_length=512)] | None = spec_field(
+    image: Annotated[str, StringConstraints(pattern=NO_SPACE, max_length=512)] | None = spec_field(
         "Trainer image.", default_text="the operator's configuration", example="registry.example.com/trainer:0.2.0"
     )
     env: Annotated[list[EnvVar], Field(max_length=64)] | None = spec_field(

@@ -7,12 +7,13 @@ from typing import Annotated, ClassVar
 from pydantic import AfterValidator, Field, StringConstraints
 
 from finetune_api.base import CelRule, Group, spec_field
+from finetune_api.patterns import DATA_KEY, NO_SPACE, OBJECT_NAME, STORE_URL
 from finetune_api.spec.enums import AddressingStyle, EncryptionType
 
 ObjectName = Annotated[
-    str, StringConstraints(pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$", min_length=1, max_length=253)
+    str, StringConstraints(pattern=OBJECT_NAME, min_length=1, max_length=253)
 ]
-Key = Annotated[str, StringConstraints(pattern=r"^[-._a-zA-Z0-9]+$", min_length=1, max_length=253)]
+Key = Annotated[str, StringConstraints(pattern=DATA_KEY, min_length=1, max_length=253)]
 Source = Annotated[str, StringConstraints(min_length=1, max_length=1024)]
 Text = Annotated[str, StringConstraints(max_length=16384)]
 Line = Annotated[str, StringConstraints(min_length=1, max_length=1024)]
@@ -73,7 +74,7 @@ class Encryption(Group):
     )
 
     type: EncryptionType = Field(description="Owner of the encryption key. Required. Example: `kms`.")
-    kms_key_id: Annotated[str, StringConstraints(pattern=r"^\S+$", max_length=2048)] | None = spec_field(
+    kms_key_id: Annotated[str, StringConstraints(pattern=NO_SPACE, max_length=2048)] | None = spec_field(
         "ID, ARN or alias of a key in the key management service. Only with type kms. Default: the account's default key.",
         example="arn:aws:kms:eu-central-1:111122223333:key/1234abcd",
     )
@@ -94,7 +95,7 @@ class StorageConnection(Group):
         ),
     )
 
-    endpoint: Annotated[str, StringConstraints(pattern=r"^https?://[^\s/?#@]+/?$", max_length=512)] | None = spec_field(
+    endpoint: Annotated[str, StringConstraints(pattern=STORE_URL, max_length=512)] | None = spec_field(
         "URL of an S3-compatible store: scheme and host, without user, password or path.",
         default_text="the endpoint in the operator's configuration, otherwise AWS",
         example="https://s3.example.com",

@@ -7,6 +7,7 @@ from typing import Annotated
 from pydantic import Field, StringConstraints
 
 from finetune_api.base import CelRule, Group, spec_field
+from finetune_api.patterns import HUB_REPOSITORY, PROJECT_NAME, RELATIVE_FOLDER, RUN_NAME_PART, SERVICE_URL
 from finetune_api.spec.common import ConfigMapKeyRef, Line, SecretKeyRef, ShortText, Source
 from finetune_api.spec.enums import (
     EvaluationMetric,
@@ -19,7 +20,7 @@ from finetune_api.spec.enums import (
     Tracker,
 )
 
-NamePart = Annotated[str, StringConstraints(pattern=r"^[^$#@&*!]*$", max_length=128)]
+NamePart = Annotated[str, StringConstraints(pattern=RUN_NAME_PART, max_length=128)]
 
 
 class RunName(Group):
@@ -46,7 +47,7 @@ class Hub(Group):
         default=False,
         example=True,
     )
-    repository: Annotated[str, StringConstraints(pattern=r"^[\w.-]+(/[\w.-]+)?$", max_length=256)] | None = spec_field(
+    repository: Annotated[str, StringConstraints(pattern=HUB_REPOSITORY, max_length=256)] | None = spec_field(
         "Name of the hub repository. Required with `push: true`.", default_text="none", example="org/my-model"
     )
     private: bool | None = spec_field(
@@ -73,10 +74,18 @@ class CombinedAdapter(Group):
 class Output(Group):
     """`spec.output`."""
 
-    dir: Annotated[str, StringConstraints(pattern=r"^[^/\s][^\s]*$", max_length=512)] | None = spec_field(
+    cel = (
+        CelRule(
+            "!has(self.dir) || !self.dir.contains('://')",
+            "output.dir must be a folder below storage.uri: write for example results, and write the address of the store in storage.uri",
+            "OutputPathInvalid",
+        ),
+    )
+
+    dir: Annotated[str, StringConstraints(pattern=RELATIVE_FOLDER, max_length=512)] | None = spec_field(
         "Folder below storage.uri for an additional copy of the results.", default_text="none", example="results"
     )
-    project: Annotated[str, StringConstraints(pattern=r"^[\w.-]+$", max_length=128)] | None = spec_field(
+    project: Annotated[str, StringConstraints(pattern=PROJECT_NAME, max_length=128)] | None = spec_field(
         "Project name in the folders below output.dir and in trackers.", default_text="the namespace", example="support"
     )
     run_name: RunName | None = spec_field(
@@ -181,7 +190,7 @@ class Judge(Group):
         default_text="none",
         example="text-embedding-3-small",
     )
-    endpoint: Annotated[str, StringConstraints(pattern=r"^https?://[^\s/?#@]+(/[^\s?#@]*)?$", max_length=512)] | None = spec_field(
+    endpoint: Annotated[str, StringConstraints(pattern=SERVICE_URL, max_length=512)] | None = spec_field(
         "Base URL of a server with the OpenAI API, without user and password. The trainer sends the questions and answers of the test set to this server.",
         default="https://api.openai.com/v1",
         example="http://vllm.inference:8000/v1",

@@ -7,6 +7,7 @@ from typing import Annotated
 from pydantic import Field, StringConstraints
 
 from finetune_api.base import CelRule, Group, spec_field
+from finetune_api.patterns import IDENTIFIER
 from finetune_api.spec.common import ConfigMapKeyRef, ShortText, Source, StringMap
 from finetune_api.spec.enums import BuiltinReward, DpoLoss, GrpoLoss, TrainerBackend, TrainerType
 
@@ -66,7 +67,7 @@ class Reward(Group):
     config_map_ref: ConfigMapKeyRef | None = spec_field(
         "ConfigMap key with a Python file.", default_text="none", example={"name": "rewards", "key": "rewards.py"}
     )
-    function: Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", max_length=128)] | None = spec_field(
+    function: Annotated[str, StringConstraints(pattern=IDENTIFIER, max_length=128)] | None = spec_field(
         "Name of the function in the file of configMapRef. The function has the keyword arguments prompts, completions and the columns of the "
         "data, and returns a list of numbers.",
         default_text="reward",

@@ -7,6 +7,7 @@ from typing import Annotated
 from pydantic import Field, StringConstraints
 
 from finetune_api.base import CelRule, Group, spec_field
+from finetune_api.patterns import OPTIMIZER_NAME
 from finetune_api.spec.common import ConfigMapKeyRef, StringMap
 from finetune_api.spec.enums import (
     Device,
@@ -80,7 +81,7 @@ class Training(Group):
     max_grad_norm: Annotated[float, Field(ge=0, le=1000000)] | None = spec_field(
         "Maximum norm of gradients. Larger gradients are clipped. 0 turns clipping off.", default=1.0, example=0.5
     )
-    optimizer: Annotated[str, StringConstraints(pattern=r"^[a-z0-9_]+$", max_length=64)] | None = spec_field(
+    optimizer: Annotated[str, StringConstraints(pattern=OPTIMIZER_NAME, max_length=64)] | None = spec_field(
         "Name of the optimizer, as in transformers.", default="adamw_torch_fused", example="paged_adamw_8bit"
     )
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] | None = spec_field(
@@ -168,6 +169,14 @@ class Distributed(Group):
 
 class Checkpoint(Group):
     """`spec.checkpoint`."""
+
+    cel = (
+        CelRule(
+            "!has(self.resume) || self.resume in ['auto', 'never'] || self.resume.matches('^(s3|pvc|file|https)://')",
+            "checkpoint.resume must be auto, never or the address of a checkpoint: write for example s3://bucket/.../checkpoints/step-00000100",
+            "SourceInvalid",
+        ),
+    )
 
     strategy: IntervalStrategy | None = spec_field("When the trainer saves checkpoints.", default="steps", example="epoch")
     steps: Annotated[int, Field(ge=1, le=1000000000)] | None = spec_field(

@@ -1,8 +1,7 @@
-"""Chooses a job's node pool, and finds placement values that conflict with the pool, the operator's configuration or Kubernetes' syntax."""
+"""Chooses a job's node pool, and finds placement values that conflict with the pool or the operator's configuration."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 
 from finetune_api.names import GROUP, Annotation, Label, Reason
@@ -16,9 +15,6 @@ from finetune_operator.settings import NodePool, OperatorConfig
 RESERVED_PREFIXES = (f"{GROUP}/", "batch.kubernetes.io/")
 RESERVED_LABELS = (Label.MANAGED_BY, Label.QUEUE, "job-name", "controller-uid")
 RESERVED_ANNOTATIONS = (Annotation.RUN_CONFIG, DEFAULT_CONTAINER_ANNOTATION)
-KEY_PATTERN = re.compile(r"([a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?")
-"""A qualified name: the key of a label, an annotation or a node label."""
-LABEL_VALUE_PATTERN = re.compile(r"([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?")
 
 
 def choose_pool(spec: FineTuneJobSpec, config: OperatorConfig) -> NodePool | RefusedSpec | None:
@@ -70,7 +66,7 @@ def _describe_pool(pool: NodePool) -> str:
 
 
 def placement_problems(spec: FineTuneJobSpec, pool: NodePool | None, config: OperatorConfig) -> Iterator[str]:
-    """Yield a message for each placement value that conflicts with the pool, the operator's configuration or Kubernetes' syntax."""
+    """Yield a message for each placement value that conflicts with the pool or the operator's configuration."""
     placement, trainer = spec.placement, config.trainer
     yield from _selector_problems(placement.node_selector or {}, pool)
     for number, toleration in enumerate(placement.tolerations or []):
@@ -84,7 +80,6 @@ def placement_problems(spec: FineTuneJobSpec, pool: NodePool | None, config: Ope
 
 def _selector_problems(node_selector: Mapping[str, str], pool: NodePool | None) -> Iterator[str]:
     for key, value in node_selector.items():
-        yield from _syntax_problems(f"spec.placement.nodeSelector.{key}", key, value)
         if pool is not None and pool.node_selector.get(key, value) != value:
             yield f"spec.placement.nodeSelector.{key} is {value!r}, but pool {pool.name} selects nodes with {pool.node_selector[key]!r}"
 
@@ -99,15 +94,6 @@ def _metadata_problems(
             yield f"{path} is {value!r}, but the operator sets this key itself: {hint}"
         elif platform_values.get(key, value) != value:
             yield f"{path} is {value!r}, but the operator's configuration sets {platform_values[key]!r}"
-        else:
-            yield from _syntax_problems(path, key, value if field == "labels" else "")
-
-
-def _syntax_problems(path: str, key: str, value: str) -> Iterator[str]:
-    if not KEY_PATTERN.fullmatch(key):
-        yield f"{path}: {key!r} is not a label or annotation key: write a key such as team or example.com/team"
-    if not LABEL_VALUE_PATTERN.fullmatch(value):
-        yield f"{path} is {value!r}: write at most 63 letters, digits, '-', '_' and '.', with a letter or digit first and last"
 
 
 def _tolerations_conflict(job_toleration: Toleration, platform_toleration: Toleration) -> bool:

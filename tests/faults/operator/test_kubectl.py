@@ -65,7 +65,7 @@ def test_only_columns_without_a_value_are_empty(rig: Rig) -> None:
         "asleep": "Suspended", "broken": "Failed", "done": "Succeeded", "waiting": "Starting",
     }  # fmt: skip
     assert {name: row["Reason"] for name, row in rows.items()} == {
-        "asleep": "-", "broken": "DataInvalid", "done": "-", "waiting": "-",
+        "asleep": "-", "broken": "DataInvalid", "done": "-", "waiting": "PodsNotReady",
     }  # fmt: skip
     empty_cells = {(name, title) for name, row in rows.items() for title, cell in row.items() if cell in (None, "")}
     assert {title for _, title in empty_cells} <= MAY_BE_EMPTY

@@ -28,7 +28,7 @@ REQUIRED_SIBLINGS: dict[str, dict[str, Any]] = {
 REQUIRED_IN_ITEM: dict[str, dict[str, Any]] = {
     "trainer.rewards": {"builtin": "thinkFormat"}, "dataset.mixture": {"source": "s3://bucket/a"},
     "evaluation.gates": {"metric": "bleu"}, "evaluation.benchmarks": {"name": "lm-eval", "folder": "s3://bucket/tasks"},
-    "output.combineAdapters": {"source": "s3://bucket/a"},
+    "output.combineAdapters": {"source": "s3://bucket/a"}, "placement.tolerations": {"key": "spot", "effect": "NoExecute"},
 }  # fmt: skip
 """For each list, a required field of its items."""
 

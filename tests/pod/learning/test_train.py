@@ -361,6 +361,7 @@ def test_the_run_reports_its_resolved_settings(model: Path, tmp_path: Path) -> N
         "cpu",
     )
     assert (resolved["datasetRows"], resolved["datasetFormat"]) == (10, "messages")
+    assert {"dataset.maxSequenceLength", "dataset.useChatTemplate"} <= resolved["defaults"].keys()
     line = outcome.logs[-2]
     assert line["tokens_per_second"] > 0 and 0 <= line["data_wait_share"] <= 1
     assert outcome.messages("stage")[-1]["stage"] == "saving"

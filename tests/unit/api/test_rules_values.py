@@ -221,7 +221,7 @@ REWARD_PATH = "trainer.rewards[0].parameters"
         ({"training.optimizer": "adamw_torch_fusd"}, "'adamw_torch_fusd' is not a supported optimizer; did you mean adamw_torch_fused?"),
         ({"training.optimizer": "adamw_hf"}, "'adamw_hf' is not a supported optimizer; write adamw_torch_fused"),
         ({"training.optimizer": "paged_lion"}, "'paged_lion' is not a supported optimizer; write paged_lion_32bit"),
-        ({"training.optimizer": "zzz"}, "'zzz' is not a supported optimizer; write one of " + ", ".join(OPTIMIZERS[:8]) + ", ..."),
+        ({"training.optimizer": "zzz"}, "'zzz' is not a supported optimizer; write one of " + ", ".join(OPTIMIZERS)),
         (BEST | {"checkpoint.steps": 50, "evaluation.steps": 20},
          "50 is not a multiple of evaluation.steps 20, but loadBestAtEnd needs an evaluation of every checkpoint; write for example 60"),
         ({"placement.env": [{"name": "FINETUNE_X"}]},

@@ -56,7 +56,7 @@ def test_the_limits_of_the_learning_rate_are_usual_values(method: str, trainer: 
         return [warning.message.split(" for ")[0] for warning in found]
 
     assert words(low) == words(high) == []
-    assert words(low * 0.9) == [f"{low * 0.9:g} is unusually small"]
+    assert words(low * 0.9) == [f"{low * 0.9:g} is unusually small".replace("e-0", "e-")]
     assert words(high * 1.1) == [f"{high * 1.1:g} is unusually large"]
 
 
@@ -104,3 +104,26 @@ def test_a_feature_that_a_server_cannot_load_is_a_warning_unless_the_job_names_t
 @pytest.mark.parametrize(("rank", "option"), [(1, 8), (8, 8), (9, 16), (200, 256), (512, 512)])
 def test_the_rank_option_of_vllm_is_an_allowed_value(rank: int, option: int) -> None:
     assert max_lora_rank(rank) == option
+
+
+@pytest.mark.parametrize(
+    ("groups", "expected"),
+    [
+        ({"resources": {"cpu": "500"}}, ["resources.cpu ResourcesUnusual for thousandths of a CPU write 500m"]),
+        ({"resources": {"cpu": "448"}}, []),
+        ({"resources": {"cpu": "500M"}}, []),
+        ({"resources": {"memory": "8Gi", "sharedMemory": "8193Mi"}},
+         ["resources.sharedMemory ResourcesUnusual write a smaller sharedMemory or a larger memory"]),
+        ({"resources": {"memory": "8Gi", "sharedMemory": "8Gi"}}, []),
+        ({"resources": {"sharedMemory": "8Gi"}}, []),
+        ({"dataset": {"train": "s3://bucket/${RUN}/x.jsonl"}}, ["dataset.train PlaceholderInSource write the value itself"]),
+        ({"dataset": {"train": "s3://bucket/{{ run }}/x.jsonl"}}, ["dataset.train PlaceholderInSource write the value itself"]),
+        ({"dataset": {"train": "s3://bucket/cost$/x.jsonl"}}, []),
+        ({"method": {"lora": {"targetModules": ["all_linear"]}}}, ["method.lora.targetModules TargetModuleUnusual for all linear layers write [all-linear]"]),
+        ({"method": {"lora": {"targetModules": ["all-linear"]}}}, []),
+        ({"method": {"lora": {"targetModules": ["linear_in", "q_proj"]}}}, []),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_suspicious_values_give_a_warning(groups: dict[str, Any], expected: list[str]) -> None:
+    assert [f"{warning.path} {warning.code} {warning.hint}" for warning in warnings(spec(**groups))] == expected

@@ -36,10 +36,11 @@ def test_secret_in_a_manifest_is_a_warning_and_an_error_with_strict(run_command:
     [
         ("  method: ~\n  training:\n", []),
         ("  storage: {uri: 's3://models/x', credentialsSecretRef: {name: 3}}\n",
-         ["job.yaml:7: spec.storage.credentialsSecretRef.name: 3: should be a valid string [ValueInvalid]"]),
+         ["job.yaml:7: spec.storage.credentialsSecretRef.name: 3: should be a valid string; quote it: \"3\" [ValueInvalid]"]),
         ("  storage: {uri: 'http://x', credentialsSecretRef: {}}\n", [
             "job.yaml:7: spec.storage.credentialsSecretRef.name: this required field is missing; for example name: s3-credentials [ValueInvalid]",
-            "job.yaml:7: spec.storage.uri: 'http://x': the value does not have the required form; for example uri: s3://models/finetune [ValueInvalid]",
+            "job.yaml:7: spec.storage.uri: 'http://x' is not s3://bucket/prefix, pvc://claim/path or file:///path; "
+            "for example uri: s3://models/finetune [ValueInvalid]",
         ]),
         ("  storage: {credentialsSecretRef: {}}\n  training: {warmupSteps: 1, warmupRatio: 0.1}\n", [
             "job.yaml:7: spec.storage.credentialsSecretRef.name: this required field is missing; for example name: s3-credentials [ValueInvalid]",
@@ -50,8 +51,8 @@ def test_secret_in_a_manifest_is_a_warning_and_an_error_with_strict(run_command:
             "write for example {name: format, builtin: regex} [ValueInvalid]"]),
         ("  training: hello\n", ["job.yaml:7: spec.training: 'hello': should be an object; write for example training: {epochs: 1} [ValueInvalid]"]),
         ("  training: {epochs: .nan, seed: 99999999999}\n", [
-            "job.yaml:7: spec.training.epochs: '.nan': should be a valid number [ValueInvalid]",
-            "job.yaml:7: spec.training.seed: 99999999999: should be less than or equal to 4294967295 [ValueInvalid]",
+            "job.yaml:7: spec.training.epochs: '.nan': should be a valid number; for example epochs: 1 [ValueInvalid]",
+            "job.yaml:7: spec.training.seed: 99999999999: should be less than or equal to 4294967295; for example seed: 7 [ValueInvalid]",
         ]),
         ("  training: &a {x: *a}\n", ["job.yaml:7: spec.training.x: the alias refers to a value that contains it; write the value itself"]),
     ],
@@ -68,7 +69,7 @@ def test_split_without_training_rows_is_refused(run_command: RunCommand, write_f
     code, _, stderr = run_command("validate", path)
     assert code == 1
     assert error_lines(stderr, path.parent) == [
-        "job.yaml:6: spec.dataset.split.train: 0: should be greater than 0 [ValueInvalid]"
+        "job.yaml:6: spec.dataset.split.train: 0: should be greater than 0; for example train: 0.8 [ValueInvalid]"
     ]
 
 
@@ -162,3 +163,27 @@ def test_warnings_are_printed_and_refused_only_with_strict(run_command: RunComma
 def test_too_long_name_says_its_length_and_the_limit(run_command: RunCommand, write_file: WriteFile) -> None:
     stderr = run_command("validate", write_file("job.yaml", JOB.replace("name: bot", f"name: {'a' * 41}")))[2]
     assert "has 41 characters, and the name of a FineTuneJob may have at most 40" in stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (JOB.replace("  model:", "\tmodel:"),
+         "job.yaml:5: invalid YAML: found character '\\t' that cannot start any token, in the line `model: {source: org/m}`; "
+         "indent with spaces, because YAML allows no tabs there"),
+        (JOB.replace("org/m", "{{ .Values.model }}"),
+         "job.yaml:5: spec.model.source: a key must be plain text; a template must be rendered first, for example with `helm template`"),
+        (JOB.replace("name: bot", "generateName: bot-"),
+         "job.yaml:3: metadata.name: this required field is missing; only `kubectl create` uses generateName, so write at most 40 characters a-z, 0-9 "
+         "and -, beginning with a letter [NameInvalid]"),
+        (JOB.replace("name: bot", "name: My Bot"),
+         "job.yaml:3: metadata.name: 'My Bot' cannot be the name of a FineTuneJob; write at most 40 characters a-z, 0-9 and -, beginning with a letter, "
+         "for example my-bot [NameInvalid]"),
+        (JOB.replace("source: org/m", "source:org/m"),
+         "job.yaml:5: spec.model.source:org/m: unknown field; write a space after the colon: source: org/m [UnknownField]"),
+    ],
+)  # fmt: skip
+def test_mistake_outside_the_spec_gets_one_message(run_command: RunCommand, write_file: WriteFile, text: str, message: str) -> None:
+    path = write_file("job.yaml", text)
+    code, _, stderr = run_command("validate", path)
+    assert (code, error_lines(stderr, path.parent)) == (1, [message])

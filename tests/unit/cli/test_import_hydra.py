@@ -274,7 +274,8 @@ def test_value_in_place_of_a_group_is_refused(write_file: WriteFile, folder: Pat
     text = "model: {base_model: a/b}\nfine_tuning: {method: lora}\ndistributed: {use_deepspeed: true}\n"
     assert import_files(write_file("job.yaml", text), deepspeed, source="yaml").mistakes == [
         "ds.json: zero_optimization: the value is 3, but a group of options is needed; write names and values",
-        "ds.json: gradient_clipping: 'a': should be a valid number, unable to parse string as a number",
+        "ds.json: gradient_clipping: 'a': should be a valid number, unable to parse string as a number; "
+        "for example maxGradNorm: 0.5 (spec.training.maxGradNorm)",
     ]
 
 

@@ -72,6 +72,7 @@ def test_a_file_is_recognised_and_becomes_a_job(import_settings: Any) -> None:
         ({"val_size": 0.1, "eval_strategy": "steps", "eval_steps": 50}, "evaluation", {"strategy": "steps", "steps": 50}),
         ({"deepspeed": "examples/deepspeed/ds_z2_offload_config.json"}, "distributed.deepspeed", {"zeroStage": 2, "offloadOptimizer": True}),
         ({"fsdp": "full_shard auto_wrap"}, "distributed", {"strategy": "fsdp", "fsdp": {"sharding": "fullShard"}}),
+        ({"fsdp": "full_shard", "fsdp_config": {"fsdp_state_dict_type": "SHARDED_STATE_DICT"}}, "distributed.fsdp.stateDict", "sharded"),
         ({"warmup_ratio": 0.1}, "training.warmupRatio", 0.1),
         ({"save_steps": 0.1, "max_steps": 1000}, "checkpoint.steps", 100),
         ({"report_to": "none"}, "tracking.reportTo", []),
@@ -106,12 +107,22 @@ def test_options_are_mapped(import_settings: Any, changes: dict[str, Any], path:
         ({"stage": "dpo"}, "dpo on the data set alpaca_en_demo, whose rows have no better and worse answer"),
         ({"eval_strategy": "epoch", "val_size": 20}, "a number of validation rows"),
         ({"label_smoothing_factor": 0.1}, "label smoothing"),
+        ({"fsdp": True, "fsdp_config": {"state_dict_type": "LOCAL_STATE_DICT"}}, "the state dict LOCAL_STATE_DICT of FSDP"),
+        ({"fsdp": True, "fsdp_config": "fsdp.json"}, "reading the FSDP configuration fsdp.json, which is not given,"),
         ({"save_strategy": "best"}, "saving only better checkpoints"),
     ],
 )
 def test_missing_features_are_named(import_settings: Any, changes: dict[str, Any], feature: str) -> None:
     assert any(
         f"{feature} is not possible in a FineTuneJob" in mistake for mistake in import_settings(changes).mistakes
+    )
+
+
+def test_an_unknown_word_of_fsdp_is_refused(import_settings: Any) -> None:
+    (mistake,) = import_settings({"fsdp": "full_sharding auto_wrap"}).mistakes
+    assert mistake.endswith(
+        "fsdp: full_sharding is not an option of FSDP; "
+        "write words of full_shard, shard_grad_op, no_shard, hybrid_shard, hybrid_shard_zero2, auto_wrap, offload"
     )
 
 

@@ -32,8 +32,8 @@ def test_written_manifest_is_valid(run_command: RunCommand, write_file: WriteFil
 @pytest.mark.parametrize(
     ("option", "value", "problem"),
     [
-        ("--storage", "x", "'x': the value does not have the required form; for example --storage s3://models/finetune"),
-        ("--gpus", "-1", "-1: should be greater than or equal to 0"),
+        ("--storage", "x", "'x' is not s3://bucket/prefix, pvc://claim/path or file:///path; for example --storage s3://models/finetune"),
+        ("--gpus", "-1", "-1: should be greater than or equal to 0; for example --gpus 8"),
     ],
 )  # fmt: skip
 def test_invalid_value_is_reported_as_the_option(run_command: RunCommand, option: str, value: str, problem: str) -> None:

@@ -28,8 +28,10 @@ def error_lines(stderr: str, folder: Path) -> list[str]:
                                   "or remove the group with --set training=null"),
         (["--set", "training.epochs="], "--set: training.epochs: the value is missing; write --set training.epochs=VALUE, "
                                     "or training.epochs=null to remove the field"),
-        (["--set", "training.epochs=.nan"], "--set: training.epochs: '.nan': should be a valid number, unable to parse string as a number"),
-        (["--set", "training.epochs=1e999"], "--set: training.epochs: inf: should be a finite number"),
+        (["--set", "training.epochs=.nan"], "--set: training.epochs: '.nan': should be a valid number, unable to parse string as a number; "
+         "for example --set training.epochs=1 (spec.training.epochs)"),
+        (["--set", "training.epochs=1e999"], "--set: training.epochs: inf: should be a finite number; "
+         "for example --set training.epochs=1 (spec.training.epochs)"),
         (["--set", "trainer.rewards[0].weight=2"], "--set: trainer.rewards[0].weight: unknown field; set the whole list: --set 'trainer.rewards=[...]'"),
         (["--set", "training.schedulerParameters.x=1"], "--set: training.schedulerParameters.x: unknown field; set the whole map: "
                                                         "--set 'training.schedulerParameters={NAME: VALUE}'"),
@@ -38,11 +40,12 @@ def error_lines(stderr: str, folder: Path) -> list[str]:
         (["--name", "a" * 41], f"--name: {'a' * 41}: this cannot be the name of a FineTuneJob; "
                                "write at most 40 characters a-z, 0-9 and -, beginning with a letter"),
         (["--namespace", "A B"], "--namespace: A B: this cannot be the name of a namespace; write at most 63 characters a-z, 0-9 and -"),
-        (["--storage", "x"], "--storage: 'x': the value does not have the required form; for example --storage s3://models/finetune (spec.storage.uri)"),
-        (["--set", "storage.uri=x"], "--set: storage.uri: 'x': the value does not have the required form; "
+        (["--storage", "x"], "--storage: 'x' is not s3://bucket/prefix, pvc://claim/path or file:///path; "
+         "for example --storage s3://models/finetune (spec.storage.uri)"),
+        (["--set", "storage.uri=x"], "--set: storage.uri: 'x' is not s3://bucket/prefix, pvc://claim/path or file:///path; "
                                      "for example --set storage.uri=s3://models/finetune (spec.storage.uri)"),
         (["--data", ""], "--data: the value is empty; for example --data s3://data/train.jsonl (spec.dataset.train)"),
-        (["--gpus", "-1"], "--gpus: -1: should be greater than or equal to 0"),
+        (["--gpus", "-1"], "--gpus: -1: should be greater than or equal to 0; for example --gpus 8 (spec.resources.gpusPerNode)"),
         (["--prompts", "A_B/k"], "--prompts: A_B/k: this is not the name and key of a ConfigMap; write NAME/KEY"),
         (
             ["--from", "nobody"],
@@ -61,9 +64,10 @@ def test_invalid_option_is_refused(run_command: RunCommand, write_file: WriteFil
 @pytest.mark.parametrize(
     ("value", "expected"),
     [
-        ("storage.uri=x", "--set: storage.uri: 'x': the value does not have the required form; for example --set storage.uri=s3://models/finetune"),
+        ("storage.uri=x", "--set: storage.uri: 'x' is not s3://bucket/prefix, pvc://claim/path or file:///path; "
+         "for example --set storage.uri=s3://models/finetune"),
         ("trainer.rewards=x", "--set: trainer.rewards[0]: 'x': should be an object; for example --set 'trainer.rewards=[{name: format, builtin: regex}]'"),
-        ("training.epochs=x", "--set: training.epochs: 'x': should be a valid number"),
+        ("training.epochs=x", "--set: training.epochs: 'x': should be a valid number; for example --set training.epochs=1"),
     ],
 )  # fmt: skip
 def test_local_run_names_the_option_with_the_invalid_value(

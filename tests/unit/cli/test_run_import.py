@@ -58,7 +58,8 @@ TOML_CONFIG = '[fine_tuner]\nbase_model_id = "org/m"\ntraining_data_id = "org/d"
         ("a.yaml", " \n\n", ["a.yaml: the file is empty"]),
         ("a.yaml", "# nothing\n", ["a.yaml: the file is empty"]),
         ("a.yaml", "hello\n", ["a.yaml: the file is not a mapping of names to values"]),
-        ("a.yaml", "\tmodel: x\n", ["a.yaml:1: invalid YAML: found character '\\t' that cannot start any token, in the line `model: x`"]),
+        ("a.yaml", "\tmodel: x\n", ["a.yaml:1: invalid YAML: found character '\\t' that cannot start any token, in the line `model: x`; "
+                                      "indent with spaces, because YAML allows no tabs there"]),
         ("a.yaml", FLAT_GUIDE + "lora_r: 16\n", ["a.yaml:3: lora_r: the key occurs twice, in lines 2 and 3; keep one"]),
         ("a.yaml", FLAT_GUIDE + "---\n" + FLAT_GUIDE, ["a.yaml:4: a second YAML document begins here; keep one configuration per file"]),
         ("a.yaml", "model: &a [*a]\n", ["a.yaml:1: model[0]: the alias refers to a value that contains it; write the value itself"]),
@@ -70,7 +71,7 @@ TOML_CONFIG = '[fine_tuner]\nbase_model_id = "org/m"\ntraining_data_id = "org/d"
         ("a.yaml", "model: org/m\nlora_r: 99999999999999999999\nlearning_rate: .nan\nepochs: .inf\n", [
             'a.yaml:3: learning_rate: ".nan" is not a number; allowed: a number greater than 0',
             'a.yaml:4: epochs: ".inf" is not a number; allowed: a number greater than 0',
-            "a.yaml:2: lora_r: 99999999999999999999: should be less than or equal to 4096",
+            "a.yaml:2: lora_r: 99999999999999999999: should be less than or equal to 4096; for example rank: 64 (spec.method.lora.rank)",
         ]),
         ("a.env", ENV_CONFIG + "EPOCHS=1e400\nLEARNING_RATE=nan\nBATCH_SIZE=" + "9" * 5000 + "\n", [
             'a.env:4: EPOCHS: "1e400" is not an integer; allowed: an integer from 1 to 20',

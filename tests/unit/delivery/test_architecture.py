@@ -38,7 +38,7 @@ def test_modules_on_the_path_of_a_job_exist(module: str) -> None:
 def test_each_kind_of_extension_has_a_recipe() -> None:
     headings = re.findall(r"^### (.*)$", RECIPES_TEXT, re.MULTILINE)
     assert headings == [
-        "Change a retry rule or an exit code", "Add a status field", "Add a printer column", "Add an event",
+        "Explain a usual mistake", "Change a retry rule or an exit code", "Add a status field", "Add a printer column", "Add an event",
         "Add a rule to the platform's policy", "Add a method",
         "Add an objective", "Add a data format", "Add an importer",
     ]  # fmt: skip

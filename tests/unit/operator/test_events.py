@@ -7,7 +7,7 @@ from typing import Any
 from finetune_api.names import Reason
 from finetune_api.status import FineTuneJobStatus
 from finetune_operator.decide import decide
-from finetune_operator.events import MAX_NOTE_CHARACTERS, EventDraft, build_event, draft_events
+from finetune_operator.events import MAX_NOTE_CHARACTERS, EventDraft, build_event, draft_events, event_name
 from finetune_operator.plan import ActionResult
 from finetune_operator.report import compute_status
 
@@ -56,10 +56,16 @@ def test_events_of_a_retry() -> None:
 
 def test_event_name_depends_on_its_text() -> None:
     def name(text: str) -> str:
-        event = build_event(finetunejob(), EventDraft(Reason.STALLED, text), "x", at(0))
-        assert len(event["note"]) <= MAX_NOTE_CHARACTERS
-        return str(event["metadata"]["name"])
+        return event_name(finetunejob(), EventDraft(Reason.STALLED, text), 0)
 
     assert name("a") == name("a")
     assert name("a") != name("b")
     assert name("n" * 9999).startswith("run.")
+    event = build_event(finetunejob(), EventDraft(Reason.STALLED, "n" * 9999), "name", "x", at(0))
+    assert (event["metadata"]["name"], len(event["note"]) <= MAX_NOTE_CHARACTERS) == ("name", True)
+
+
+def test_names_sort_in_the_order_in_which_events_are_emitted() -> None:
+    emitted = [(9, 0), (9, 1), (9, 12), (10, 0), (99999, 0), (100000, 0)]
+    names = [event_name(finetunejob(version=version), EventDraft(Reason.ACCEPTED, f"{version}"), number) for version, number in emitted]
+    assert sorted(names) == names

@@ -87,7 +87,9 @@ def failed_with(code: str) -> Facts:
 
 REASON_CASES: dict[str, tuple[Facts, ActionResult | None, str]] = {
     "running": (facts(status=status(**RUNNING_STATUS), jobs=[job()], pods=[pod()], last_report=TRAINING_REPORT), None, "-"),
-    "starting": (facts(status=status(**RUNNING_STATUS), jobs=[job()], pods=[pod(is_ready=False)]), None, "-"),
+    "starting": (facts(status=status(**RUNNING_STATUS), jobs=[job()], pods=[pod(is_ready=False)]), None, "PodsNotReady"),
+    "starting with ready pods": (facts(status=status(**RUNNING_STATUS), jobs=[job()], pods=[pod()]), None, "-"),
+    "created": (facts(), ActionResult(created_job=job()), "PodsNotReady"),
     "queued": (facts(spec=QUEUED_SPEC, jobs=[job(is_suspended=True, started_at=None, queue="q")]), None, "Queued"),
     "image": (facts(status=status(**RUNNING_STATUS), jobs=[job()], pods=[PULLING_POD]), None, "ImagePullFailed"),
     "no node": (facts(status=status(**RUNNING_STATUS), jobs=[job()], pods=[UNSCHEDULABLE_POD]), None, "Unschedulable"),

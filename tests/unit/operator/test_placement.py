@@ -42,7 +42,7 @@ def accept_placement(placement: dict[str, Any], first: FirstAttempt | None = Non
         ({"labels": {"kueue.x-k8s.io/queue-name": "q"}}, ("kueue.x-k8s.io/queue-name", "write placement.queueName")),
         ({"annotations": {"finetune-operator.io/run.json": "{}"}}, ("finetune-operator.io/run.json", "sets this key itself")),
         ({"annotations": {"kubectl.kubernetes.io/default-container": "x"}}, ("default-container", "sets this key itself")),
-        ({"labels": {"team": "a b"}}, ("spec.placement.labels.team is 'a b'", "at most 63")),
+        ({"labels": {"team": "a b"}}, ("spec.placement.labels.team: 'a b' is not a label value", "at most 63")),
         ({"nodeSelector": {"a b": "c"}}, ("spec.placement.nodeSelector.a b", "'a b'")),
     ],
 )  # fmt: skip
@@ -209,12 +209,3 @@ def test_each_conflicting_label_is_named_with_both_values(value: str) -> None:
 def test_reserved_key_is_refused(field: str, key: str, hint: str) -> None:
     message = f"spec.placement.{field}.{key} is 'a', but the operator sets this key itself: {hint}"
     assert list(placement_problems(spec_with(placement={field: {key: "a"}}), None, CONFIG)) == [message]
-
-
-@pytest.mark.parametrize("field", ["nodeSelector", "labels", "annotations"])
-def test_syntax_of_keys_and_of_label_values_is_checked(field: str) -> None:
-    path = f"spec.placement.{field}"
-    rule = "write at most 63 letters, digits, '-', '_' and '.', with a letter or digit first and last"
-    messages = [f"{path}.a b: 'a b' is not a label or annotation key: write a key such as team or example.com/team"]
-    messages += [] if field == "annotations" else [f"{path}.c is 'd e': {rule}"]
-    assert list(placement_problems(spec_with(placement={field: {"a b": "", "c": "d e"}}), None, CONFIG)) == messages

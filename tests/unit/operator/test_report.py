@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
 import pytest
 from finetune_api.names import Condition, Phase, Reason
 from finetune_api.pod import TerminationMessage
-from finetune_api.status import Attempt, FineTuneJobStatus
+from finetune_api.status import Attempt, FineTuneJobStatus, format_rfc3339
 from finetune_operator.decide import decide
 from finetune_operator.facts import Facts
 from finetune_operator.plan import ActionResult
 from finetune_operator.policies.blocking import BlockingCondition
 from finetune_operator.report import compute_status
 
-from tests.unit.operator.samples import at, end_pod, facts, job, pod, report, spec, status
+from tests.unit.operator.samples import at, condition, end_pod, facts, job, pod, report, spec, status
 
 RUNNING_STATUS = {
     "attempt": 1,
@@ -280,3 +281,54 @@ def test_plan_and_measured_memory_are_shown_and_kept() -> None:
     assert later.plan is not None and later.plan.memory == shown.plan.memory
     assert later.plan.measured is not None and later.plan.measured.memory_bytes == 4
     assert running_with(later).plan == later.plan
+
+
+def times_of(value: Any) -> list[str]:
+    """Return every time in a status, in the format of Kubernetes."""
+    if isinstance(value, dict):
+        return [time for inner in value.values() for time in times_of(inner)]
+    if isinstance(value, list):
+        return [time for inner in value for time in times_of(inner)]
+    return [value] if isinstance(value, str) and re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", value) else []
+
+
+@pytest.mark.parametrize("exit_code", [0, 64])
+def test_no_time_in_the_status_is_later_than_the_completion(exit_code: int) -> None:
+    """The container ended at 90, the condition PodsReady changed at 92, a fast clock reported 3000 and 4000, and the operator saw the end at 95."""
+    known = status(**RUNNING_STATUS, conditions=[condition(Condition.PODS_READY, "False", "PodsNotReady", 92)])
+    checkpoints = [{"step": 400, "uri": "s3://b/step-00000400/x", "time": at(91).isoformat()}, {"step": 500, "uri": "s3://b/500", "time": at(4000).isoformat()}]
+    message = TerminationMessage.model_validate(
+        {"step": 500, "output": {"uri": "s3://b/model"}, "checkpoints": checkpoints, "progress": {"step": 500, "updateTime": at(3000).isoformat()}}
+    )
+    ended_job = job(completed_at=at(90)) if exit_code == 0 else job(failed_at=at(90))
+    observed = facts(status=known, jobs=[ended_job], pods=[end_pod(pod(), exit_code, message)], now=at(95))
+    new_status = status_of(observed)
+    wire = new_status.to_wire()
+    assert (new_status.phase, wire["completionTime"]) == (Phase.FAILED if exit_code else Phase.SUCCEEDED, format_rfc3339(at(95)))
+    assert max(times_of(wire)) == wire["completionTime"]
+    assert {one["type"]: one["lastTransitionTime"] for one in wire["conditions"]}["Finished"] == wire["completionTime"]
+
+
+def test_the_completion_is_the_end_of_the_last_container_if_nothing_is_later() -> None:
+    known = status(**RUNNING_STATUS, conditions=[condition(Condition.PODS_READY, "True", "PodsReady", 10)])
+    observed = facts(status=known, jobs=[job(completed_at=at(90))], pods=[end_pod(pod(), 0)], now=at(5000))
+    wire = status_of(observed).to_wire()
+    assert wire["completionTime"] == format_rfc3339(at(90)) == max(times_of(wire))
+
+
+def test_time_of_a_checkpoint_from_a_fast_clock_does_not_change_with_each_report() -> None:
+    checkpoint = {"step": 100, "uri": "s3://b/100", "time": at(4000).isoformat()}
+    current = status(**RUNNING_STATUS)
+    for now in (50, 60, 70):
+        current = status_of(facts(status=current, jobs=[job()], pods=[pod()], last_report=report(checkpoints=[checkpoint]), now=at(now)))
+        assert [one.time for one in current.checkpoints] == [at(50)]
+
+
+def test_defaults_from_the_trainer_are_added_to_the_recorded_defaults() -> None:
+    known = status(**RUNNING_STATUS, resolved={"defaults": {"training.learningRate": 2e-4}})
+    reported = {"defaults": {"dataset.maxSequenceLength": 1024, "training.learningRate": 9}}
+    current = running_with(known, resolved=reported)
+    assert current.resolved is not None
+    assert current.resolved.defaults == {"training.learningRate": 2e-4, "dataset.maxSequenceLength": 1024}
+    later = running_with(current, resolved={})
+    assert later.resolved is not None and later.resolved.defaults == current.resolved.defaults

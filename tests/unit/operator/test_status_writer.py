@@ -5,20 +5,21 @@ from __future__ import annotations
 import asyncio
 from dataclasses import replace
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 import pytest
-from finetune_api.names import Annotation, Reason
+from finetune_api.names import Reason
 from finetune_operator import events, status_writer, throttle
+from finetune_operator.events import EventDraft, EventRecorder
 from finetune_operator.facts import ReceivedReport
-from finetune_operator.kube import ApiResponse, Forbidden
+from finetune_operator.kube import ApiResponse, Forbidden, KubeClient
 from finetune_operator.objects import CORE_EVENT, EVENT, FINETUNEJOB, JOB, Kind, Object
 from finetune_operator.plan import Plan, Situation
 from finetune_operator.status_writer import may_defer
-from finetune_operator.views import JobView, read_status
+from finetune_operator.views import JobView, read_finetunejob, read_status
 
 from tests.unit.operator.fake_cluster import KEY, Process, Server, new_server, start_attempt
-from tests.unit.operator.samples import CONFIG, SPEC, end_pod, pod, report
+from tests.unit.operator.samples import CONFIG, SPEC, UID, end_pod, pod, report
 
 
 @pytest.fixture
@@ -63,8 +64,19 @@ async def test_repeated_transition_is_counted_in_the_event_series(server: Server
             await process.reconcile()
             process.refresh()
     assert server.event_counts()[Reason.SUSPENDED] == 2
-    event = next(body for body in server.objects.values() if body.get("reason") == Reason.SUSPENDED)
-    assert event["metadata"]["annotations"][Annotation.OBSERVED_VERSION] != "2"
+    assert len([body for body in server.objects.values() if body.get("reason") == Reason.SUSPENDED]) == 1
+
+
+async def test_repeated_event_gets_a_new_position_after_the_first_one_expired(server: Server) -> None:
+    recorder, draft = EventRecorder(cast("KubeClient", server), "test"), EventDraft(Reason.SUSPENDED, "x")
+    await recorder.emit(read_finetunejob(server.finetunejob), [draft])
+    (first_name,) = [name for plural, name in server.objects if plural == EVENT.plural]
+    del server.objects[EVENT.plural, first_name]
+    recorder.record_status_write(UID)
+    server.write_spec({**SPEC, "suspend": True})
+    await recorder.emit(read_finetunejob(server.finetunejob), [draft])
+    (second_name,) = [name for plural, name in server.objects if plural == EVENT.plural]
+    assert (second_name > first_name, server.event_counts()) == (True, {Reason.SUSPENDED: 1})
 
 
 @pytest.mark.parametrize("refused", ["events", "nothing"])

@@ -7,9 +7,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from finetune_api.defaults import LATE_DEFAULTS
 from finetune_api.errors import ConfigError, FineTuneError
 from finetune_api.lineage import TRAINING_IMAGES
-from finetune_trainer.data.prepare import NO_TOKENIZER_LIMIT, PreparedData, inputs_digest, max_sequence_length, prepare
+from finetune_trainer.data.prepare import (
+    NO_TOKENIZER_LIMIT,
+    PreparedData,
+    inputs_digest,
+    late_defaults,
+    max_sequence_length,
+    prepare,
+)
 from finetune_trainer.data.rows import Completion
 
 from tests.support.data import decode_rows, prepare_rows, render_options, tokenizer, trained_texts
@@ -36,6 +44,16 @@ def test_virtual_tokens_reduce_the_sequence_length(method: dict[str, Any], virtu
         longest_sequence(tmp_path, {"method": method, "dataset": {"maxSequenceLength": 513 - virtual_token_count}}, 512)
     assert caught.value.code == "SequenceTooLong"
     assert ("method.promptLength takes" in caught.value.message) is bool(virtual_token_count)
+
+
+def test_defaults_that_depend_on_the_model_are_reported_unless_the_user_set_the_field(tmp_path: Path) -> None:
+    def reported(dataset: dict[str, Any], template: str | None) -> dict[str, Any]:
+        run, _ = make_run(tmp_path, Path("/models/tiny"), {"dataset": dataset})
+        return late_defaults(run, SimpleNamespace(model_max_length=NO_TOKENIZER_LIMIT, chat_template=template), 512)
+
+    assert reported({"numProc": 2}, "t") == {"dataset.maxSequenceLength": 512, "dataset.useChatTemplate": True}
+    assert reported({"numProc": 2, "useChatTemplate": False, "maxSequenceLength": 64}, None) == {}
+    assert list(reported({}, None)) == list(LATE_DEFAULTS)
 
 
 def test_virtual_tokens_that_leave_no_position_are_refused(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from finetune_trainer.data.batches import Outcome
 from finetune_trainer.data.encode import EncodedRows, EncodedSplit, encode_sources, require_few_bad_rows
 from finetune_trainer.data.load import DataSummary, trains_on_answers_only
 from finetune_trainer.data.pack import pack, packed_batches, padding_share
+from finetune_trainer.data.parallel import usable_cpus
 from finetune_trainer.data.prepared import PreparedFolder, open_prepared, write_prepared
 from finetune_trainer.data.rows import IGNORED_LABEL, Completion, Example
 from finetune_trainer.data.supervised import FittingEncoder, RowEncoder, SupervisedEncoder
@@ -129,6 +130,17 @@ def max_sequence_length(run: RunConfig, tokenizer: Any, max_positions: int | Non
 def virtual_tokens(run: RunConfig) -> int:
     """Return the number of positions that prefix and prompt tuning occupy before every row."""
     return int(value_or_default(run.spec.method, "prompt_length")) if method_type_of(run.spec) in PROMPT_METHODS else 0
+
+
+def late_defaults(run: RunConfig, tokenizer: Any, max_positions: int | None) -> dict[str, Any]:
+    """Return the defaults that depend on the model or the pod, by spec path. Call this function after `use_chat_template`."""
+    dataset = run.spec.dataset
+    values = {
+        MAX_SEQUENCE_LENGTH: (dataset.max_sequence_length, max_sequence_length(run, tokenizer, max_positions)),
+        "dataset.useChatTemplate": (dataset.use_chat_template, bool(tokenizer.chat_template)),
+        "dataset.numProc": (dataset.num_proc, usable_cpus()),
+    }
+    return {path: default for path, (given, default) in values.items() if given is None}
 
 
 def use_chat_template(run: RunConfig, inputs: Inputs, tokenizer: Any) -> bool:

@@ -1,0 +1,73 @@
+"""Usual mistakes in manifests, and the messages of `finetune validate`: one row for each mistake, in `mistakes.txt`.
+
+A row begins with a part of a spec in one line. The indented lines after it are the expected messages. `python -m tests.unit.cli.mistakes`
+writes the messages again; review them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune_cli.checks import check_manifest
+from finetune_cli.manifests import Manifest
+from finetune_cli.yaml_reader import read_trees
+
+FILE = Path(__file__).with_name("mistakes.txt")
+SPEC: dict[str, Any] = {"model": {"source": "org/name"}, "dataset": {"train": "s3://bucket/train.jsonl"}}
+"""The mistakes are merged into this spec. The value null removes a field."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A part of a spec, and the messages about it. A warning begins with `warning: `."""
+
+    text: str
+    messages: list[str]
+
+
+def read_rows() -> list[Row]:
+    """Return the rows of the file. Lines that begin with `#` are headings."""
+    rows: list[Row] = []
+    for line in FILE.read_text("utf-8").splitlines():
+        if line.startswith("    "):
+            rows[-1].messages.append(line.strip())
+        elif line and not line.startswith("#"):
+            rows.append(Row(line, []))
+    return rows
+
+
+def messages_about(text: str) -> list[str]:
+    """Return the errors and warnings about the spec with the part `text`."""
+    spec = _merge(SPEC, read_trees(text)[0].value)
+    value = {"apiVersion": "finetune-operator.io/v1alpha1", "kind": "FineTuneJob", "metadata": {"name": "bot"}, "spec": spec}
+    findings = check_manifest(Manifest("", 0, value, {}))[1]
+    return [
+        f"{'' if finding.is_error else 'warning: '}{dataclasses.replace(finding.mistake, location='')} [{finding.code}]"
+        for finding in findings
+    ]
+
+
+def _merge(base: Any, part: Any) -> Any:
+    if not isinstance(base, dict) or not isinstance(part, dict):
+        return part
+    merged = {key: _merge(base[key], part[key]) if key in base and key in part else part.get(key, base.get(key)) for key in {**base, **part}}
+    return {key: value for key, value in merged.items() if value is not None}
+
+
+def write_rows() -> None:
+    """Write the file with the current messages."""
+    lines: list[str] = []
+    for line in FILE.read_text("utf-8").splitlines():
+        if line.startswith("    "):
+            continue
+        lines.append(line)
+        if line and not line.startswith("#"):
+            lines += [f"    {message}" for message in messages_about(line)]
+    FILE.write_text("\n".join(lines) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    write_rows()

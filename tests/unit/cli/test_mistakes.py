@@ -1,0 +1,25 @@
+"""Each usual mistake gets a message that says what was given, why it cannot be, and what to write."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.unit.cli.mistakes import Row, messages_about, read_rows
+
+ROWS = read_rows()
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.text)
+def test_mistake_gets_its_message(row: Row) -> None:
+    assert messages_about(row.text) == row.messages
+
+
+def test_no_mistake_passes_without_a_word() -> None:
+    assert len(ROWS) == len({row.text for row in ROWS}) >= 60
+    assert [row.text for row in ROWS if not row.messages] == []
+
+
+def test_every_message_says_what_to_write() -> None:
+    """A message without hint must list the allowed values itself."""
+    silent = [message for row in ROWS for message in row.messages if "; " not in message and "should be '" not in message]
+    assert silent == []
