@@ -287,8 +287,11 @@ class Facts:
     def running_seconds(self, end_time: datetime) -> float:
         """Running time of all attempts until `end_time`, in seconds. If a queue has suspended the Job, the time since then does not count."""
         suspended_since = self.current_job.suspended_since if self.current_job else None
-        counted_until = min(end_time, suspended_since) if suspended_since else end_time
-        return self.earlier_running_seconds + seconds_between(self.running_since, counted_until)
+        if suspended_since is None:
+            return self.earlier_running_seconds + seconds_between(self.running_since, end_time)
+        # While the operator did not run, the queue may have suspended and resumed the Job. Only the times of the newest pods are certain then.
+        counted_from = max([time for time in (self.running_since, *(pod.created_at for pod in self.newest_pods)) if time], default=None)
+        return self.earlier_running_seconds + seconds_between(counted_from, min(end_time, suspended_since, self.last_seen_at))
 
     @property
     def last_seen_at(self) -> datetime:

@@ -84,10 +84,25 @@ def test_time_after_the_queue_suspended_the_job_is_not_running_time() -> None:
         attempt=1, attempts=[STARTED_ATTEMPT], conditions=[condition(Condition.QUOTA_RESERVED, "True", "Progressing", 100)]
     )
     taken = job(queue="q", is_suspended=True, suspended_since=at(1000), started_at=None)
-    observed = facts(spec=QUEUED_SPEC, status=known, jobs=[taken], now=at(5000))
+    ended = replace(pod(created_at=at(100), deletion_timestamp=at(1000)), phase="Failed")
+    observed = facts(spec=QUEUED_SPEC, status=known, jobs=[taken], pods=[ended], now=at(5000))
     plan = decide(observed)
     assert plan.termination is None
     assert compute_status(observed, plan, ActionResult()).active_seconds == 900
+
+
+def test_only_known_running_time_counts_if_the_operator_did_not_see_when_the_queue_suspended_the_job() -> None:
+    """The queue may have suspended, resumed and suspended the Job meanwhile. A deadline must not pass in time that the job did not run."""
+    known = status(
+        attempt=1, attempts=[STARTED_ATTEMPT], progress={"step": 5, "updateTime": at(400).isoformat()},
+        conditions=[condition(Condition.QUOTA_RESERVED, "True", "Progressing", 100)],
+    )  # fmt: skip
+    taken = job(queue="q", is_suspended=True, suspended_since=at(4000), started_at=None)
+    unseen = facts(spec=QUEUED_SPEC, status=known, jobs=[taken], now=at(5000))
+    assert unseen.running_seconds(unseen.now) == 300
+    second_pod = replace(pod(created_at=at(3900), deletion_timestamp=at(4000)), phase="Failed")
+    readmitted = facts(spec=QUEUED_SPEC, status=known, jobs=[taken], pods=[second_pod], now=at(5000))
+    assert readmitted.running_seconds(readmitted.now) == 100
 
 
 def test_readmission_while_the_operator_was_down_restarts_the_reservation() -> None:

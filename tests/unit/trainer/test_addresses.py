@@ -101,6 +101,6 @@ def test_a_judge_is_checked() -> None:
 
 
 def test_an_mlflow_server_is_checked() -> None:
-    run = TrackedRun.model_construct(name="run", project="p")
+    run = TrackedRun.model_construct(**{"name": "run", "project": "p"})
     with pytest.raises(TrackerError, match="^tracking.mlflow.trackingUri leads to 2852039166"):
         Mlflow(run, "http://2852039166", None).open()
