@@ -484,7 +484,7 @@ def _merge_reports(empty: Model, name: str, inputs: StatusInput) -> Model | None
     None if no source has a value. A termination message may lack values, because its size is limited.
     """
     live_report = inputs.facts.live_report
-    sources = (inputs.old_status, live_report.report if live_report else None, inputs.termination_message)
+    sources = (inputs.old_status, inputs.plan.preparation_message, live_report.report if live_report else None, inputs.termination_message)
     known = [value for source in sources if (value := getattr(source, name, None)) is not None]
     return merge_fields(empty, *known) if known else None
 

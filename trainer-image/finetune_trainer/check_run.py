@@ -19,7 +19,7 @@ from finetune_api import rules
 from finetune_api.errors import ConfigError, InternalError
 from finetune_api.names import ExitCode
 from finetune_api.pod import RunConfig
-from finetune_api.status import DataReport, ResolvedConfig, Stage
+from finetune_api.status import DataReport, ResolvedConfig, RunPlan, Stage
 
 from finetune_trainer import imports
 from finetune_trainer.channel import Channel
@@ -69,8 +69,11 @@ def _run_and_report(channel: Channel) -> int:
 def check(run: RunConfig, channel: Channel, inputs: Inputs) -> None:
     """Check the data and the method, and report the counts. Errors: those of the objective's data and of the method."""
     imports.preload(run, module_of(rules.trainer_type_of(run.spec)))
+    from finetune_api.memory.description import Facts as MemoryFacts
+
     from finetune_trainer import model
     from finetune_trainer.distributed import DistributedStrategy
+    from finetune_trainer.memory_plan import plan_with_facts
     from finetune_trainer.objective.base import TrainingContext
 
     channel.report_stage(Stage.CHECKING, "rows and tokens")
@@ -87,6 +90,9 @@ def check(run: RunConfig, channel: Channel, inputs: Inputs) -> None:
     _, facts = objective.load_data(context)
     for note in (*notes, *facts.notes):
         channel.report_note(note)
+    memory = plan_with_facts(run, config, MemoryFacts(longest_tokens=facts.longest_sequence or None))
+    if memory is not None:
+        channel.report_plan(RunPlan(memory=memory))
     channel.report_stage(Stage.CHECKING, "model and method")
     trainable, total = _check_method(run, channel, inputs, context, config, objective.model_kind)
     resolved = ResolvedConfig(

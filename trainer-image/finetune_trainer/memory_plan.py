@@ -28,14 +28,18 @@ def plan_run(
     `config`: the model's configuration. `longest_tokens`: tokens of the longest row, 0 if unknown. `recomputes`: whether activations are recomputed.
     `kept_layer_tokens`: see `recomputation.count_kept_layers`; None if all layers recompute.
     """
+    recomputed = None if recomputes else 0
+    if recomputes and kept_layer_tokens is not None:
+        layers = config.get_text_config().num_hidden_layers
+        batch_tokens = (run.spec.training.batch_size_per_device or 1) * longest_tokens
+        recomputed = layers - count_kept_layers(layers, batch_tokens, kept_layer_tokens)
+    return plan_with_facts(run, config, Facts(longest_tokens or None, attention, uses_liger, recomputed))
+
+
+def plan_with_facts(run: RunConfig, config: Any, facts: Facts) -> MemoryPlan | None:
+    """Plan the memory of each rank of a run of which only `facts` are known. Returns None if the plan does not know this kind of run."""
     try:
-        shape = model_shape(config.to_dict())
-        recomputed = None if recomputes else 0
-        if recomputes and kept_layer_tokens is not None:
-            batch_tokens = (run.spec.training.batch_size_per_device or 1) * longest_tokens
-            recomputed = shape.layers - count_kept_layers(shape.layers, batch_tokens, kept_layer_tokens)
-        facts = Facts(longest_tokens or None, attention, uses_liger, recomputed)
-        return plan_memory(run.spec, shape, facts).memory
+        return plan_memory(run.spec, model_shape(config.to_dict()), facts).memory
     except ConfigError as error:
         log.info("no memory plan: %s", error.message)
         return None

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from finetune_api.names import Condition, ExitCode, FailureClass, Phase, Reason
 from finetune_api.pod import TerminationMessage
-from finetune_api.status import DataReport, FineTuneJobStatus, ResolvedConfig
+from finetune_api.status import DataReport, FineTuneJobStatus, ResolvedConfig, RunPlan
 from finetune_operator.builders.job import build_preparation_job
 from finetune_operator.builders.run_config import build_run_config
 from finetune_operator.decide import decide
@@ -138,7 +138,8 @@ def test_a_preparation_job_that_lost_its_labels_is_found_by_its_owner() -> None:
 
 
 def test_a_prepared_job_starts_its_first_attempt() -> None:
-    message = TerminationMessage(exit_code=0, data=DataReport(tokens=12), resolved=ResolvedConfig(dataset_rows=3))
+    plan_of_run = RunPlan.model_validate({"memory": {"expectedBytes": 5, "upperBytes": 6, "parts": {"weights": 5}}})
+    message = TerminationMessage(exit_code=0, data=DataReport(tokens=12), resolved=ResolvedConfig(dataset_rows=3), plan=plan_of_run)
     ended = end_pod(preparation_pod(), 0, message)
     observed = facts(RECORD, preparation_job(completed_at=at(50)), (ended,))
     plan = decide(observed)
@@ -146,6 +147,7 @@ def test_a_prepared_job_starts_its_first_attempt() -> None:
     assert plan.writes_decision and plan.create_attempt is None
     assert new_status.preparation is not None and new_status.preparation.reason == Reason.PREPARED
     assert (new_status.data, new_status.resolved and new_status.resolved.dataset_rows) == (DataReport(tokens=12), 3)
+    assert new_status.plan == plan_of_run
     prepared = new_status.condition(Condition.PREPARED)
     assert prepared is not None and (prepared.status, prepared.reason) == ("True", "Prepared")
     assert [draft.reason for draft in draft_events(observed.job.status, new_status)] == [Reason.ACCEPTED, Reason.PREPARED]

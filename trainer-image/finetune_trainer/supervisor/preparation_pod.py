@@ -19,7 +19,7 @@ from typing import Any
 from finetune_api.base import ReportModel
 from finetune_api.names import ExitCode
 from finetune_api.pod import RunConfig
-from finetune_api.status import DataReport, ResolvedConfig, Stage
+from finetune_api.status import DataReport, ResolvedConfig, RunPlan, Stage
 
 from finetune_trainer import processes
 from finetune_trainer.failure import RankFailure, failure_from_exit_code, failure_from_message
@@ -136,6 +136,8 @@ class PreparationPod:
                 self._state.enter_stage(Stage(message["stage"]), message.get("detail"))
             case "note":
                 self._state.add_note(str(message["text"]))
+            case "plan":
+                self._state.merge_plan(RunPlan.model_validate(message["value"]))
             case "checked":
                 self._result = CheckResult.model_validate(message["value"])
             case "failed":
