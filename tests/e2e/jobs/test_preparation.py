@@ -16,7 +16,7 @@ def test_a_gpu_job_is_prepared_and_then_trained(job_namespace: JobNamespace) -> 
     assert (status.attempt, status.attempts) == (None, [])
     status = job_namespace.wait_finished("prepared")
     assert status.preparation is not None and (status.preparation.number, status.preparation.reason) == (1, "Prepared")
-    assert status.data is not None and (status.data.truncated, (status.data.rows or {}).get("train")) == (0, 90)
+    assert status.data is not None and (status.data.truncated, (status.data.rows or {}).get("train")) == (0, 36)
     assert status.is_true(Condition.PREPARED) and status.restarts == 0
     gpus = {pod["metadata"]["labels"]["finetune-operator.io/attempt"]: pod["spec"]["containers"][0]["resources"]["limits"].get("nvidia.com/gpu")
             for pod in job_namespace.pods("prepared")}  # fmt: skip
