@@ -54,6 +54,7 @@ FAILURE_REMEDIES: dict[str, tuple[Remedy, ...]] = {
         ("PodDeleted", "A person or a controller deleted the pod.", NO_ACTION + " The next attempt resumes from the newest checkpoint."),
         ("PodRejected", "The kubelet of the node rejected the pod.", "Read the message. It is the node's own explanation, for example that it has too few resources left."),
         ("PodsLost", "The pods were deleted before the operator could read their exit codes.", NO_ACTION + " The next attempt resumes from the newest checkpoint."),
+        ("PreparationTooSlow", "The preparation was ended because it took longer than six hours.", "Give the preparation more CPUs in `prepare.resources.cpu`, or write `prepare.strategy: never`."),
         ("PortInUse", "Another program uses the port of the progress server or of the rendezvous.", "In a local run, give `--port 0`. In a cluster, remove the sidecar that uses the port."),
         ("PreemptedNotSaved", "The pod was stopped before it could save a checkpoint.", "Raise `policy.terminationGracePeriodSeconds`, or save checkpoints more often."),
         ("PreemptedSaved", "The pod was asked to stop and saved a checkpoint.", NO_ACTION + " The next attempt resumes from this step."),

@@ -185,7 +185,10 @@ class PlanExecutor:
 def _build_preparation(facts: Facts, number: int, config: OperatorConfig) -> Object:
     """Build the Job of a preparation. Its pod gets the run configuration of the first attempt. Errors: SpecRejected."""
     with _spec_rejected_on_error(facts, 1):
-        return build_preparation_job(facts.job, _build_run(facts, _accepted_spec(facts), 1), number, facts.spec.prepare.resources, config)
+        accepted_spec = _accepted_spec(facts)
+        return build_preparation_job(
+            facts.job, _build_run(facts, accepted_spec, 1), number, facts.spec.prepare.resources, accepted_spec.pool, config
+        )
 
 
 def _accepted_spec(facts: Facts) -> AcceptedSpec:

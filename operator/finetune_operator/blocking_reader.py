@@ -19,6 +19,7 @@ from finetune_operator.objects import CORE_EVENT
 from finetune_operator.policies.blocking import blocking_condition_of_events, blocking_condition_of_pods
 from finetune_operator.policies.timeouts import seconds_between
 from finetune_operator.throttle import ReadTimeLimiter
+from finetune_operator.views import JobView, PodView
 from finetune_operator.workqueue import Key
 
 logger = logging.getLogger(__name__)
@@ -86,6 +87,9 @@ class BlockingConditionReader:
 
 def find_missing_pods(facts: Facts) -> MissingPods | None:
     """Return the object whose events explain missing pods. Return None if no needed pod is missing."""
+    preparation_job = facts.preparation_job
+    if facts.current_job is None and preparation_job is not None:
+        return _missing_preparation_pod(preparation_job, facts.preparation_pods)
     current_job = facts.current_job
     if current_job is None or current_job.is_suspended or current_job.is_finished or current_job.is_deleting or facts.termination_reason is not None:
         return None
@@ -93,7 +97,18 @@ def find_missing_pods(facts: Facts) -> MissingPods | None:
         return None
     if len(facts.active_pods) < facts.nodes:
         return MissingPods(current_job.uid, current_job.started_at or current_job.created_at, NO_PODS_SECONDS)
-    stuck_pods = [pod for pod in facts.active_pods if pod.phase == "Pending" and pod.node and not blocking_condition_of_pods([pod])]
+    return _stuck_pod(facts.active_pods)
+
+
+def _missing_preparation_pod(job: JobView, pods: tuple[PodView, ...]) -> MissingPods | None:
+    if job.is_finished or job.is_deleting:
+        return None
+    return _stuck_pod(pods) if pods else MissingPods(job.uid, job.created_at, NO_PODS_SECONDS)
+
+
+def _stuck_pod(pods: tuple[PodView, ...]) -> MissingPods | None:
+    """Return the first pod that has a node but does not start."""
+    stuck_pods = [pod for pod in pods if pod.phase == "Pending" and pod.node and not blocking_condition_of_pods([pod])]
     return MissingPods(stuck_pods[0].uid, stuck_pods[0].scheduled_at or stuck_pods[0].created_at, NOT_RUNNING_SECONDS) if stuck_pods else None
 
 

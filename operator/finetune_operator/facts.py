@@ -54,6 +54,8 @@ class Facts:
     """The newest progress report of the current attempt."""
     blocking_condition: BlockingCondition | None = None
     """The blocking condition found in events about the current Job or its pods."""
+    keeps_preparation: bool = True
+    """False if the installed CRD is so old that it removes `status.preparation`. Such a job is not prepared, because its end would be forgotten."""
     spec: FineTuneJobSpec = field(init=False)
     """The resolved and adapted spec. If the spec was refused, only the readable fields are set."""
 

@@ -45,3 +45,8 @@ class JobState:
     pruned_write: tuple[str, Object] | None = None
     """The last status write from which an older CRD removed new fields: the resulting resourceVersion and the status as it was sent.
     As long as the object has this resourceVersion, the same write would change nothing."""
+
+    @property
+    def removes_preparation(self) -> bool:
+        """Whether an older CRD removed `preparation` from the last status write."""
+        return self.pruned_write is not None and "preparation" in self.pruned_write[1]

@@ -55,6 +55,7 @@ class JobObserver:
             config=self._config,
             jobs=tuple(entry.jobs.values()),
             pods=tuple(entry.pods.values()),
+            keeps_preparation=not state.removes_preparation,
             blocking_condition=state.event_read.blocking_condition,
         )
         last_report = self._scraper.last_report(key, job.uid, facts.attempt)

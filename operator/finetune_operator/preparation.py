@@ -7,12 +7,13 @@ themselves, as without a preparation. The record in `status.preparation` holds a
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import datetime
 
 from finetune_api.exits import RetryPolicy
-from finetune_api.names import Condition, Reason
+from finetune_api.names import Condition, ExitCode, FailureClass, Reason, preparation_job_name
 from finetune_api.spec.enums import PrepareStrategy
-from finetune_api.status import Preparation
+from finetune_api.status import Failure, Preparation
 
 from finetune_operator.deadlines import add_seconds
 from finetune_operator.facts import Facts
@@ -27,6 +28,10 @@ from finetune_operator.views import JobView, PodView
 
 PLACEMENT_SECONDS = 300.0
 """With strategy auto, a preparation whose pod cannot start within this time is skipped."""
+MAX_AUTO_PREPARATIONS = 6
+"""With strategy auto, no more preparations are tried than this, for example if the cluster removes each pod."""
+CODES_OF_POD = ("LocalDiskTooSmall", "CredentialsMissing", "RewardFileInvalid")
+"""Failures that a training pod may not have: it has more disk, the role of another node, or a GPU for the user's reward code."""
 DEADLINE_REASON = "DeadlineExceeded"
 """Reason of a failed Job whose `activeDeadlineSeconds` passed."""
 
@@ -53,6 +58,8 @@ def _needs_preparation(facts: Facts) -> bool:
     """Whether the job must be prepared and no preparation has succeeded, was skipped or ended the job."""
     if facts.attempt > 1 or facts.attempt_record is not None or facts.suspend_requested or not isinstance(facts.acceptance, AcceptedSpec):
         return False
+    if not facts.keeps_preparation:
+        return False
     record, strategy = facts.job.status.preparation, facts.spec.prepare.strategy
     if record is not None and record.reason is not None:
         return False
@@ -70,16 +77,23 @@ def _plan_start(facts: Facts, record: Preparation) -> Plan:
         return _plan_skip(record, facts.now, f"no Job could be created for {PLACEMENT_SECONDS:.0f} s")
     is_new = facts.job.status.preparation is None
     return Plan(
-        Situation.PREPARING, create_preparation=record.number, preparation=record if is_new else None,
+        Situation.PREPARING, create_preparation=record.number, preparation=record if is_new else None, delete_jobs=_superseded_jobs(facts, record),
         reconcile_at=timeouts.next_reconcile_at(facts.now, add_seconds(start, PLACEMENT_SECONDS)),
     )  # fmt: skip
+
+
+def _superseded_jobs(facts: Facts, record: Preparation) -> tuple[JobView, ...]:
+    """Return the Jobs of earlier preparations, except the newest of them, whose logs may be of interest."""
+    newest = preparation_job_name(facts.job.name, record.number - 1)
+    return tuple(job for job in facts.owned_jobs if job.name != newest and job.is_finished and not job.is_deleting)
 
 
 def _start_time(facts: Facts, record: Preparation) -> datetime:
     """When the preparation could start: at the job's start, after the pause that follows a failure, or after a suspension."""
     suspended, ended_at = facts.condition(Condition.SUSPENDED), record.end_time
     retry = facts.config.retry
-    pause = min(retry.base_seconds * 2 ** min(record.failures - 1, 20), retry.max_seconds) if record.failures else 0.0
+    earlier = record.number - 1
+    pause = min(retry.base_seconds * 2 ** min(earlier - 1, 20), retry.max_seconds) if earlier else 0.0
     times = [record.start_time, add_seconds(ended_at, pause) if ended_at else None]
     if suspended is not None:
         times.append(facts.now if suspended.status == "True" else suspended.last_transition_time)
@@ -88,8 +102,10 @@ def _start_time(facts: Facts, record: Preparation) -> datetime:
 
 def _plan_running(facts: Facts, record: Preparation, job: JobView, pods: tuple[PodView, ...]) -> Plan:
     if timeouts.pods_of_lost_nodes(pods, facts.config.lost_node_seconds, facts.now):
-        return Plan(Situation.PREPARING, delete_jobs=(job,))
-    blocking_condition = blocking_condition_of_pods(pods)
+        repeated = record.model_copy(update={"number": record.number + 1, "end_time": facts.now, "message": "the node of the pod is lost"})
+        return Plan(Situation.PREPARING, delete_jobs=(job,), preparation=repeated)
+    # Without the pod's status, events may tell why the pod does not start: a missing ConfigMap, a volume, a quota.
+    blocking_condition = blocking_condition_of_pods(pods) or facts.blocking_condition
     is_waiting = blocking_condition is not None or not any(pod.node for pod in pods)
     limit = add_seconds(job.created_at, PLACEMENT_SECONDS)
     if is_waiting and _is_auto(facts) and facts.now >= limit:
@@ -112,10 +128,9 @@ def _plan_success(record: Preparation, ended_at: datetime, pods: tuple[PodView, 
 def _plan_failure(facts: Facts, record: Preparation, job: JobView, pods: tuple[PodView, ...]) -> Plan:
     """End the job, repeat the preparation or skip it."""
     assert job.failed_at is not None  # noqa: S101 -- the caller checks
-    cause = cause_of(job, pods)
-    is_reported = any(pod.termination_message is not None for pod in pods)
-    is_final = cause.retry_policy is RetryPolicy.NEVER and is_reported
-    if not is_final and _may_repeat(facts, record, job, cause, is_reported=is_reported):
+    cause = _cause_of_failure(job, pods)
+    is_final = _is_users_mistake(facts, cause, pods)
+    if not is_final and _may_repeat(facts, record, job, cause):
         failures = record.failures + (cause.retry_policy is RetryPolicy.COUNTED)
         repeated = Preparation(
             number=record.number + 1, failures=failures, start_time=record.start_time, end_time=job.failed_at, message=clean(cause.failure.message)
@@ -123,23 +138,50 @@ def _plan_failure(facts: Facts, record: Preparation, job: JobView, pods: tuple[P
         return Plan(Situation.PREPARING, preparation=repeated)
     if _is_auto(facts) and not is_final:
         return _plan_skip(record, job.failed_at, f"the preparation failed: {cause.failure.message}")
-    failure, reason = cause.failure, cause.reason
+    reason = Reason.RETRIES_EXHAUSTED if cause.retry_policy is RetryPolicy.COUNTED else cause.reason
+    ended = record.model_copy(update={"end_time": job.failed_at, "reason": reason.value, "message": clean(cause.failure.message)})
+    return Plan(Situation.PREPARING, preparation=ended, job_end=JobEnd(Outcome.FAILED, reason, cause.failure))
+
+
+def _cause_of_failure(job: JobView, pods: tuple[PodView, ...]) -> FailureCause:
+    """Return the cause, with hints about the fields of the preparation instead of those of training pods."""
+    cause = cause_of(job, pods)
+    failure, changes = cause.failure, {}
+    if job.failed_reason == DEADLINE_REASON:
+        message = "the preparation was ended because it took longer than six hours"
+        failure = Failure(class_=FailureClass.INFRASTRUCTURE, code="PreparationTooSlow", message=message)
+        return FailureCause(Reason.STALLED, failure, RetryPolicy.NEVER)
     if cause.retry_policy is RetryPolicy.ADAPT_MEMORY:
-        failure = failure.model_copy(update={"hint": "raise prepare.resources.memory"})
-    elif cause.retry_policy is RetryPolicy.COUNTED:
-        reason = Reason.RETRIES_EXHAUSTED
-    ended = record.model_copy(update={"end_time": job.failed_at, "reason": reason.value, "message": clean(failure.message)})
-    return Plan(Situation.PREPARING, preparation=ended, job_end=JobEnd(Outcome.FAILED, reason, failure))
+        changes = {"hint": "raise prepare.resources.memory"}
+    elif failure.code in ("LocalDiskTooSmall", "LocalDiskFull"):
+        changes = {"hint": "raise prepare.resources.ephemeralStorage"}
+    return replace(cause, failure=failure.model_copy(update=changes))
 
 
-def _may_repeat(facts: Facts, record: Preparation, job: JobView, cause: FailureCause, *, is_reported: bool) -> bool:
-    """Whether another preparation may succeed. A trainer image without the command `prepare` writes no termination message."""
-    if job.failed_reason == DEADLINE_REASON or cause.retry_policy is RetryPolicy.ADAPT_MEMORY:
+def _is_users_mistake(facts: Facts, cause: FailureCause, pods: tuple[PodView, ...]) -> bool:
+    """Whether the failure would end a training pod, too, so that no attempt can succeed."""
+    is_reported = any(pod.termination_message is not None for pod in pods)
+    if cause.retry_policy is not RetryPolicy.NEVER or not is_reported or cause.failure.code in CODES_OF_POD:
         return False
-    if cause.retry_policy is RetryPolicy.NOT_COUNTED:
-        return True
-    retries = facts.spec.policy.retries if facts.spec.policy.retries is not None else DEFAULT_RETRIES
-    return is_reported and cause.retry_policy is RetryPolicy.COUNTED and record.failures < retries
+    # Without a Secret, the rights may come from the role of the node, and the training pods run on other nodes.
+    has_secret = facts.spec.storage.credentials_secret_ref is not None
+    return has_secret or cause.failure.exit_code != ExitCode.CREDENTIALS_REFUSED
+
+
+def _may_repeat(facts: Facts, record: Preparation, job: JobView, cause: FailureCause) -> bool:
+    """Whether another preparation may succeed."""
+    if job.failed_reason == DEADLINE_REASON or (_is_auto(facts) and record.number >= MAX_AUTO_PREPARATIONS):
+        return False
+    match cause.retry_policy:
+        case RetryPolicy.NOT_COUNTED:
+            return True
+        case RetryPolicy.WAIT:
+            return not _is_auto(facts)
+        case RetryPolicy.COUNTED:
+            retries = facts.spec.policy.retries if facts.spec.policy.retries is not None else DEFAULT_RETRIES
+            return record.failures < retries
+        case _:
+            return False
 
 
 def _plan_skip(record: Preparation, ended_at: datetime, problem: str) -> Plan:

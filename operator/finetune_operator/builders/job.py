@@ -71,8 +71,10 @@ def build_job(job: JobObject, run: RunConfig, pool: NodePool | None, config: Ope
     return body
 
 
-def build_preparation_job(job: JobObject, run: RunConfig, number: int, resources: PrepareResources, config: OperatorConfig) -> Object:
-    """Return the Job of a preparation. `run` describes the first attempt; the Job has one pod without GPUs."""
+def build_preparation_job(
+    job: JobObject, run: RunConfig, number: int, resources: PrepareResources, pool: NodePool | None, config: OperatorConfig
+) -> Object:
+    """Return the Job of a preparation. `run` and `pool` are those of the first attempt; the Job has one pod without GPUs."""
     spec, name = run.spec, names.preparation_job_name(job.name, number)
     labels = child_labels(job, 0)
     data = run.to_bytes()
@@ -101,29 +103,38 @@ def build_preparation_job(job: JobObject, run: RunConfig, number: int, resources
             "podFailurePolicy": {"rules": _failure_rules()},
             "template": {
                 "metadata": _template_metadata(labels, spec, config, data),
-                "spec": _build_preparation_pod(run, run_sha256, resources, config),
+                "spec": _build_preparation_pod(run, run_sha256, resources, pool, config),
             },
         },
     }
 
 
-def _build_preparation_pod(run: RunConfig, run_sha256: str, resources: PrepareResources, config: OperatorConfig) -> Object:
-    """The pod of a preparation: the container of a trainer pod with another command, without GPUs and without the placement of training pods."""
+def _build_preparation_pod(run: RunConfig, run_sha256: str, resources: PrepareResources, pool: NodePool | None, config: OperatorConfig) -> Object:
+    """The pod of a preparation: the container of a trainer pod with another command, without GPUs and without the placement of training pods.
+
+    A pod that mounts a claim keeps this placement, because the first pod of a claim can decide in which zone or on which node its volume lies.
+    """
     settings = config.prepare
+    cpu = resources.cpu or settings.cpu
+    values: dict[str, Any] = {
+        "resources.gpusPerNode": 0, "resources.cpu": cpu, "resources.memory": resources.memory or settings.memory,
+        "resources.ephemeralStorage": resources.ephemeral_storage or settings.ephemeral_storage,
+    }  # fmt: skip
+    mounts_claim = any("persistentVolumeClaim" in volume for volume in build_mounts(run.spec).volumes)
+    if not mounts_claim:
+        values |= {"placement.nodeSelector": {}, "placement.tolerations": [], "placement.nodeAffinity": []}
     pod_run = run.model_copy(update={
-        "world": run.world.model_copy(update={"nodes": 1, "gpus_per_node": 0}),
-        "grace_seconds": PREPARATION_GRACE_SECONDS,
-        "spec": run.spec.with_values({
-            "resources.gpusPerNode": 0, "resources.cpu": resources.cpu or settings.cpu, "resources.memory": resources.memory or settings.memory,
-            "resources.ephemeralStorage": resources.ephemeral_storage or settings.ephemeral_storage,
-            "placement.nodeSelector": {}, "placement.tolerations": [], "placement.nodeAffinity": [],
-        }),
+        "world": run.world.model_copy(update={"nodes": 1, "gpus_per_node": 0}), "grace_seconds": PREPARATION_GRACE_SECONDS,
+        "spec": run.spec.with_values(values),
     })  # fmt: skip
-    pod = _build_pod_spec("", pod_run, run_sha256, None, config, "")
-    pod["containers"][0]["args"] = ["prepare"]
-    if settings.node_selector:
+    pod = _build_pod_spec("", pod_run, run_sha256, pool if mounts_claim else None, config, "")
+    container = pod["containers"][0]
+    container["args"] = ["prepare"]
+    # With a limit, the trainer starts as many processes as the pod has CPUs, instead of one for each CPU of the node.
+    container["resources"]["limits"]["cpu"] = str(cpu)
+    if not mounts_claim and settings.node_selector:
         pod["nodeSelector"] = dict(settings.node_selector)
-    if settings.tolerations:
+    if not mounts_claim and settings.tolerations:
         pod["tolerations"] = [toleration.to_wire() for toleration in settings.tolerations]
     return pod
 

@@ -10,6 +10,7 @@ import pytest
 from finetune_api.names import Condition, ExitCode, FailureClass, Phase, Reason
 from finetune_api.pod import TerminationMessage
 from finetune_api.status import DataReport, FineTuneJobStatus, ResolvedConfig, RunPlan
+from finetune_operator.blocking_reader import find_missing_pods
 from finetune_operator.builders.job import build_preparation_job
 from finetune_operator.builders.run_config import build_run_config
 from finetune_operator.decide import decide
@@ -18,6 +19,7 @@ from finetune_operator.facts import Facts
 from finetune_operator.objects import FINETUNEJOB, JOB
 from finetune_operator.plan import ActionResult, Outcome, Plan, Situation
 from finetune_operator.policies.acceptance import RefusedSpec
+from finetune_operator.policies.blocking import BlockingCondition
 from finetune_operator.report import compute_status, reduced_status
 from finetune_operator.settings import parse_config
 from finetune_operator.views import JobView, PodView, as_deleted, read_job
@@ -111,12 +113,12 @@ def test_the_job_of_a_preparation_has_no_gpu_and_no_placement_of_the_training_po
     accepted = accept_spec(written, CONFIG_WITH_PREPARATION)
     job = finetunejob(written)
     run = build_run_config(job, accepted.spec, 1, defaults=accepted.defaults, committed_step=0, max_step=None)
-    body = build_preparation_job(job, run, 2, accepted.spec.prepare.resources, CONFIG_WITH_PREPARATION)
+    body = build_preparation_job(job, run, 2, accepted.spec.prepare.resources, accepted.pool, CONFIG_WITH_PREPARATION)
     pod_spec = body["spec"]["template"]["spec"]
     container = pod_spec["containers"][0]
     assert (body["metadata"]["name"], body["spec"]["completions"], container["args"]) == ("run-prepare-2", 1, ["prepare"])
     assert container["resources"] == {
-        "requests": {"cpu": "6", "memory": "12Gi", "ephemeral-storage": "20Gi"}, "limits": {"memory": "12Gi", "ephemeral-storage": "20Gi"},
+        "requests": {"cpu": "6", "memory": "12Gi", "ephemeral-storage": "20Gi"}, "limits": {"cpu": "6", "memory": "12Gi", "ephemeral-storage": "20Gi"},
     }  # fmt: skip
     assert pod_spec["nodeSelector"] == {"cpu": "yes"}
     assert "tolerations" not in pod_spec and "subdomain" not in pod_spec and "suspend" not in body["spec"]
@@ -125,6 +127,17 @@ def test_the_job_of_a_preparation_has_no_gpu_and_no_placement_of_the_training_po
     assert run.world.nodes == 2 and "prepare" not in run.to_wire()["spec"], "run.json is that of the first attempt, for every trainer release"
     view = read_job(body | {"metadata": body["metadata"] | {"uid": "u", "creationTimestamp": iso_time(0)}})
     assert view is not None and view.attempt == 0
+
+
+def test_a_preparation_with_a_claim_runs_where_the_training_pods_run() -> None:
+    """The first pod of a new claim decides where its volume lies."""
+    written = gpu_spec(dataset={"train": "pvc://data/train.jsonl"}, placement={"nodeSelector": {"zone": "a"}})
+    accepted = accept_spec(written, CONFIG_WITH_PREPARATION)
+    run = build_run_config(finetunejob(written), accepted.spec, 1, defaults=accepted.defaults, committed_step=0, max_step=None)
+    body = build_preparation_job(finetunejob(written), run, 1, accepted.spec.prepare.resources, accepted.pool, CONFIG_WITH_PREPARATION)
+    pod_spec = body["spec"]["template"]["spec"]
+    assert pod_spec["nodeSelector"] == {"gpu": "h100", "zone": "a"}
+    assert "nvidia.com/gpu" not in pod_spec["containers"][0]["resources"]["limits"]
 
 
 def test_a_preparation_job_that_lost_its_labels_is_found_by_its_owner() -> None:
@@ -180,23 +193,20 @@ def test_a_mistake_of_the_user_ends_the_job_before_any_attempt() -> None:
     ("message", "code", "fields", "failures"),
     [
         (LOST_STORE, 69, {}, 1),
-        (None, ExitCode.SIGTERM, {}, None),
+        (None, ExitCode.SIGTERM, {}, 1),
         (TerminationMessage(class_=FailureClass.PREEMPTED, code="StoppedSaved", exit_code=75), 75, {}, 0),
     ],
     ids=["store unreachable", "killed without a message", "stopped"],
 )  # fmt: skip
-def test_a_failure_that_may_pass_repeats_the_preparation(message: TerminationMessage | None, code: int, fields: Any, failures: int | None) -> None:
+def test_a_failure_that_may_pass_repeats_the_preparation(message: TerminationMessage | None, code: int, fields: Any, failures: int) -> None:
     observed = facts(RECORD, *failed(message, code, **fields), now=at(50))
     new_status = status_of(observed, decide(observed))
     record = new_status.preparation
     assert record is not None
-    if failures is None:  # no report: the image may lack the command
-        assert record.reason == Reason.PREPARATION_SKIPPED
-        return
     assert (record.number, record.failures, record.reason, record.end_time) == (2, failures, None, at(50))
-    following = samples.facts(spec=gpu_spec(), status=new_status, jobs=observed.jobs, pods=observed.pods, now=at(51))
-    assert decide(following).create_preparation == (None if failures else 2)
-    later = replace(following, now=at(61))
+    following = samples.facts(spec=gpu_spec(), status=new_status, jobs=observed.jobs, pods=observed.pods, now=at(59))
+    assert decide(following).create_preparation is None
+    later = replace(following, now=at(60))
     assert decide(later).create_preparation == 2
     assert [draft.reason for draft in draft_events(observed.job.status, new_status)] == [Reason.ACCEPTED, Reason.RETRYING]
 
@@ -207,10 +217,10 @@ def test_a_failure_that_may_pass_repeats_the_preparation(message: TerminationMes
         (LOST_STORE, 69, {"record": {"failures": 3}}, "no answer"),
         (None, 64, {"text": "finetune-trainer: unknown command 'prepare'"}, "unknown command 'prepare'"),
         (None, 137, {"reason": "OOMKilled"}, "memory limit"),
-        (TerminationMessage(class_=FailureClass.INFRASTRUCTURE, code="TrainerTooOld", message="too old", exit_code=79), 79, {}, "too old"),
-        (None, 137, {"deadline": True}, "DeadlineExceeded"),
+        (None, 137, {"deadline": True}, "longer than six hours"),
+        (TerminationMessage(class_=FailureClass.STORAGE, code="LocalDiskTooSmall", message="60 GB", exit_code=64), 64, {"always": True}, "60 GB"),
     ],
-    ids=["retries used up", "old image", "memory", "too old", "hung"],
+    ids=["retries used up", "old image", "memory", "hung", "small disk"],
 )  # fmt: skip
 @pytest.mark.parametrize("strategy", ["auto", "always"])
 def test_other_failures_skip_an_automatic_preparation_and_end_a_required_one(
@@ -233,6 +243,55 @@ def test_other_failures_skip_an_automatic_preparation_and_end_a_required_one(
         assert plan.job_end is not None and plan.job_end.failure is not None and new_status.phase is Phase.FAILED
         assert cause in plan.job_end.failure.message
         assert code != 137 or fields.get("deadline") or plan.job_end.failure.hint == "raise prepare.resources.memory"
+        assert plan.job_end.failure.code != "LocalDiskTooSmall" or plan.job_end.failure.hint == "raise prepare.resources.ephemeralStorage"
+
+
+CREDENTIALS = {"storage": {"credentialsSecretRef": {"name": "keys"}}}
+
+
+@pytest.mark.parametrize(
+    ("code", "exit_code", "groups", "is_final"),
+    [
+        ("CredentialsRejected", 77, {}, False),
+        ("CredentialsRejected", 77, CREDENTIALS, True),
+        ("CredentialsMissing", 77, CREDENTIALS, False),
+        ("RewardFileInvalid", 64, CREDENTIALS, False),
+        ("TargetModulesMissing", 64, {}, True),
+    ],
+)
+def test_failures_that_a_training_pod_may_not_have_do_not_end_an_automatic_job(code: str, exit_code: int, groups: dict[str, Any], is_final: bool) -> None:
+    """Training pods may have the role of another node, more disk, and a GPU for the user's reward code."""
+    reported = TerminationMessage(class_=FailureClass.USER, code=code, message="no", exit_code=exit_code)
+    plan = decide(facts(RECORD, *failed(reported, exit_code), **groups))
+    assert (plan.job_end is not None) is is_final
+    assert plan.preparation is not None and (plan.preparation.reason == Reason.PREPARATION_SKIPPED) is not is_final
+
+
+def test_a_required_preparation_waits_for_a_newer_image() -> None:
+    too_old = TerminationMessage(class_=FailureClass.INFRASTRUCTURE, code="TrainerTooOld", message="too old", exit_code=79)
+    plan = decide(facts(RECORD | {"failures": 3}, *failed(too_old, 79), strategy="always"))
+    assert plan.job_end is None and plan.preparation is not None and (plan.preparation.number, plan.preparation.failures) == (2, 3)
+
+
+def test_an_automatic_preparation_is_not_repeated_without_end() -> None:
+    stopped = TerminationMessage(class_=FailureClass.PREEMPTED, code="StoppedSaved", exit_code=75)
+    job, pods = failed(stopped, 75)
+    sixth = replace(job, name="run-prepare-6")
+    plan = decide(facts(RECORD | {"number": 6}, sixth, pods))
+    assert plan.preparation is not None and plan.preparation.reason == Reason.PREPARATION_SKIPPED
+    plan = decide(facts(RECORD | {"number": 6}, sixth, pods, strategy="always"))
+    assert plan.preparation is not None and plan.preparation.number == 7
+
+
+def test_only_the_newest_ended_preparation_is_kept() -> None:
+    ended = [preparation_job(number, failed_at=at(number)) for number in (1, 2)]
+    observed = samples.facts(spec=gpu_spec(), status=status(preparation=RECORD | {"number": 3, "endTime": iso_time(2)}), jobs=ended, now=at(60))
+    plan = decide(observed)
+    assert (plan.create_preparation, [job.name for job in plan.delete_jobs]) == (3, ["run-prepare-1"])
+
+
+def test_a_job_is_not_prepared_if_the_crd_does_not_keep_the_record() -> None:
+    assert decide(replace(facts(), keeps_preparation=False)).create_attempt == 1
 
 
 # ---- waiting ----
@@ -255,6 +314,19 @@ def test_an_automatic_preparation_without_a_node_is_skipped_after_five_minutes()
     assert required.situation is Situation.PREPARING and required.preparation is None
 
 
+def test_a_volume_that_cannot_be_mounted_is_shown_and_skips_an_automatic_preparation() -> None:
+    stuck = preparation_pod(phase="Pending", is_ready=False, scheduled_at=at(0))
+    observed = replace(facts(RECORD, preparation_job(), (stuck,), now=at(60)), blocking_condition=BlockingCondition(Reason.CONFIG_MISSING, "no ConfigMap"))
+    missing = find_missing_pods(observed)
+    assert missing is not None and missing.uid == stuck.uid
+    plan = decide(observed)
+    assert (status_of(observed, plan).reason, plan.preparation) == ("ConfigMissing", None)
+    skipped = decide(replace(observed, now=at(300)))
+    assert skipped.preparation is not None and "no ConfigMap" in (skipped.preparation.message or "")
+    without_pod = find_missing_pods(facts(RECORD, preparation_job()))
+    assert without_pod is not None and without_pod.uid == "prepare-1"
+
+
 def test_a_pod_that_has_a_node_is_waited_for_and_its_stop_is_not_a_failure() -> None:
     plan = decide(facts(RECORD, preparation_job(), (preparation_pod(),), now=at(9999)))
     assert (plan.situation, plan.preparation, plan.delete_jobs) == (Situation.PREPARING, None, ())
@@ -272,6 +344,7 @@ def test_a_preparation_on_a_lost_node_is_deleted_and_starts_again() -> None:
     lost = preparation_pod(deletion_timestamp=at(0))
     plan = decide(facts(RECORD, preparation_job(), (lost,), now=at(61)))
     assert [job.name for job in plan.delete_jobs] == ["run-prepare-1"]
+    assert plan.preparation is not None and (plan.preparation.number, plan.preparation.end_time) == (2, at(61))
     deleting = decide(facts(RECORD, preparation_job(is_deleting=True), (lost,), now=at(62)))
     assert deleting.force_delete_pods == (lost,) and deleting.create_preparation is None
     gone = decide(facts(RECORD, None, (as_deleted(lost),), now=at(63)))

@@ -104,7 +104,8 @@ def restore(
         reached_step = resume_config.expect_step or max([*(one.step or 0 for one in candidates), *unreadable_steps])
         raise NoCheckpointError(
             "NoLoadableCheckpoint", f"the job had reached step {reached_step}, and no checkpoint can be loaded: {reasons}",
-            hint="restore the objects, or create a new FineTuneJob to start again",
+            hint="restore the objects. Or create a new FineTuneJob: checkpoint.resume with the address of a checkpoint that you trust continues there; "
+            "without it, the training starts again",
         )  # fmt: skip
     return result
 

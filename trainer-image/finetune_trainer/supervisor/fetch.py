@@ -66,6 +66,7 @@ class SourceKind:
 
 WEIGHT_ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 LOADABLE_WEIGHTS = (".safetensors", ".bin")
+SINGLE_WEIGHT_FILE = "model.safetensors"
 WEIGHT_INDEX = "model.safetensors.index.json"
 MODEL_SOURCE = SourceKind("model", "Model", FailureClass.MODEL, MODEL_FILES, "model")
 DATA_SOURCE = SourceKind("data set", "Dataset", FailureClass.DATA, DATA_FILES, "dataset")
@@ -388,12 +389,14 @@ def _relative_path(key: str, root: str) -> str:
 
 def _require_weights(fetched: FetchedSource, path: str, shown: str) -> None:
     """Check by their names that a model has weight files. Errors: NotFoundError ModelIncomplete."""
+    present = fetched.skipped_names | {file.relative_to(fetched.path).as_posix() for file in fetched.path.rglob("*") if file.is_file()}
+    if SINGLE_WEIGHT_FILE in present:  # transformers then ignores the index
+        return
     index = fetched.path / WEIGHT_INDEX
     try:
         needed = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else set()
     except (ValueError, KeyError, AttributeError):
         needed = set()  # the process `check` or the training pod names the problem
-    present = fetched.skipped_names | {file.relative_to(fetched.path).as_posix() for file in fetched.path.rglob("*") if file.is_file()}
     missing = sorted(needed - present)
     if not missing and any(name.endswith(LOADABLE_WEIGHTS) for name in present):
         return
