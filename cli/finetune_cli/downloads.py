@@ -173,7 +173,8 @@ class Download:
         """Append the missing bytes to the part file. If the connection is lost, ask for the remaining bytes."""
         with self._part.open("ab") as file:
             if file.tell() > self._file.size:
-                file.truncate(0)
+                file.seek(0)
+                file.truncate()
             count(file.tell())
             lost_connections = 0
             while file.tell() < self._file.size:

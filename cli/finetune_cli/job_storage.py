@@ -292,9 +292,16 @@ def parse_marker(storage: JobStorage, folder: str, content: bytes, is_healthy: b
     """Return the commit that a marker describes. Raises StorageError if the marker is damaged."""
     try:
         marker = json.loads(content)
-        return CommittedFolder(folder, str(marker["path"]), str(marker["manifestSha256"]), is_healthy)
+        if not is_folder_name(marker["path"]):
+            raise ValueError
+        return CommittedFolder(folder, marker["path"], str(marker["manifestSha256"]), is_healthy)
     except (ValueError, KeyError, TypeError):
         raise StorageError(f"{storage.uri}/{folder}/{Storage.COMMITTED} is damaged: the content is not a valid commit marker") from None
+
+
+def is_folder_name(value: object) -> bool:
+    """Whether the value is the name of a folder, and no path to another folder."""
+    return isinstance(value, str) and "/" not in value and value not in ("", ".", "..")
 
 
 def read_manifest(storage: JobStorage, committed_folder: CommittedFolder) -> dict[str, Any]:
@@ -319,7 +326,10 @@ def parse_manifest(content: bytes) -> dict[str, Any]:
 
 def checked_file_list(location: str, manifest: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the files that a manifest lists. Raises StorageError, which names `location`, if a file is outside the folder of the commit."""
-    files: list[dict[str, Any]] = manifest["files"]
+    files: list[dict[str, Any]] = manifest.get("files") or []
+    is_list = isinstance(files, list) and files and all(isinstance(entry, dict) and {"path", "size", "sha256"} <= entry.keys() for entry in files)
+    if not is_list:
+        raise StorageError(f"{location}: the manifest is damaged: it has no list of files with path, size and sha256")
     for entry in files:
         name = str(entry["path"])
         if name.startswith("/") or ".." in name.split("/"):

@@ -27,6 +27,7 @@ from finetune_cli.job_storage import (
     StorageErrors,
     StoredObject,
     checked_file_list,
+    is_folder_name,
 )
 from finetune_cli.transfers import (
     PARALLEL_TRANSFERS,
@@ -91,10 +92,12 @@ def read_committed_upload(source: Path) -> CommittedUpload | None:
         return None
     if not isinstance(manifest, dict) or not {"files", "step", "incarnation"} <= manifest.keys():
         return None
-    folder = Storage.MODEL.value if manifest.get("kind") else f"{Storage.CHECKPOINTS}/{checkpoint_folder(int(manifest['step']))}"
-    incarnation = str(manifest["incarnation"])
-    if not incarnation or "/" in incarnation:
+    step, incarnation = manifest["step"], manifest["incarnation"]
+    if not manifest.get("kind") and (not isinstance(step, int) or isinstance(step, bool)):
+        raise StorageError(f"{path}: step is {step!r}, which is not a number; download the checkpoint again")
+    if not is_folder_name(incarnation):
         raise StorageError(f"{path}: incarnation is {incarnation!r}, which is not the name of a folder; download the checkpoint again")
+    folder = Storage.MODEL.value if manifest.get("kind") else f"{Storage.CHECKPOINTS}/{checkpoint_folder(step)}"
     files = tuple(
         LocalFile(source / str(entry["path"]), f"{folder}/{incarnation}/{entry['path']}", str(entry["sha256"]))
         for entry in checked_file_list(str(path), manifest)

@@ -12,6 +12,8 @@ from finetune_api.errors import ConfigError, NotFoundError
 
 DENSE_TYPES = ("llama", "mistral", "ministral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "smollm3", "granite", "olmo2", "olmo3")
 EXPERT_TYPES = ("mixtral", "qwen3_moe", "qwen2_moe", "olmoe")
+EAGER_TYPES = ("gemma2",)
+"""Types that transformers computes with eager attention only."""
 GEMMA_TYPES = ("gemma", "gemma2", "gemma3_text")
 TYPES_WITH_HEAD_NORMS = ("qwen3", "qwen3_moe", "gemma3_text", "olmo2", "olmo3", "olmoe")
 TYPES_WITH_FOUR_NORMS = ("gemma2", "gemma3_text")

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from finetune_api.errors import ConfigError
 from finetune_api.memory import optimizers
-from finetune_api.memory.architecture import DENSE_TYPES, ModelShape
+from finetune_api.memory.architecture import DENSE_TYPES, EAGER_TYPES, ModelShape
 from finetune_api.memory.layers import Batch, Kernels, TrainedWeights, linear_sizes
 from finetune_api.memory.optimizers import Optimizer
 from finetune_api.memory.replay import Step
@@ -82,7 +82,7 @@ def describe_step(spec: FineTuneJobSpec, shape: ModelShape, facts: Facts | None 
     _require_planned(spec)
     is_gpu = _uses_gpu(spec)
     weights = _weights(spec, shape, is_gpu)
-    attention = facts.attention or _attention(spec, is_gpu)
+    attention = facts.attention or _attention(spec, shape, is_gpu)
     liger = facts.uses_liger
     if liger is None:
         liger = is_gpu and spec.model.liger_kernels is not False and shape.model_type in DENSE_TYPES
@@ -183,9 +183,9 @@ def _optimizer(spec: FineTuneJobSpec) -> Optimizer:
     return OPTIMIZERS[name]
 
 
-def _attention(spec: FineTuneJobSpec, is_gpu: bool) -> str:
+def _attention(spec: FineTuneJobSpec, shape: ModelShape, is_gpu: bool) -> str:
     requested = spec.model.attention or AttentionImplementation.AUTO
-    if requested is AttentionImplementation.EAGER:
+    if requested is AttentionImplementation.EAGER or shape.model_type in EAGER_TYPES:
         return "eager"
     is_padded = requested is AttentionImplementation.SDPA or method_type_of(spec) in PROMPT_METHODS
     return "varlen" if is_gpu and not is_padded else "sdpa"

@@ -72,6 +72,12 @@ class BackgroundWriter:
         self._thread = threading.Thread(target=self._run_in_thread, args=(tasks,), name="checkpoint-writer", daemon=True)
         self._thread.start()
 
+    def release_copies(self) -> None:
+        """Free the memory of the copies. Called before a checkpoint or model is written at once, because its files need memory, too."""
+        if self._stager is not None:
+            self._stager.close()
+            self._stager = None
+
     def raise_failure(self) -> None:
         """Raise the exception that ended the writing of a checkpoint in the background, if any."""
         if self._failure is not None:

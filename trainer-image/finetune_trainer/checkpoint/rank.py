@@ -221,6 +221,8 @@ class CheckpointStager(TrainerCallback):
             self._open_tokens = 0 if control.should_log else tokens  # the log line at this step adds the tokens to the state
         is_last = self._stopping or state.global_step >= state.max_steps
         self._writer.in_background = not is_last and self._copies_fit_in_memory()  # without further steps, a copy saves no time
+        if is_last:
+            self._writer.release_copies()
 
     def _wait_for_last_checkpoint(self) -> None:
         if self._writer.is_busy and self._channel.rank == 0:

@@ -21,8 +21,8 @@ DISK_RESERVE_BYTES = 32 * 1024 * 1024
 MEMORY_RESERVE_BYTES = 256 * 1024 * 1024
 OPTIMIZER_BYTES = 8
 """Bytes of optimizer state per trained parameter (Adam's two moments), to estimate the size of the first checkpoint."""
-COPIES_OF_DEEPSPEED = 2
-"""DeepSpeed also copies the state before it saves it, and saves its own 32-bit weights."""
+COPIES_OF_SHARDED = 2
+"""FSDP gathers weights and state in host memory before they are copied. DeepSpeed also copies the state, and saves its own 32-bit weights."""
 
 
 @dataclass(frozen=True)
@@ -54,21 +54,27 @@ def space_for_copies(trainer: Any, world_size: int) -> CopySpace:
 
 
 def copy_bytes(trainer: Any) -> int:
-    """Bytes that this rank copies for a checkpoint: its part of the optimizer's state, and the trained weights on the rank that writes them."""
-    weights = sum(_bytes_of(weight) for weight in _trained_weights(trainer.model)) if trainer.args.should_save else 0
-    if trainer.is_fsdp_enabled:
-        weights *= 2  # the gathered weights, and their copies
-    moments = sum(_bytes_of(getattr(value, "_local_tensor", value)) for value in _state_tensors(trainer.optimizer))
-    return (weights + moments) * (COPIES_OF_DEEPSPEED if trainer.is_deepspeed_enabled else 1)
+    """Bytes that this rank copies for a checkpoint: the weights on the rank that writes them, and the part of the optimizer's state that it writes."""
+    is_sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    weights = sum(_bytes_of(weight) for weight in _written_weights(trainer.model)) if trainer.args.should_save else 0
+    moments = 0
+    if is_sharded or trainer.args.should_save:  # without sharding, only this rank writes the state, which all ranks have
+        moments = sum(_bytes_of(getattr(value, "_local_tensor", value)) for value in _state_tensors(trainer.optimizer))
+    return (weights + moments) * (COPIES_OF_SHARDED if is_sharded else 1)
 
 
 def estimated_size(model: Any) -> int:
-    """Estimated bytes of the first checkpoint: trained weights and the optimizer's moments."""
-    return sum(_bytes_of(weight) + weight.numel() * OPTIMIZER_BYTES for weight in _trained_weights(model))
+    """Estimated bytes of the first checkpoint: written weights, and the optimizer's moments of the trained weights."""
+    trained_numbers = sum(weight.numel() for weight in model.parameters() if weight.requires_grad) if model is not None else 0
+    return sum(_bytes_of(weight) for weight in _written_weights(model)) + trained_numbers * OPTIMIZER_BYTES
 
 
-def _trained_weights(model: Any) -> list[Any]:
-    return [parameter for parameter in model.parameters() if parameter.requires_grad] if model is not None else []
+def _written_weights(model: Any) -> list[Any]:
+    """The weights in a checkpoint: those of the adapter, or all weights of a model without an adapter."""
+    if model is None:
+        return []
+    has_adapter = hasattr(model, "peft_config") or hasattr(getattr(model, "module", None), "peft_config")
+    return [parameter for parameter in model.parameters() if parameter.requires_grad or not has_adapter]
 
 
 def _state_tensors(optimizer: Any) -> Iterator[Any]:

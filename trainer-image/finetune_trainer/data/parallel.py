@@ -19,7 +19,7 @@ from pathlib import Path
 
 from finetune_trainer.data.batches import BatchEncoder, EncodedBatch
 from finetune_trainer.data.checks import all_texts
-from finetune_trainer.data.rows import Example, TokenSequence
+from finetune_trainer.data.rows import Conversation, Example, ImageFile, TokenSequence
 from finetune_trainer.data.tokenise import BATCH_ROWS
 
 ROWS_WITHOUT_WORKERS = 10_000
@@ -27,6 +27,8 @@ ROWS_WITHOUT_WORKERS = 10_000
 BATCH_CHARACTERS = 500_000
 """A batch ends when its texts have at least this many characters; a row of token ids counts one for each. The Python objects of the batch's
 tokens then need some tens of megabytes."""
+BATCH_IMAGE_BYTES = 32 << 20
+"""A batch ends when the images inside its rows have at least this many bytes."""
 BATCHES_PER_WORKER = 2
 """Batches for each worker that are being encoded or wait for their turn."""
 CGROUP_CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")
@@ -83,15 +85,23 @@ def _start_pool(encoder: BatchEncoder, workers: int) -> ProcessPoolExecutor:
 
 def _split_into_batches(rows: Iterable[tuple[str, Example]]) -> Iterator[Batch]:
     batch: Batch = []
-    characters = 0
+    characters = image_bytes = 0
     for location, example in rows:
         batch.append((location, example))
         characters += len(example.ids) if isinstance(example, TokenSequence) else sum(map(len, all_texts(example)))
-        if len(batch) >= BATCH_ROWS or characters >= BATCH_CHARACTERS:
+        image_bytes += _image_bytes(example)
+        if len(batch) >= BATCH_ROWS or characters >= BATCH_CHARACTERS or image_bytes >= BATCH_IMAGE_BYTES:
             yield batch
-            batch, characters = [], 0
+            batch, characters, image_bytes = [], 0, 0
     if batch:
         yield batch
+
+
+def _image_bytes(example: Example) -> int:
+    """Bytes of the images that lie in the row itself. Images in files are read by the worker."""
+    turns = example.turns if isinstance(example, Conversation) else ()
+    parts = (part for turn in turns for part in turn.parts)
+    return sum(len(part.content or b"") for part in parts if isinstance(part, ImageFile))
 
 
 def usable_cpus() -> int:

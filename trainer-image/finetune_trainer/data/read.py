@@ -304,13 +304,17 @@ def _read_text_lines(file: Path) -> Iterator[RawRow]:
         yield RawRow(file, number, {"text": line.strip("\r\n")})
 
 
+PARQUET_ROWS = 64
+"""Rows that are converted at a time. A row may hold megabytes of images or thousands of token ids."""
+
+
 def _read_parquet(file: Path) -> Iterator[RawRow]:
     import pyarrow
     import pyarrow.parquet
 
     try:
         number = 0
-        for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=1024):
+        for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=PARQUET_ROWS):
             for value in batch.to_pylist():
                 number += 1
                 yield RawRow(file, number, value)

@@ -29,6 +29,8 @@ COUNTED_COLUMNS_END = "_ids"
 """End of the names of the columns whose lists count as tokens of a row."""
 ROWS_PER_BATCH, TOKENS_PER_BATCH = 1000, 1 << 18
 """Largest batch that is copied from shards to other shards at a time."""
+IMAGE_ROWS_PER_BATCH = 4
+"""Largest batch of rows that may contain images. An Arrow array of bytes holds at most 2 GiB, and a row may have 16 images of 20 MB."""
 
 
 class ColumnType(StrEnum):
@@ -176,7 +178,7 @@ def row_lengths(batch: pyarrow.RecordBatch) -> numpy.ndarray[Any, Any]:
     return lengths
 
 
-def chunks(lengths: numpy.ndarray[Any, Any]) -> Iterator[tuple[int, int]]:
+def chunks(lengths: numpy.ndarray[Any, Any], max_rows: int = ROWS_PER_BATCH) -> Iterator[tuple[int, int]]:
     """Cut rows with these numbers of tokens into batches of limited size. Yields start and end of each batch."""
     import numpy
 
@@ -184,7 +186,7 @@ def chunks(lengths: numpy.ndarray[Any, Any]) -> Iterator[tuple[int, int]]:
     start = 0
     while start < len(ends):
         before = int(ends[start - 1]) if start else 0
-        end = min(int(numpy.searchsorted(ends, before + TOKENS_PER_BATCH, side="right")), start + ROWS_PER_BATCH)
+        end = min(int(numpy.searchsorted(ends, before + TOKENS_PER_BATCH, side="right")), start + max_rows)
         yield start, max(end, start + 1)
         start = max(end, start + 1)
 
@@ -200,10 +202,13 @@ class ShardReader:
         for file in files:
             self._batches += pyarrow.ipc.open_stream(pyarrow.memory_map(str(folder / file.path)))
         self._ends = numpy.cumsum([batch.num_rows for batch in self._batches])
+        image_type = make_schema({"images": ColumnType.IMAGES}).field(0).type
+        has_images = bool(self._batches) and image_type in self._batches[0].schema.types
+        self._max_rows = IMAGE_ROWS_PER_BATCH if has_images else ROWS_PER_BATCH
 
     def read(self, positions: numpy.ndarray[Any, Any], lengths: numpy.ndarray[Any, Any]) -> Iterator[pyarrow.RecordBatch]:
         """Yield the rows at the positions, in their order, in batches of limited size. `lengths`: tokens of each row."""
-        for start, end in chunks(lengths):
+        for start, end in chunks(lengths, self._max_rows):
             yield self.read_batch(positions[start:end])
 
     def read_batch(self, positions: numpy.ndarray[Any, Any]) -> pyarrow.RecordBatch:

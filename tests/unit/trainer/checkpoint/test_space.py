@@ -28,14 +28,16 @@ def test_the_size_of_the_first_checkpoint_is_estimated() -> None:
     model = torch.nn.Linear(2, 2)
     assert space.estimated_size(model) == 6 * (4 + 8)
     model.bias.requires_grad = False
+    assert space.estimated_size(model) == 6 * 4 + 4 * 8, "without an adapter, all weights are written"
+    model.peft_config = {}
     assert space.estimated_size(model) == 4 * (4 + 8)
 
 
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({}, 24 + 48 + 8), ({"writes_weights": False}, 48 + 8), ({"is_fsdp_enabled": True}, 2 * 24 + 48 + 8),
-        ({"is_deepspeed_enabled": True}, 2 * (24 + 48 + 8)),
+        ({}, 24 + 48 + 8), ({"writes_weights": False}, 0), ({"is_fsdp_enabled": True}, 2 * (24 + 48 + 8)),
+        ({"is_fsdp_enabled": True, "writes_weights": False}, 2 * (48 + 8)), ({"is_deepspeed_enabled": True}, 2 * (24 + 48 + 8)),
     ],
 )  # fmt: skip
 def test_copies_contain_the_optimizer_state_and_on_one_rank_the_weights(options: dict[str, bool], expected: int) -> None:
