@@ -346,6 +346,41 @@ def test_incomplete_checkpoint_gets_no_marker(finetune: Finetune, bucket: Bucket
     assert (other.code, "already contains another checkpoint or model; choose another target" in other.err) == (1, True)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"incarnation": ".."}, "incarnation is '..'"), ({"step": "x"}, "step is 'x', which is not a number"),
+        ({"files": {}}, "the manifest is damaged"), ({"files": [{"path": "a.bin", "size": 3}]}, "the manifest is damaged"),
+    ],
+)  # fmt: skip
+def test_damaged_manifest_is_not_uploaded(finetune: Finetune, bucket: Bucket, tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    (tmp_path / "a.bin").write_bytes(b"one")
+    entry = {"path": "a.bin", "size": 3, "sha256": hashlib.sha256(b"one").hexdigest()}
+    (tmp_path / "manifest.json").write_text(json.dumps({"files": [entry], "incarnation": "a1-00000000", "attempt": 1, "step": 5} | change))
+    result = finetune("upload", str(tmp_path), f"{bucket.uri}/w")
+    assert (result.code, message in result.err) == (1, True), result.err
+    assert [key for key in bucket.list_keys() if key.startswith("w/")] == []
+
+
+def test_too_long_part_starts_again(finetune: Finetune, bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bucket.write("d/t.bin", DATA)
+    words = ("download", f"{bucket.uri}/d/t.bin", "--to", str(tmp_path))
+    with monkeypatch.context() as patch:
+        patch.setattr(downloads, "MAX_LOST_CONNECTIONS", 0)
+        read_chunks = JobStorage.read_chunks
+
+        def lose(self: JobStorage, *arguments: Any) -> Iterator[bytes]:
+            yield next(iter(read_chunks(self, *arguments)))
+            raise ConnectionLost("the connection is lost")
+
+        patch.setattr(JobStorage, "read_chunks", lose)
+        assert finetune(*words).code == 1
+    (part,) = (path for path in tmp_path.iterdir() if path.is_file())
+    part.write_bytes(DATA + b"more")
+    assert finetune(*words).code == 0
+    assert (tmp_path / "t.bin").read_bytes() == DATA
+
+
 def test_missing_object_is_reported(finetune: Finetune, bucket: Bucket, tmp_path: Path) -> None:
     result = finetune("download", f"{bucket.uri}/none", "--to", str(tmp_path))
     assert (result.code, f"{bucket.uri}/none: there is no object at this URI or below it" in result.err) == (1, True)

@@ -193,6 +193,14 @@ def test_activations_are_recomputed_only_if_they_do_not_fit() -> None:
     assert plan_for_gpu(given, LLAMA_8B, H200_BYTES).recomputed_layers == 32
 
 
+def test_models_without_other_attention_are_planned_with_eager_attention() -> None:
+    """Gemma 2 has no other attention in transformers. Its scores then need memory for each pair of tokens."""
+    gemma = model_shape(TINY | {"model_type": "gemma2", "head_dim": 64})
+    spec = resolve().spec
+    assert plan_memory(spec, gemma).memory == plan_memory(spec, gemma, Facts(attention="eager")).memory
+    assert plan_memory(spec, gemma).memory.expected_bytes > plan_memory(spec, gemma, Facts(attention="varlen")).memory.expected_bytes
+
+
 def test_the_largest_batch_fits_and_one_more_row_does_not() -> None:
     spec = resolve().spec
     rows = largest_batch(spec, LLAMA_1B, L4_BYTES)

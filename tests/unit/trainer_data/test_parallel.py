@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from finetune_api.errors import DataError
 from finetune_trainer.data.prepared import open_prepared
+from finetune_trainer.data.rows import Conversation, ImageFile, Turn
 
 from tests.support.data import SYSTEM_FIRST, prepare_rows, tokenizer
 from tests.support.learning import TEN_ROWS
@@ -17,6 +18,14 @@ def _shard_hashes(folder: Path) -> list[str]:
     prepared = open_prepared(manifest.parent)
     prepared.verify()
     return [file.sha256 for file in prepared.manifest.files]
+
+
+def test_a_batch_ends_when_its_images_are_large() -> None:
+    from finetune_trainer.data import parallel
+
+    image = ImageFile(content=b"x" * (20 << 20))
+    rows = [(str(number), Conversation((Turn("user", "What?", parts=(image, "What?")), Turn("assistant", "A dot.")))) for number in range(5)]
+    assert [len(batch) for batch in parallel._split_into_batches(rows)] == [2, 2, 1]
 
 
 @pytest.mark.timeout(120)

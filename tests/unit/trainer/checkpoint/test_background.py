@@ -109,6 +109,16 @@ def test_the_next_checkpoint_uses_the_memory_of_the_last_one(writer: BackgroundW
     assert addresses[0] == addresses[1] != weight.data_ptr()
 
 
+def test_the_memory_of_the_copies_is_freed_on_request(writer: BackgroundWriter) -> None:
+    writer.release_copies()
+    writer._defer(lambda copies: None, {"weight": torch.ones(8)}, is_collective=False)
+    writer.finish_checkpoint()
+    writer.wait()
+    assert writer._stager is not None
+    writer.release_copies()
+    assert writer._stager is None
+
+
 def test_a_failure_in_the_background_is_raised_in_the_training_thread(writer: BackgroundWriter) -> None:
     def fail() -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
