@@ -125,10 +125,10 @@ def test_images_have_no_labels_even_if_all_tokens_are_trained_on(tmp_path: Path)
 
 
 def trained_rows(outcome: RunOutcome) -> list[dict[str, Any]]:
-    from datasets import Dataset
+    from finetune_trainer.data.prepared import open_prepared
 
     (folder,) = (outcome.channel.work / "tokens").iterdir()  # type: ignore[union-attr]
-    return list(Dataset.load_from_disk(str(folder / "train")))
+    return list(open_prepared(folder).dataset("train"))
 
 
 @pytest.mark.parametrize(
