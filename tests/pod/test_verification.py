@@ -160,6 +160,7 @@ def test_a_job_without_training_repeats_the_verification_of_another_job(unverifi
     assert "step 1/4" not in pod.text
 
 
+@pytest.mark.slow
 def test_the_verification_of_a_changed_model_of_another_job_fails_and_without_recorded_values_it_says_so(
     unverified: tuple[Path, str], model: Path, tmp_path: Path
 ) -> None:

@@ -53,8 +53,11 @@ def expected_steps(name: str) -> int:
     return int(body["spec"]["training"].get("maxSteps", 5))
 
 
-# The demo's test runs the same manifest as `quickstart`.
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] if name == "quickstart" else []) for name in EXAMPLE_NAMES])
+SLOW_EXAMPLES = ("quickstart", "two-pods", "gates", "configmap")
+"""Examples whose behaviour other tests of make test show: the demo, a gang that resumes, gates in a pod, and rows of a ConfigMap."""
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW_EXAMPLES else []) for name in EXAMPLE_NAMES])
 def test_example_succeeds(examples: ExampleRunner, name: str) -> None:
     status = examples.wait_finished(name)
     assert status.progress is not None

@@ -10,7 +10,7 @@ from tests.support.cells import Cell, Result, launch_cells
 from tests.support.learning import TEN_ROWS, merge_mappings
 from tests.support.tiny import make_tiny_model
 
-pytestmark = pytest.mark.pod
+pytestmark = [pytest.mark.pod, pytest.mark.slow]
 ROWS = [
     {"messages": [row["messages"][0], {"role": "assistant", "content": "red " * (1 + 7 * index % 24)}]}
     for index, row in enumerate(TEN_ROWS)
