@@ -125,7 +125,7 @@ def test_a_server_that_stays_down_is_named_at_the_end_without_its_password(model
     notes = pod.termination_message().resolved.notes or []  # type: ignore[union-attr]
     [note] = [note for note in notes if "mongodb" in note]
     assert note.startswith("mongodb at mongodb://127.0.0.1:9 could not be reached: the connection was refused; values are missing there")
-    assert note.endswith(f"/store/team/job/{UID}/metrics/")
+    assert note.endswith(f"/store/team/job/{UID}/metrics/ contains all values")
     written = [path.read_bytes() for path in [pod.folder / "log", pod.folder / "termination-message", *(tmp_path / "store").rglob("*")] if path.is_file()]
     assert all(PASSWORD.encode() not in data for data in written)
 
