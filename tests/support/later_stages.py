@@ -33,7 +33,7 @@ class FakeStages(LaterStages):
 
     calls: list[StageTask]
 
-    def _run_process(self, stage: Stage, folder: Path) -> None:
+    def _run_process(self, folder: Path) -> None:
         self.calls.append(StageTask.read(folder))
         self.behaviour(folder)
 

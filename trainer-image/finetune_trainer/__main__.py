@@ -70,12 +70,14 @@ def _supervise(command: str, arguments: list[str]) -> int:
     logging.getLogger("botocore.credentials").setLevel(logging.WARNING)  # botocore logs the source of the credentials for every connection
     try:
         from finetune_trainer.settings import Settings
-        from finetune_trainer.supervisor.preparation_pod import prepare
-        from finetune_trainer.supervisor.supervise import supervise
+
+        if command == "prepare":
+            from finetune_trainer.supervisor.preparation_pod import prepare as run_pod
+        else:
+            from finetune_trainer.supervisor.supervise import supervise as run_pod
     except ImportError as error:
         return _exit_code_of_failed_import(error)
 
-    run_pod = prepare if command == "prepare" else supervise
     code = run_pod(Settings.from_env(run_file=options.run_file, work=options.work_dir, port=options.port), stop_requests)
     logging.shutdown()
     sys.stdout.flush()

@@ -7,11 +7,7 @@ user's making has the same code as in a training pod. If a library cannot build 
 
 from __future__ import annotations
 
-import faulthandler
 import logging
-import os
-import signal
-import sys
 import traceback
 from typing import TYPE_CHECKING, Any
 
@@ -23,10 +19,10 @@ from finetune_api.status import DataReport, ResolvedConfig, RunPlan, Stage
 
 from finetune_trainer import imports
 from finetune_trainer.channel import Channel
-from finetune_trainer.failure import classify_error
+from finetune_trainer.failure import classify_wrapped_error
 from finetune_trainer.inputs import Inputs
 from finetune_trainer.objective import load_objective, module_of
-from finetune_trainer.processes import die_with_parent
+from finetune_trainer.processes import begin_child, end_child
 from finetune_trainer.settings import Settings, load_run
 
 if TYPE_CHECKING:
@@ -39,15 +35,8 @@ METHODS_WITHOUT_SKELETON = ("spectrum",)
 
 def main() -> int:
     """Run the checks, report a failure, and end the process."""
-    die_with_parent()
-    faulthandler.enable()
-    faulthandler.register(signal.SIGUSR1, all_threads=True)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s check %(message)s", stream=sys.stderr)
-    code = _run_and_report(Channel.from_env())
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    begin_child("check")
+    end_child(_run_and_report(Channel.from_env()))
 
 
 def _run_and_report(channel: Channel) -> int:
@@ -59,8 +48,7 @@ def _run_and_report(channel: Channel) -> int:
         check(run, channel, inputs)
         return ExitCode.OK
     except BaseException as error:
-        cause = error.__cause__ if isinstance(error, InternalError) and isinstance(error.__cause__, Exception) else error
-        failure, _ = classify_error(cause)
+        failure, _ = classify_wrapped_error(error)
         traceback.print_exc()
         channel.report_failure(failure)
         return int(failure.exit_code)

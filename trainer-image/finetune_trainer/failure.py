@@ -7,6 +7,7 @@ the user can fix take precedence over failures that the user cannot fix.
 from __future__ import annotations
 
 import errno
+import logging
 import math
 import re
 import signal
@@ -27,6 +28,7 @@ from finetune_api.errors import (
 from finetune_api.exits import EXIT_POLICIES
 from finetune_api.names import ExitCode, FailureClass
 
+log = logging.getLogger(__name__)
 PEER_TYPES = ("DistBackendError", "DistNetworkError", "DistStoreError", "DistError")
 PEER_MESSAGES = (
     "connection closed by peer", "connection reset by peer", "connection refused", "broken pipe", "socket timeout", "gloo",
@@ -93,6 +95,20 @@ def local_disk_full() -> StorageError:
     return StorageError(
         "LocalDiskFull", "the pod's local disk is full", hint="raise resources.ephemeralStorage, or checkpoint less often"
     )  # fmt: skip
+
+
+def as_failure(error: Exception, code: str) -> FineTuneError:
+    """Return the failure for an exception. An unexpected exception becomes an InternalError with `code`, unless the image is broken."""
+    if isinstance(error, FineTuneError):
+        return error
+    log.error("%s", code, exc_info=error)
+    return installation_error(error) or InternalError(code, f"{type(error).__name__}: {error}")
+
+
+def classify_wrapped_error(error: BaseException) -> tuple[FineTuneError, bool]:
+    """As `classify_error`. If an InternalError only wraps a library's exception, classify that exception: its type is more specific."""
+    is_wrapper = isinstance(error, InternalError) and isinstance(error.__cause__, Exception)
+    return classify_error(error.__cause__ if is_wrapper and error.__cause__ is not None else error)
 
 
 def classify_error(error: BaseException) -> tuple[FineTuneError, bool]:

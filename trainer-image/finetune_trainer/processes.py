@@ -8,12 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import faulthandler
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Collection
 from pathlib import Path
+from typing import NoReturn
+
+from finetune_trainer.logs import configure_logging
 
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
@@ -29,6 +34,25 @@ def adopt_orphans() -> None:
 def die_with_parent() -> None:
     """Let the kernel kill this process when its parent ends. Must be called in the child process."""
     _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
+def begin_child(name: str) -> None:
+    """Prepare a process that a supervisor or an agent has started: a rank, a stage, or the check of a preparation.
+
+    It ends with its parent, prints the stacks of its threads on SIGUSR1, ignores Ctrl-C, which its parent handles, and logs as `name`.
+    """
+    die_with_parent()
+    faulthandler.enable()
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    configure_logging(name)
+
+
+def end_child(code: int) -> NoReturn:
+    """End the process. Exit handlers are skipped, because some libraries' handlers wait forever for a lost rank."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 class ChildProcess:

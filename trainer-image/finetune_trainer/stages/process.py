@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import faulthandler
 import importlib
-import os
-import signal
-import sys
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,11 +12,10 @@ from finetune_api.names import ExitCode
 from finetune_api.status import Stage
 
 from finetune_trainer.channel import Channel
-from finetune_trainer.failure import classify_error
+from finetune_trainer.failure import classify_wrapped_error
 from finetune_trainer.imports import garbage_collection_paused
 from finetune_trainer.inputs import Inputs
-from finetune_trainer.logs import configure_logging
-from finetune_trainer.processes import die_with_parent
+from finetune_trainer.processes import begin_child, end_child
 from finetune_trainer.settings import Settings, load_run
 from finetune_trainer.stages.files import RESULT_FILE, StageTask
 
@@ -36,15 +31,8 @@ STAGE_MODULES: Mapping[Stage, str] = {
 
 def main(arguments: list[str]) -> int:
     """Run the stage whose folder is the first argument, report a failure, and end the process."""
-    die_with_parent()
-    faulthandler.enable()
-    faulthandler.register(signal.SIGUSR1, all_threads=True)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    configure_logging("stage")
-    code = run_and_report(Path(arguments[0]), Channel.from_env())
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    begin_child("stage")
+    end_child(run_and_report(Path(arguments[0]), Channel.from_env()))
 
 
 def run_and_report(folder: Path, channel: Channel) -> int:
@@ -69,8 +57,7 @@ def run_and_report(folder: Path, channel: Channel) -> int:
 
 def _name_failure(error: BaseException) -> FineTuneError:
     """Return the named failure for an exception. The hint for exhausted memory differs from the hint in training, because a stage does not train."""
-    cause = error.__cause__ if isinstance(error, InternalError) and isinstance(error.__cause__, Exception) else error
-    failure, _ = classify_error(cause)
+    failure, _ = classify_wrapped_error(error)
     if isinstance(failure, MemoryExhaustedError):
         return MemoryExhaustedError(failure.code, failure.message, hint="lower evaluation.batchSizePerDevice")
     return failure

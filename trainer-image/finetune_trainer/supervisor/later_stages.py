@@ -9,8 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-import sys
-import threading
 from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import partial
@@ -34,9 +32,8 @@ from pydantic import ValidationError
 
 from finetune_trainer.checkpoint.address import download_committed
 from finetune_trainer.checkpoint.tree import CheckpointTree, FencedOutError
-from finetune_trainer.failure import classify_error, failure_from_exit_code, failure_from_message
+from finetune_trainer.failure import classify_error
 from finetune_trainer.inputs import Inputs
-from finetune_trainer.processes import ChildProcess, kill_all_descendants, killed_for_memory
 from finetune_trainer.settings import Settings
 from finetune_trainer.stages.files import (
     MEASUREMENTS_FILE,
@@ -51,14 +48,13 @@ from finetune_trainer.stages.files import (
 )
 from finetune_trainer.stages.plan import planned_stages
 from finetune_trainer.storage.base import join, sha256_file
-from finetune_trainer.supervisor.agent_process import rank_environment
+from finetune_trainer.supervisor.child_run import run_child
 from finetune_trainer.supervisor.existing_model import ExistingModel
 from finetune_trainer.supervisor.exit_decision import StageFailure, StageReport
 from finetune_trainer.supervisor.hub import push_to_hub
-from finetune_trainer.supervisor.interruptible import POLL_SECONDS, StoppedError, run_until
+from finetune_trainer.supervisor.interruptible import StoppedError, run_until
 from finetune_trainer.supervisor.merged_model import commit_merged_model, committed_merged_model, fetch_merged_model
 from finetune_trainer.supervisor.oci_artefact import store_oci_artefact
-from finetune_trainer.supervisor.rank_channel import RankChannel
 from finetune_trainer.supervisor.reference_values import copy_reference_values
 from finetune_trainer.supervisor.run_results import RunResults
 from finetune_trainer.supervisor.run_state import RunState, store_quietly
@@ -225,7 +221,7 @@ class LaterStages:
         result = self._until_stop(lambda: self._begin_stage(stage, output, folder))
         if result is not None:
             return self._until_save_deadline(lambda: self._record(stage, output, result, []))
-        self._run_process(stage, folder)
+        self._run_process(folder)
         if stage is Stage.MERGING:
             return self._until_stop(lambda: self._record(stage, output, self._commit_merged_model(output, folder / OUTPUT_FOLDER), []))
         return self._until_save_deadline(lambda: self._store_result(stage, output, folder))
@@ -350,48 +346,36 @@ class LaterStages:
 
     # ---- the process of a stage ----
 
-    def _run_process(self, stage: Stage, folder: Path) -> None:
+    def _run_process(self, folder: Path) -> None:
         """Run the process and wait for it. Errors: the failure that it reports; StoppedError."""
-        failures: list[FineTuneError] = []
-        channel = RankChannel(lambda message: self._handle_message(message, failures))
-        environment = rank_environment(self._run, self._settings, channel.address)
         self._state.record_activity()  # Uploads and downloads before the stage do not count as time without a heartbeat.
-        process = ChildProcess([sys.executable, "-u", "-m", "finetune_trainer", "stage", str(folder)], environment)
-        try:
-            code = self._wait(process)
-        finally:
-            kill_all_descendants()
-            channel.close()
-        if code != 0:
-            self._until_save_deadline(self._store_parts)
-        if failures:
-            raise failures[0]
-        if code != 0:
-            raise failure_from_exit_code(0, code, is_host_out_of_memory=killed_for_memory()).error
-
-    def _wait(self, process: ChildProcess) -> int:
-        """Return the exit code. Errors: StoppedError; PeerError `Stalled`."""
         stall_watch = StallWatch(self._state, self._run.spec.policy.stall_timeout_seconds)
-        while (code := process.poll()) is None:
-            if self._new_parts():
-                self._until_stop(self._store_parts)
-            if self._is_stop_requested():
-                raise StoppedError
-            if (stalled := stall_watch.stall_error()) is not None:
-                dump_rank_stacks([process.pid])
-                raise stalled
-            threading.Event().wait(POLL_SECONDS)
-        return code
+        end = run_child(
+            ["stage", str(folder)], self._run, self._settings,
+            handle_message=self._handle_message, while_running=lambda pid: self._watch_process(pid, stall_watch),
+        )  # fmt: skip
+        if end.code != 0:
+            self._until_save_deadline(self._store_parts)
+        if end.failure is not None:
+            raise end.failure
 
-    def _handle_message(self, message: dict[str, Any], failures: list[FineTuneError]) -> None:
+    def _watch_process(self, pid: int, stall_watch: StallWatch) -> None:
+        """Store the parts that the process has finished. Errors: StoppedError; PeerError `Stalled`."""
+        if self._new_parts():
+            self._until_stop(self._store_parts)
+        if self._is_stop_requested():
+            raise StoppedError
+        if (stalled := stall_watch.stall_error()) is not None:
+            dump_rank_stacks([pid])
+            raise stalled
+
+    def _handle_message(self, message: dict[str, Any]) -> None:
         self._state.record_activity()
         match message.get("kind"):
             case "stage":
                 self._state.enter_stage(Stage(message["stage"]), message.get("detail"))
             case "note":
                 self._state.add_note(str(message["text"]))
-            case "failed":
-                failures.append(failure_from_message(message).error)
 
     # ---- stops ----
 

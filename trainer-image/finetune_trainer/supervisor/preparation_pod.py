@@ -10,9 +10,7 @@ import logging
 import secrets
 import shutil
 import signal
-import sys
 import threading
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,23 +20,20 @@ from finetune_api.pod import RunConfig
 from finetune_api.status import DataReport, ResolvedConfig, RunPlan, Stage
 
 from finetune_trainer import processes
-from finetune_trainer.failure import RankFailure, failure_from_exit_code, failure_from_message
+from finetune_trainer.failure import RankFailure, as_failure
 from finetune_trainer.inputs import FILE_NAME
 from finetune_trainer.settings import Settings, load_run
-from finetune_trainer.supervisor.agent_process import rank_environment
+from finetune_trainer.supervisor.child_run import run_child
 from finetune_trainer.supervisor.exit_decision import ExitDecision
 from finetune_trainer.supervisor.fetch import MODEL_WITHOUT_WEIGHTS
 from finetune_trainer.supervisor.file_digests import FileDigests
 from finetune_trainer.supervisor.interruptible import StoppedError, run_until
 from finetune_trainer.supervisor.prepare import Preparation
-from finetune_trainer.supervisor.rank_channel import RankChannel
 from finetune_trainer.supervisor.run_state import RunState
 from finetune_trainer.supervisor.server import Server
-from finetune_trainer.supervisor.supervise import as_failure
 from finetune_trainer.supervisor.termination import termination_message, write_termination_message
 
 log = logging.getLogger(__name__)
-POLL_SECONDS = 0.05
 
 
 class CheckResult(ReportModel):
@@ -58,7 +53,6 @@ class PreparationPod:
         if stop_requests:
             self._stop.set()
         self._result: CheckResult | None = None
-        self._failures: list[RankFailure] = []
 
     def run(self) -> int:
         """Check everything, report the result to the operator, and return the exit code."""
@@ -114,21 +108,14 @@ class PreparationPod:
 
     def _run_process(self, run: RunConfig) -> None:
         """Run the checks that need large libraries in a process of its own. Errors: the failure that it reports; StoppedError."""
-        channel = RankChannel(self._handle_message)
-        command = [sys.executable, "-u", "-m", "finetune_trainer", "check"]
-        process = processes.ChildProcess(command, rank_environment(run, self._settings, channel.address))
-        try:
-            while (code := process.poll()) is None:
-                if self._stop.is_set():
-                    raise StoppedError
-                time.sleep(POLL_SECONDS)
-        finally:
-            processes.kill_all_descendants()
-            channel.close()
-        if self._failures:
-            raise self._failures[0].error
-        if code != 0:
-            raise failure_from_exit_code(0, code, is_host_out_of_memory=processes.killed_for_memory()).error
+
+        def watch(_pid: int) -> None:
+            if self._stop.is_set():
+                raise StoppedError
+
+        end = run_child(["check"], run, self._settings, handle_message=self._handle_message, while_running=watch)
+        if end.failure is not None:
+            raise end.failure
 
     def _handle_message(self, message: dict[str, Any]) -> None:
         match message.get("kind"):
@@ -140,8 +127,6 @@ class PreparationPod:
                 self._state.merge_plan(RunPlan.model_validate(message["value"]))
             case "checked":
                 self._result = CheckResult.model_validate(message["value"])
-            case "failed":
-                self._failures.append(failure_from_message(message))
 
 
 def prepare(settings: Settings, stop_requests: Sequence[float] = ()) -> int:

@@ -26,7 +26,7 @@ from finetune_trainer.checkpoint.manifest import RunFacts
 from finetune_trainer.checkpoint.restore import RestoreResult
 from finetune_trainer.checkpoint.tree import CheckpointTree
 from finetune_trainer.checkpoint.uploader import KeepPolicy, Uploader, checkpoints_for_status
-from finetune_trainer.failure import RankFailure, failure_from_exit_code, installation_error
+from finetune_trainer.failure import RankFailure, as_failure, failure_from_exit_code
 from finetune_trainer.inputs import FILE_NAME, Inputs
 from finetune_trainer.results.file_names import ResultFile
 from finetune_trainer.results.log_entry import LogEntry
@@ -551,14 +551,6 @@ class Supervisor:
         for closable in (self._gang, self._server):
             if closable is not None:
                 closable.close()
-
-
-def as_failure(error: Exception, code: str) -> FineTuneError:
-    """Return the failure for an exception. An unexpected exception becomes an InternalError with `code`, unless the image is broken."""
-    if isinstance(error, FineTuneError):
-        return error
-    log.error("%s", code, exc_info=error)
-    return installation_error(error) or InternalError(code, f"{type(error).__name__}: {error}")
 
 
 def committed_output(tree: CheckpointTree) -> Output | None:

@@ -18,6 +18,8 @@ from finetune_trainer.storage.folder import FolderStore
 from finetune_trainer.supervisor import later_stages
 from finetune_trainer.supervisor.exit_decision import AttemptFacts, ExitDecision, StageReport, decide_exit
 from finetune_trainer.supervisor.interruptible import THREAD_NAME, StoppedError, run_until
+from finetune_trainer.supervisor.run_state import RunState
+from finetune_trainer.supervisor.stall import StallWatch
 from finetune_trainer.supervisor.supervise import Supervisor
 
 from tests.support.later_stages import (
@@ -130,15 +132,11 @@ def test_a_stop_ends_the_upload_of_finished_parts(tmp_path: Path, output: Output
     attempt = Attempt(tmp_path, 1)
     hung = hang(FolderStore, "put_file", "-parts/", lambda: setattr(attempt, "is_stopped", True))
 
-    class RunningProcess:
-        pid = 0
-
-        def poll(self) -> None:
-            return None
-
     def run(folder: Path) -> None:
         (folder / "parts" / "task-1.json").write_text("{}")
-        attempt.stages._wait(RunningProcess())  # type: ignore[arg-type]
+        stall_watch = StallWatch(RunState(), None)
+        while True:  # the process does not end by itself
+            attempt.stages._watch_process(0, stall_watch)
 
     attempt.stages.behaviour = run  # type: ignore[method-assign]
     assert attempt.end(output).open_stages == [Stage.EVALUATING] and len(hung) == 1
