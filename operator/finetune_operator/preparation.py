@@ -21,7 +21,7 @@ from finetune_operator.plan import JobEnd, Outcome, Plan, Situation
 from finetune_operator.policies import timeouts
 from finetune_operator.policies.blocking import BlockingCondition, blocking_condition_of_pods
 from finetune_operator.policies.cause import cause_of
-from finetune_operator.policies.retry import DEFAULT_RETRIES, FailureCause
+from finetune_operator.policies.retry import DEFAULT_RETRIES, FailureCause, doubled_pause_seconds
 from finetune_operator.policies.verdict import AcceptedSpec
 from finetune_operator.text import clean
 from finetune_operator.views import JobView, PodView
@@ -91,9 +91,8 @@ def _superseded_jobs(facts: Facts, record: Preparation) -> tuple[JobView, ...]:
 def _start_time(facts: Facts, record: Preparation) -> datetime:
     """When the preparation could start: at the job's start, after the pause that follows a failure, or after a suspension."""
     suspended, ended_at = facts.condition(Condition.SUSPENDED), record.end_time
-    retry = facts.config.retry
     earlier = record.number - 1
-    pause = min(retry.base_seconds * 2 ** min(earlier - 1, 20), retry.max_seconds) if earlier else 0.0
+    pause = doubled_pause_seconds(earlier, facts.config.retry) if earlier else 0.0
     times = [record.start_time, add_seconds(ended_at, pause) if ended_at else None]
     if suspended is not None:
         times.append(facts.now if suspended.status == "True" else suspended.last_transition_time)

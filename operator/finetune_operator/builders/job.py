@@ -32,41 +32,13 @@ PREPARATION_GRACE_SECONDS = 30
 
 def build_job(job: JobObject, run: RunConfig, pool: NodePool | None, config: OperatorConfig, secret_name: str = "") -> Object:
     """Return the Job of the attempt that `run` describes. `secret_name`: name of the Secret of the attempt, or an empty string."""
-    spec, nodes = run.spec, run.world.nodes
-    labels = child_labels(job, run.attempt)
-    data = run.to_bytes()
-    run_sha256 = run.sha256(data)
-    queue = spec.placement.queue_name
-    name = names.attempt_job_name(job.name, run.attempt)
-    body: Object = {
-        "apiVersion": "batch/v1",
-        "kind": "Job",
-        "metadata": {
-            "name": name,
-            "namespace": job.namespace,
-            "labels": {**_job_labels(spec), **labels, **({Label.QUEUE.value: queue} if queue else {})},
-            "annotations": {
-                **(spec.placement.annotations or {}),
-                Annotation.RUN_CONFIG_SHA256.value: run_sha256,
-                **({Annotation.ATTEMPT_SECRET.value: secret_name} if secret_name else {}),
-                **({Annotation.NETWORK_POLICY.value: name} if config.isolation.network_policy else {}),
-            },
-            "ownerReferences": [_owner_reference(names.API_VERSION, names.KIND, job.name, job.uid)],
-        },
-        "spec": {
-            "completions": nodes,
-            "parallelism": nodes,
-            "completionMode": "Indexed",
-            "backoffLimit": 0,
-            "podReplacementPolicy": "Failed",
-            "podFailurePolicy": {"rules": _failure_rules()},
-            "template": {
-                "metadata": _template_metadata(labels, spec, config, data),
-                "spec": _build_pod_spec(name, run, run_sha256, pool, config, secret_name),
-            },
-        },
-    }
+    name, queue, data = names.attempt_job_name(job.name, run.attempt), run.spec.placement.queue_name, run.to_bytes()
+    pod = _build_pod_spec(name, run, run.sha256(data), pool, config, secret_name)
+    body = _build_indexed_job(job, run.spec, config, data, name=name, attempt=run.attempt, pods=run.world.nodes, pod=pod)
+    if secret_name:
+        body["metadata"]["annotations"][Annotation.ATTEMPT_SECRET.value] = secret_name
     if queue:
+        body["metadata"]["labels"][Label.QUEUE.value] = queue
         body["spec"]["suspend"] = True
     return body
 
@@ -75,10 +47,18 @@ def build_preparation_job(
     job: JobObject, run: RunConfig, number: int, resources: PrepareResources, pool: NodePool | None, config: OperatorConfig
 ) -> Object:
     """Return the Job of a preparation. `run` and `pool` are those of the first attempt; the Job has one pod without GPUs."""
-    spec, name = run.spec, names.preparation_job_name(job.name, number)
-    labels = child_labels(job, 0)
-    data = run.to_bytes()
-    run_sha256 = run.sha256(data)
+    name, data = names.preparation_job_name(job.name, number), run.to_bytes()
+    pod = _build_preparation_pod(run, run.sha256(data), resources, pool, config)
+    body = _build_indexed_job(job, run.spec, config, data, name=name, attempt=0, pods=1, pod=pod)
+    body["spec"]["activeDeadlineSeconds"] = MAX_PREPARATION_SECONDS
+    return body
+
+
+def _build_indexed_job(
+    job: JobObject, spec: FineTuneJobSpec, config: OperatorConfig, data: bytes, *, name: str, attempt: int, pods: int, pod: Object
+) -> Object:
+    """Return a Job whose pods have the spec `pod`. `data`: content of their `run.json`."""
+    labels = child_labels(job, attempt)
     return {
         "apiVersion": "batch/v1",
         "kind": "Job",
@@ -88,23 +68,19 @@ def build_preparation_job(
             "labels": {**_job_labels(spec), **labels},
             "annotations": {
                 **(spec.placement.annotations or {}),
-                Annotation.RUN_CONFIG_SHA256.value: run_sha256,
+                Annotation.RUN_CONFIG_SHA256.value: RunConfig.sha256(data),
                 **({Annotation.NETWORK_POLICY.value: name} if config.isolation.network_policy else {}),
             },
             "ownerReferences": [_owner_reference(names.API_VERSION, names.KIND, job.name, job.uid)],
         },
         "spec": {
-            "completions": 1,
-            "parallelism": 1,
+            "completions": pods,
+            "parallelism": pods,
             "completionMode": "Indexed",
             "backoffLimit": 0,
             "podReplacementPolicy": "Failed",
-            "activeDeadlineSeconds": MAX_PREPARATION_SECONDS,
             "podFailurePolicy": {"rules": _failure_rules()},
-            "template": {
-                "metadata": _template_metadata(labels, spec, config, data),
-                "spec": _build_preparation_pod(run, run_sha256, resources, pool, config),
-            },
+            "template": {"metadata": _template_metadata(labels, spec, config, data), "spec": pod},
         },
     }
 
@@ -115,10 +91,9 @@ def _build_preparation_pod(run: RunConfig, run_sha256: str, resources: PrepareRe
     A pod that mounts a claim keeps this placement, because the first pod of a claim can decide in which zone or on which node its volume lies.
     """
     settings = config.prepare
-    cpu = resources.cpu or settings.cpu
     values: dict[str, Any] = {
-        "resources.gpusPerNode": 0, "resources.cpu": cpu, "resources.memory": resources.memory or settings.memory,
-        "resources.ephemeralStorage": resources.ephemeral_storage or settings.ephemeral_storage,
+        "resources.gpusPerNode": 0, "resources.cpu": resources.cpu, "resources.memory": resources.memory,
+        "resources.ephemeralStorage": resources.ephemeral_storage,
     }  # fmt: skip
     mounts_claim = any("persistentVolumeClaim" in volume for volume in build_mounts(run.spec).volumes)
     if not mounts_claim:
@@ -131,7 +106,7 @@ def _build_preparation_pod(run: RunConfig, run_sha256: str, resources: PrepareRe
     container = pod["containers"][0]
     container["args"] = ["prepare"]
     # With a limit, the trainer starts as many processes as the pod has CPUs, instead of one for each CPU of the node.
-    container["resources"]["limits"]["cpu"] = str(cpu)
+    container["resources"]["limits"]["cpu"] = str(resources.cpu)
     if not mounts_claim and settings.node_selector:
         pod["nodeSelector"] = dict(settings.node_selector)
     if not mounts_claim and settings.tolerations:

@@ -158,10 +158,16 @@ def backoff_seconds(attempts: Sequence[Attempt], settings: RetrySettings, seed: 
         attempts_without_progress -= 1
     if not attempts_without_progress:
         return 0.0
-    delay_seconds: float = min(settings.base_seconds * 2 ** min(attempts_without_progress - 1, 20), settings.max_seconds)
+    delay_seconds = doubled_pause_seconds(attempts_without_progress, settings)
     if attempts[-1].reason == Reason.GANG_INCOMPLETE:
         delay_seconds *= random.Random(f"{seed}/{attempts[-1].number}").uniform(0.5, 1.5)  # noqa: S311 -- spreads retries, no secret
     return delay_seconds
+
+
+def doubled_pause_seconds(failures: int, settings: RetrySettings) -> float:
+    """Return the pause after this many failures in a row (at least 1): it doubles with each failure, up to the longest pause."""
+    doubled = settings.base_seconds * 2.0 ** min(failures - 1, 20)
+    return min(doubled, settings.max_seconds)
 
 
 def _made_progress(attempt: Attempt) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -262,21 +263,28 @@ def test_download_survives_lost_connections(finetune: Finetune, bucket: Bucket, 
     assert (tmp_path / "t.bin").read_bytes() == DATA[: 3 << 20]
 
 
+@contextmanager
+def lost_connection(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Each download loses its connection after the first chunk, and gives up."""
+    read_chunks = JobStorage.read_chunks
+
+    def lose(self: JobStorage, *arguments: Any) -> Iterator[bytes]:
+        yield next(iter(read_chunks(self, *arguments)))
+        raise ConnectionLost("the connection is lost")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(downloads, "MAX_LOST_CONNECTIONS", 0)
+        patch.setattr(JobStorage, "read_chunks", lose)
+        yield
+
+
 def test_interrupted_download_continues(finetune: Finetune, bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "in.bin"
     path.write_bytes(DATA)
     finetune("upload", str(path), f"{bucket.uri}/d/t.bin")
     words = ("download", f"{bucket.uri}/d/t.bin", "--to", str(tmp_path))
     starts: list[int] = []
-    with monkeypatch.context() as patch:
-        patch.setattr(downloads, "MAX_LOST_CONNECTIONS", 0)
-        read_chunks = JobStorage.read_chunks
-
-        def lose(self: JobStorage, *arguments: Any) -> Iterator[bytes]:
-            yield next(iter(read_chunks(self, *arguments)))
-            raise ConnectionLost("the connection is lost")
-
-        patch.setattr(JobStorage, "read_chunks", lose)
+    with lost_connection(monkeypatch):
         assert "run the same command again to continue it" in finetune(*words).err
     assert [entry.name for entry in tmp_path.iterdir() if entry.name.startswith("t.bin")] == []
     read_chunks = JobStorage.read_chunks
@@ -295,15 +303,7 @@ def test_interrupted_download_continues(finetune: Finetune, bucket: Bucket, tmp_
 def test_part_of_another_object_is_not_continued(finetune: Finetune, bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bucket.write("d/t.bin", b"first " * 400_000)
     words = ("download", f"{bucket.uri}/d/t.bin", "--to", str(tmp_path))
-    with monkeypatch.context() as patch:
-        patch.setattr(downloads, "MAX_LOST_CONNECTIONS", 0)
-        read_chunks = JobStorage.read_chunks
-
-        def lose(self: JobStorage, *arguments: Any) -> Iterator[bytes]:
-            yield next(iter(read_chunks(self, *arguments)))
-            raise ConnectionLost("the connection is lost")
-
-        patch.setattr(JobStorage, "read_chunks", lose)
+    with lost_connection(monkeypatch):
         assert finetune(*words).code == 1
     bucket.write("d/t.bin", b"other " * 400_000)
     assert finetune(*words).code == 0
@@ -365,15 +365,7 @@ def test_damaged_manifest_is_not_uploaded(finetune: Finetune, bucket: Bucket, tm
 def test_too_long_part_starts_again(finetune: Finetune, bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bucket.write("d/t.bin", DATA)
     words = ("download", f"{bucket.uri}/d/t.bin", "--to", str(tmp_path))
-    with monkeypatch.context() as patch:
-        patch.setattr(downloads, "MAX_LOST_CONNECTIONS", 0)
-        read_chunks = JobStorage.read_chunks
-
-        def lose(self: JobStorage, *arguments: Any) -> Iterator[bytes]:
-            yield next(iter(read_chunks(self, *arguments)))
-            raise ConnectionLost("the connection is lost")
-
-        patch.setattr(JobStorage, "read_chunks", lose)
+    with lost_connection(monkeypatch):
         assert finetune(*words).code == 1
     (part,) = (path for path in tmp_path.iterdir() if path.is_file())
     part.write_bytes(DATA + b"more")
