@@ -33,7 +33,7 @@ COMPUTED_CODES: dict[tuple[str, str], set[str]] = {
     ("existing_model.py", "code"): set(),  # arguments of `_not_found`, which the scan finds
     ("model.py", "code"): set(),
     ("process.py", "failure.code"): set(),
-    ("supervise.py", "code"): set(),
+    ("failure.py", "code"): set(),
     ("train.py", "type(error).__name__"): set(),  # names of Python exceptions; the page says so
     ("tree.py", "UPLOAD_INCOMPLETE"): {"UploadIncomplete"},
 }
