@@ -23,7 +23,10 @@ USER_FIELDS = tuple(
         (rf"{CONTAINER_PATTERN}\.volumeMounts\b", ("placement.volumeMounts",)),
         (
             rf"{CONTAINER_PATTERN}\.resources\b",
-            ("resources.cpu", "resources.memory", "resources.ephemeralStorage", "resources.gpuResource"),
+            (
+                "resources.cpu", "resources.memory", "resources.ephemeralStorage", "resources.gpuResource",
+                "prepare.resources.cpu", "prepare.resources.memory", "prepare.resources.ephemeralStorage",
+            ),
         ),
         (r"spec\.template\.spec\.volumes\b", ("placement.volumes", "resources.sharedMemory", "resources.ephemeralStorage")),
         (r"spec\.template\.spec\.nodeSelector\b", ("placement.nodeSelector",)),
