@@ -100,10 +100,9 @@ class Cluster:
     def wait_until_created(self, name: str, deadline: float | None) -> bool:
         """Wait until a FineTuneJob exists. Return False at the deadline (in seconds of `time.monotonic`). Raises ClusterError."""
         while True:
-            watch_seconds = _watch_seconds_until(deadline)
             # Without a resource version, the watch begins with the existing objects.
-            query = {"watch": "true", "fieldSelector": f"metadata.name={parse_job_name(name)}", "timeoutSeconds": str(watch_seconds)}
-            for event in self._watch(f"{JOBS_API_PATH}/{self._namespaced_path(PLURAL)}", query, watch_seconds + CALL_TIMEOUT_SECONDS):
+            query = {"fieldSelector": f"metadata.name={parse_job_name(name)}"}
+            for event in self._watch(f"{JOBS_API_PATH}/{self._namespaced_path(PLURAL)}", query, deadline):
                 if event.get("type") in ("ADDED", "MODIFIED"):
                     return True
             if deadline is not None and time.monotonic() >= deadline:
@@ -116,12 +115,8 @@ class Cluster:
             yield job
             if deadline is not None and time.monotonic() >= deadline:
                 return
-            watch_seconds = _watch_seconds_until(deadline)
-            query = {
-                "watch": "true", "fieldSelector": f"metadata.name={name}", "resourceVersion": job["metadata"]["resourceVersion"],
-                "timeoutSeconds": str(watch_seconds),
-            }  # fmt: skip
-            for event in self._watch(f"{JOBS_API_PATH}/{self._namespaced_path(PLURAL)}", query, watch_seconds + CALL_TIMEOUT_SECONDS):
+            query = {"fieldSelector": f"metadata.name={name}", "resourceVersion": job["metadata"]["resourceVersion"]}
+            for event in self._watch(f"{JOBS_API_PATH}/{self._namespaced_path(PLURAL)}", query, deadline):
                 if event.get("type") in ("ADDED", "MODIFIED"):
                     yield event["object"]
                 elif event.get("type") == "DELETED":
@@ -153,11 +148,8 @@ class Cluster:
             yield from collection.get("items") or []
             if time.monotonic() >= deadline:
                 return
-            watch_seconds = _watch_seconds_until(deadline)
-            query = {
-                "watch": "true", "labelSelector": selector, "resourceVersion": collection["metadata"]["resourceVersion"], "timeoutSeconds": str(watch_seconds),
-            }  # fmt: skip
-            for event in self._watch(path, query, watch_seconds + CALL_TIMEOUT_SECONDS):
+            query = {"labelSelector": selector, "resourceVersion": collection["metadata"]["resourceVersion"]}
+            for event in self._watch(path, query, deadline):
                 if event.get("type") not in ("ADDED", "MODIFIED"):
                     break
                 yield event["object"]
@@ -225,8 +217,11 @@ class Cluster:
             )
         return value
 
-    def _watch(self, path: str, query: dict[str, str], timeout_seconds: float) -> Iterator[KubeObject]:
-        response = self._send("GET", path, query, None, "", "application/json", timeout_seconds)
+    def _watch(self, path: str, query: dict[str, str], deadline: float | None) -> Iterator[KubeObject]:
+        """Yield the events of a watch, which the API server ends at the deadline at the latest."""
+        seconds = _watch_seconds_until(deadline)
+        query = {**query, "watch": "true", "timeoutSeconds": str(seconds)}
+        response = self._send("GET", path, query, None, "", "application/json", seconds + CALL_TIMEOUT_SECONDS)
         for line in _read_lines(response):
             if line.strip():
                 yield json.loads(line)

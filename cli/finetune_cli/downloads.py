@@ -36,6 +36,8 @@ from finetune_cli.transfers import (
     TransferredFile,
     digest_file,
     part_bytes_of,
+    sha256_of_file,
+    write_whole_file,
 )
 
 MAX_LOST_CONNECTIONS = 5
@@ -113,14 +115,6 @@ def download(source: Source, folder: Path, progress: Progress, *, overwrite: boo
     return files
 
 
-def write_whole_file(path: Path, content: bytes) -> None:
-    """Write a small file under another name, then rename it. Raises OSError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}{PART_SUFFIX}")
-    part.write_bytes(content)
-    part.replace(path)
-
-
 def _require_disk_space(source: Source, folder: Path) -> None:
     existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
     needed = sum(file.size for file in source.files if not (folder / file.path).exists() and not _part_file(folder / file.path, file).exists())
@@ -192,16 +186,19 @@ class Download:
                         break  # the object is shorter than its size in the manifest
 
     def _compare(self, path: Path) -> tuple[Check, str, bool]:
-        """Compare a local file with the object. Return the kind of check, the file's sha256, and whether both are equal."""
+        """Compare a local file with the object. Return the kind of check, the file's sha256, and whether both are equal.
+
+        The sha256 of a target with another size is not computed, because nobody needs it.
+        """
         if path.stat().st_size != self._file.size:
-            return Check.SIZE, digest_file(path).sha256, False
+            return Check.SIZE, sha256_of_file(path) if path == self._part else "", False
         if self._file.sha256:
-            digest = digest_file(path)
-            return Check.SHA256, digest.sha256, digest.sha256 == self._file.sha256
+            sha256 = sha256_of_file(path)
+            return Check.SHA256, sha256, sha256 == self._file.sha256
         part_bytes = self._part_bytes()
-        digest = digest_file(path, part_bytes)
         if part_bytes is None:
-            return Check.SIZE, digest.sha256, True
+            return Check.SIZE, sha256_of_file(path), True
+        digest = digest_file(path, part_bytes)
         return Check.ETAG, digest.sha256, digest.etag == self._file.etag
 
     def _part_bytes(self) -> int | None:

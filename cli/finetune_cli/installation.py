@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetune_api.base import LenientModel
-from finetune_api.pod_resources import POD_DEFAULTS, ConfiguredResources, resources_of_pod
+from finetune_api.pod_resources import POD_DEFAULTS, ConfiguredResources, resources_of_pod, whole_gpus
 from finetune_api.spec.cluster import StorageRoot
 from pydantic import ValidationError
+from pydantic.alias_generators import to_camel
 
 from finetune_cli.cluster import CORE_API_PATH, Cluster, ClusterError, KubeObject
 from finetune_cli.output import CommandError
@@ -65,8 +66,7 @@ class InstalledConfig(LenientModel):
         """Return CPU, memory, disk and shared memory of a pod that uses all GPUs of a node of the pool and does not set them."""
         per_gpu = self.resources.get("perGpu") or {}
         configured = ConfiguredResources(_quantities(pool.resources), _quantities(per_gpu), _quantities(self.resources))
-        gpus = 0 if "/mig-" in pool.gpu_resource else pool.gpus_per_node
-        return resources_of_pod(gpus, pool.gpu_memory, configured)
+        return resources_of_pod(whole_gpus(pool.gpu_resource, pool.gpus_per_node), pool.gpu_memory, configured)
 
 
 @dataclass(frozen=True)
@@ -132,8 +132,7 @@ def _parse_config(config_map: KubeObject) -> InstalledConfig:
 
 
 def _quantities(resources: dict[str, Any]) -> dict[str, Any]:
-    keys = {"cpu": "cpu", "memory": "memory", "ephemeral_storage": "ephemeralStorage", "shared_memory": "sharedMemory"}
-    return {name: resources.get(keys[name]) for name in POD_DEFAULTS}
+    return {name: resources.get(to_camel(name)) for name in POD_DEFAULTS}
 
 
 # --- nodes ------------------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from finetune_api.names import Storage, attempt_of_uri
 from finetune_api.spec.cluster import StorageRoot
 
 from finetune_cli.output import CommandError
+from finetune_cli.transfers import write_whole_file
 
 ENDPOINT_VARIABLES = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
 """Variables with the address of the S3 server, which boto3 reads."""
@@ -96,12 +97,8 @@ class JobStorage:
     def write_object(self, key: str, content: bytes) -> None:
         """Write a small object, replacing an existing one. Raises StorageError."""
         if self.local is not None:
-            path = self.local / key
-            part_file = path.with_name(f".{path.name}.part")
             try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                part_file.write_bytes(content)
-                part_file.replace(path)
+                write_whole_file(self.local / key, content)
             except OSError as error:
                 raise StorageError(f"{self.uri}/{key}: {error.strerror}") from None
             return

@@ -27,6 +27,7 @@ from finetune_cli.job_storage import (
     StorageErrors,
     StoredObject,
     checked_file_list,
+    find_committed_folder,
     is_folder_name,
 )
 from finetune_cli.transfers import (
@@ -38,6 +39,7 @@ from finetune_cli.transfers import (
     Progress,
     TransferredFile,
     digest_file,
+    sha256_of_file,
 )
 
 LAST_FILES = ("config.json", "adapter_config.json")
@@ -64,10 +66,14 @@ class CommittedUpload:
     files: tuple[LocalFile, ...]
 
     @property
+    def manifest_sha256(self) -> str:
+        """sha256 (hex) of the manifest."""
+        return hashlib.sha256(self.manifest).hexdigest()
+
+    @property
     def marker(self) -> bytes:
         """The commit marker, as the trainer writes it."""
-        sha256 = hashlib.sha256(self.manifest).hexdigest()
-        return json.dumps({"attempt": self.attempt, "path": self.incarnation, "manifestSha256": sha256}, sort_keys=True).encode()
+        return json.dumps({"attempt": self.attempt, "path": self.incarnation, "manifestSha256": self.manifest_sha256}, sort_keys=True).encode()
 
 
 def plain_files(source: Path) -> list[LocalFile]:
@@ -121,13 +127,12 @@ class Uploader:
 
     def upload_committed(self, upload: CommittedUpload) -> list[TransferredFile]:
         """Upload the files of a checkpoint or model, then its manifest, and last its commit marker. Raises StorageError, OSError."""
-        marker_key = f"{upload.folder}/{Storage.COMMITTED}"
-        existing = self._storage.read_if_exists(marker_key)
-        if existing is not None and json.loads(existing).get("manifestSha256") != json.loads(upload.marker)["manifestSha256"]:
+        existing = find_committed_folder(self._storage, upload.folder)
+        if existing is not None and existing.manifest_sha256 != upload.manifest_sha256:
             raise StorageError(f"{self._storage.object_uri(upload.folder)} already contains another checkpoint or model; choose another target")
         uploaded = self.upload_files(list(upload.files))
         self._storage.write_object(f"{upload.folder}/{upload.incarnation}/{Storage.MANIFEST}", upload.manifest)
-        self._storage.write_object(marker_key, upload.marker)
+        self._storage.write_object(f"{upload.folder}/{Storage.COMMITTED}", upload.marker)
         return uploaded
 
     def _upload_file(self, file: LocalFile) -> TransferredFile:
@@ -252,7 +257,7 @@ def _copy_file(storage: JobStorage, file: LocalFile, digest: LocalDigest, count:
     """Copy a file into a local storage folder. The copy gets its final name when it is complete. Raises OSError."""
     assert storage.local is not None
     target = storage.local / file.key
-    is_equal = target.is_file() and target.stat().st_size == digest.size and digest_file(target).sha256 == digest.sha256
+    is_equal = target.is_file() and target.stat().st_size == digest.size and sha256_of_file(target) == digest.sha256
     if not is_equal:
         target.parent.mkdir(parents=True, exist_ok=True)
         part = target.with_name(f".{target.name}{PART_SUFFIX}")

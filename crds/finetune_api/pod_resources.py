@@ -34,6 +34,11 @@ class ConfiguredResources:
     general: Mapping[str, Any] = field(default_factory=dict)
 
 
+def whole_gpus(gpu_resource: str, gpus: int) -> int:
+    """Return the number of whole GPUs. MIG slices (parts of a GPU) count as none: their pods get the same values as pods without GPUs."""
+    return 0 if "/mig-" in gpu_resource else gpus
+
+
 def resources_of_pod(
     gpus: int, gpu_memory: str | int | None, configured: ConfiguredResources, *, has_former_defaults: bool = False
 ) -> dict[str, str]:

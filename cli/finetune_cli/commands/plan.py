@@ -72,7 +72,7 @@ def plan(
     except FineTuneError as error:
         raise output.fail(f"{error.message}; {error.hint}" if error.hint else error.message) from error
     if output_format is not None:
-        write_data(_as_data(name, resolved.spec, plans, memory_bytes, proposals), output_format)
+        write_data(_as_data(name, plans, memory_bytes, proposals), output_format)
     else:
         output.write("\n".join([*_describe(name, resolved.spec, shape), "", *_table(plans, memory_bytes, gpu)]))
         if proposals:
@@ -91,7 +91,7 @@ def _gpu_bytes(gpu: str | None, gpu_memory: str | None) -> int | None:
     if gpu is not None and gpu.lower() not in GPUS:
         raise output.fail(f"--gpu {gpu}: this type is not known; write one of {', '.join(GPUS)}, or --gpu-memory SIZE")
     if gpu is not None:
-        return GPUS[gpu.lower()].memory_bytes
+        return GPUS[gpu.lower()]
     if gpu_memory is None:
         return None
     problem = quantity_problem(gpu_memory, SIZE_KIND)
@@ -215,9 +215,7 @@ def _table(plans: dict[str, JobPlan], memory_bytes: int | None, gpu: str | None)
     return [f"{label:<{width}}  {'  '.join(f'{cell:>{columns}}' for cell in cells)}".rstrip() for label, cells in rows]
 
 
-def _as_data(
-    name: str, spec: FineTuneJobSpec, plans: dict[str, JobPlan], memory_bytes: int | None, proposals: list[str]
-) -> dict[str, Any]:
+def _as_data(name: str, plans: dict[str, JobPlan], memory_bytes: int | None, proposals: list[str]) -> dict[str, Any]:
     data: dict[str, Any] = {"name": name, "plans": []}
     for method, one in plans.items():
         entry: dict[str, Any] = {

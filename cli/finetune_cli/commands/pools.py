@@ -26,7 +26,6 @@ OperatorNamespaceOption = Annotated[
     typer.Option("--operator-namespace", metavar="NAMESPACE", help="Namespace of the operator. Default: all namespaces, otherwise finetune-operator."),
 ]
 HEADER = ["NAME", "DEFAULT", "GPUS/NODE", "GPU MEMORY", "NODES", "FREE GPUS", "POD DEFAULTS", "DESCRIPTION"]
-QUANTITY_NAMES = {"cpu": "cpu", "memory": "memory", "ephemeral_storage": "ephemeralStorage", "shared_memory": "sharedMemory"}
 
 
 def pools(
@@ -84,7 +83,9 @@ def _row(config: InstalledConfig, pool: Pool, usage: PoolUsage | None) -> list[s
 
 def as_data(config: InstalledConfig, pool: Pool, usage: PoolUsage | None) -> dict[str, Any]:
     """Return a pool for `-o json`. Without the permission to list nodes, the usage is null."""
-    defaults = {QUANTITY_NAMES[name]: value for name, value in config.pod_defaults(pool).items()}
+    from pydantic.alias_generators import to_camel
+
+    defaults = {to_camel(name): value for name, value in config.pod_defaults(pool).items()}
     current = None
     if usage is not None:
         current = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -81,6 +80,8 @@ def top(
 
 def _read_rows(cluster: Cluster, jobs: list[dict[str, Any]], all_namespaces: bool) -> list[PodRow]:
     """Return the running pods of the newest attempts, with their usage."""
+    from concurrent.futures import ThreadPoolExecutor
+
     from finetune_api.names import Label
 
     from finetune_cli.cluster import attempt_of

@@ -17,8 +17,6 @@ EAGER_TYPES = ("gemma2",)
 GEMMA_TYPES = ("gemma", "gemma2", "gemma3_text")
 TYPES_WITH_HEAD_NORMS = ("qwen3", "qwen3_moe", "gemma3_text", "olmo2", "olmo3", "olmoe")
 TYPES_WITH_FOUR_NORMS = ("gemma2", "gemma3_text")
-TYPES_WITH_OUTPUT_NORMS = ("olmo2", "olmo3")
-"""The two norms of a layer follow attention and feed-forward layer, instead of preceding them. This needs equally much memory."""
 TYPES_WITH_ATTENTION_BIAS = ("qwen2", "qwen2_moe")
 SIMILAR_TYPES = ("phi3", "smollm3", "granite", "gemma2", "gemma3_text", "olmo2", "olmo3", "ministral", "mistral", "qwen3_moe", "qwen2_moe", "olmoe")
 """Types whose layers are described, but were not compared with measured peaks."""

@@ -37,8 +37,6 @@ def fused_loss(on: Compute, model: Decoder, hidden: Tensor, batch: Batch, kernel
     tape, width = on.tape, hidden.shape[-1]
     tokens = batch.rows * (batch.tokens - 1)
     item = on.autocast_bytes or hidden.item_bytes
-    if kernels.is_gpu and batch.trained_tokens is not None:
-        tokens = batch.trained_tokens
     if kernels.is_gpu or batch.rows > 1:
         hidden = tape.record(
             [hidden], tape.tensor((tokens, width), hidden.item_bytes), [Gradient(hidden.values, hidden.item_bytes)], [tape.allocate(tokens * 8)]

@@ -30,8 +30,6 @@ class Batch:
     """Tokens of each row, with padding."""
     has_mask: bool = False
     """Whether attention gets a mask of all pairs of tokens, because of padding or of several documents in a row."""
-    trained_tokens: int | None = None
-    """Tokens of the micro-batch that the loss counts; None: all."""
 
 
 @dataclass(eq=False)
@@ -326,7 +324,6 @@ class TrainedWeights:
     trains_base: bool
     rank: int = 0
     targets: frozenset[str] = frozenset()
-    adapter_bytes: float = 4
     dropout: bool = False
     is_dora: bool = False
     casts_inputs: bool = True
@@ -357,13 +354,13 @@ def build_decoder(tape: Tape, shape: ModelShape, trained: TrainedWeights) -> Dec
         bias = weight(trained.other_bytes, outputs) if has_bias else None
         layer = LinearLayer(weight(trained.base_bytes, outputs, inputs), bias)
         if name in trained.targets:
-            a = weight(trained.adapter_bytes, trained.rank, inputs, is_trained=True)
-            b = weight(trained.adapter_bytes, outputs, trained.rank, is_trained=True)
-            magnitude = weight(trained.adapter_bytes, outputs, is_trained=True) if trained.is_dora else None
+            a = weight(op.FLOAT, trained.rank, inputs, is_trained=True)
+            b = weight(op.FLOAT, outputs, trained.rank, is_trained=True)
+            magnitude = weight(op.FLOAT, outputs, is_trained=True) if trained.is_dora else None
             layer.adapter = Adapter(a, b, trained.dropout, magnitude, trained.casts_inputs)
         if name in trained.scaled:
             layer.scales_inputs = name in trained.input_scaled
-            layer.scales = weight(trained.adapter_bytes, inputs if layer.scales_inputs else outputs, is_trained=True)
+            layer.scales = weight(op.FLOAT, inputs if layer.scales_inputs else outputs, is_trained=True)
         return layer
 
     def one_layer(number: int) -> Layer:
@@ -373,7 +370,7 @@ def build_decoder(tape: Tape, shape: ModelShape, trained: TrainedWeights) -> Dec
         if shape.has_head_norms:
             layer.head_norms = [weight(trained.other_bytes, shape.head_size) for _ in range(2)]
         if trained.prefix_tokens:
-            layer.prefix = weight(trained.adapter_bytes, trained.prefix_tokens, 2 * shape.key_heads * shape.head_size, is_trained=True)
+            layer.prefix = weight(op.FLOAT, trained.prefix_tokens, 2 * shape.key_heads * shape.head_size, is_trained=True)
         if number >= shape.layers - shape.expert_layers:
             inner = shape.expert_feed_forward
             # bitsandbytes quantises linear layers only, not the joint weights of experts.
@@ -384,7 +381,7 @@ def build_decoder(tape: Tape, shape: ModelShape, trained: TrainedWeights) -> Dec
 
     embeddings = weight(trained.other_bytes, shape.vocabulary, shape.hidden)
     head = embeddings if shape.ties_embeddings else weight(trained.other_bytes, shape.vocabulary, shape.hidden)
-    prompt = weight(trained.adapter_bytes, trained.prompt_tokens, shape.hidden, is_trained=True) if trained.prompt_tokens else None
+    prompt = weight(op.FLOAT, trained.prompt_tokens, shape.hidden, is_trained=True) if trained.prompt_tokens else None
     layers = [one_layer(number) for number in range(shape.layers)]
     return Decoder(shape, embeddings, head, weight(trained.other_bytes, shape.hidden), layers, prompt)
 

@@ -62,7 +62,7 @@ class Optimizer:
         return largest * 4 / shards
 
 
-ADAMW_FUSED, ADAMW_LOOP, ADAMW_FOREACH = Optimizer(), Optimizer(temporary_copies=2), Optimizer(temporary_of_all=1)
+ADAMW_FUSED, ADAMW_FOREACH = Optimizer(), Optimizer(temporary_of_all=1)
 ADAMW_8BIT, PAGED_ADAMW_8BIT = Optimizer(moment_bytes=1), Optimizer(moment_bytes=1, is_on_host=True)
 PAGED_ADAMW = Optimizer(is_on_host=True)
 SGD, ADAFACTOR = Optimizer(moments=0), Optimizer(moments=0, is_factored=True)

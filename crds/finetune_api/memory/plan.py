@@ -33,22 +33,14 @@ BATCH_PATHS = ("training.batchSizePerDevice", "training.gradientAccumulationStep
 LARGEST_BATCH = 1024
 
 
-@dataclass(frozen=True)
-class Gpu:
-    """A type of GPU."""
-
-    name: str
-    memory_bytes: int
-
-
 GPUS = {
-    name: Gpu(name, int(mebibytes * 2**20))
+    name: int(mebibytes * 2**20)
     for name, mebibytes in {
         "t4-16gb": 15360, "v100-16gb": 16384, "v100-32gb": 32768, "a10-24gb": 23028, "l4-24gb": 23034, "rtx4090-24gb": 24564, "a100-40gb": 40960,
         "a40-48gb": 46068, "l40s-48gb": 46068, "a100-80gb": 81920, "h100-80gb": 81559, "gh200-96gb": 97871, "h200-141gb": 143771, "b200-180gb": 183359,
     }.items()
 }  # fmt: skip
-"""Memory of common GPUs, as `nvidia-smi` reports it."""
+"""Bytes of memory of common GPUs, as `nvidia-smi` reports it."""
 
 
 @dataclass(frozen=True)
@@ -171,13 +163,11 @@ def _keep_effective_batch(spec: FineTuneJobSpec, rows: int) -> dict[str, Any]:
 
 def change_spec(spec: FineTuneJobSpec, values: dict[str, Any]) -> FineTuneJobSpec:
     """Return a spec with some values changed, by spec path. A changed method loses the settings that it cannot have."""
-    content = spec.to_wire()
-    for path, value in values.items():
-        group, _, name = path.rpartition(".")
-        content.setdefault(group, {})[name] = value
-    method = MethodType(content.get("method", {}).get("type", "lora"))
-    if "method.type" in values:
-        content["method"] = {"type": method, **({"lora": content["method"].get("lora") or {}} if method in LORA_METHODS else {})}
-        if method is not MethodType.QLORA:
-            content.get("model", {}).pop("quantization", None)
+    changed = spec.with_values(values)
+    if "method.type" not in values:
+        return changed
+    content, method = changed.to_wire(), MethodType(values["method.type"])
+    content["method"] = {"type": method, **({"lora": content["method"].get("lora") or {}} if method in LORA_METHODS else {})}
+    if method is not MethodType.QLORA:
+        content.get("model", {}).pop("quantization", None)
     return FineTuneJobSpec.model_validate(content)

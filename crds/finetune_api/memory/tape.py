@@ -205,8 +205,8 @@ class Tape:
         finally:
             self._segment = None
 
-    def backward(self, on_node: Callable[[Node], None] | None = None) -> None:
-        """Run the backward pass of all recorded operations and forget them. `on_node` is called before each operation's backward pass."""
+    def backward(self) -> None:
+        """Run the backward pass of all recorded operations and forget them."""
         pending: dict[int, Storage] = {}
         if self.nodes:
             pending[id(self.nodes[-1])] = self.allocate(4)
@@ -215,8 +215,6 @@ class Tape:
             arriving = pending.pop(id(node), None)
             if arriving is None:
                 continue
-            if on_node is not None:
-                on_node(node)
             if node.segment is not None and not node.segment.is_recomputed:
                 self._recompute(node.segment)
             self._run_backward(node, arriving, pending)

@@ -147,21 +147,21 @@ def _job_labels(spec: FineTuneJobSpec) -> dict[str, str]:
 
 def child_labels(job: JobObject, attempt: int) -> dict[str, str]:
     """Return the labels of the Job and the pods of an attempt."""
-    return {
-        Label.MANAGED_BY.value: names.MANAGER_NAME,
-        Label.JOB_NAME.value: job.name,
-        Label.JOB_UID.value: job.uid,
-        Label.ATTEMPT.value: str(attempt),
-    }
+    return _labels(job.name, job.uid, attempt)
 
 
 def labels_of_job(job: JobView) -> dict[str, str]:
     """Labels of the objects that belong to a Job."""
+    return _labels(job.job_name, job.owner_uid, job.attempt)
+
+
+def _labels(name: str, uid: str, attempt: int) -> dict[str, str]:
+    """The labels of all objects of an attempt. `name`, `uid`: those of the FineTuneJob."""
     return {
         Label.MANAGED_BY.value: names.MANAGER_NAME,
-        Label.JOB_NAME.value: job.job_name,
-        Label.JOB_UID.value: job.owner_uid,
-        Label.ATTEMPT.value: str(job.attempt),
+        Label.JOB_NAME.value: name,
+        Label.JOB_UID.value: uid,
+        Label.ATTEMPT.value: str(attempt),
     }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from finetune_api.pod_resources import POD_DEFAULTS, ConfiguredResources, resources_of_pod
+from finetune_api.pod_resources import POD_DEFAULTS, ConfiguredResources, resources_of_pod, whole_gpus
 from finetune_api.rules import gpus_per_node
 from finetune_api.spec import FineTuneJobSpec
 
@@ -17,15 +17,11 @@ def default_resources(
 ) -> dict[str, str]:
     """Return the default for each field of POD_DEFAULTS. `recorded_defaults`: the defaults of the job's first attempt, by spec path."""
     configured = ConfiguredResources(_fields(pool.resources) if pool else {}, _fields(config.resources.per_gpu), _fields(config.resources))
+    gpu_resource = spec.resources.gpu_resource or (pool.gpu_resource if pool else "")
+    gpus = whole_gpus(gpu_resource, gpus_per_node(spec))
     return resources_of_pod(
-        _whole_gpus(spec, pool), pool.gpu_memory if pool else None, configured, has_former_defaults=_has_former_defaults(recorded_defaults)
+        gpus, pool.gpu_memory if pool else None, configured, has_former_defaults=_has_former_defaults(recorded_defaults)
     )
-
-
-def _whole_gpus(spec: FineTuneJobSpec, pool: NodePool | None) -> int:
-    """Return the number of whole GPUs of the pod. 0 for MIG slices (parts of a GPU): their pods get the same values as pods without GPUs."""
-    resource = spec.resources.gpu_resource or (pool.gpu_resource if pool else "")
-    return 0 if "/mig-" in resource else gpus_per_node(spec)
 
 
 def _has_former_defaults(recorded_defaults: Mapping[str, Any]) -> bool:

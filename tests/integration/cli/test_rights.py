@@ -22,28 +22,26 @@ GUIDE_FILE = Path(__file__).parents[3] / "docs" / "guides" / "cli.md"
 RUNNING_STATUS = {"phase": "Running", "conditions": [condition("Reconciling")]}
 
 
-@pytest.fixture
-def token(api: KubeApi, namespace: str) -> str:
-    """Return the token of a ServiceAccount that has only the role of the guide."""
-    (text,) = re.findall(r"```yaml\n(apiVersion: rbac.*?)```", GUIDE_FILE.read_text(encoding="utf-8"), re.DOTALL)
-    role = YAML(typ="safe").load(text)
+def token_with_documented_role(api: KubeApi, namespace: str, name: str) -> str:
+    """Return the token of a new ServiceAccount that has only the role with this name in the guide."""
+    texts = re.findall(r"```yaml\n(apiVersion: rbac.*?)```", GUIDE_FILE.read_text(encoding="utf-8"), re.DOTALL)
+    (role,) = (role for role in map(YAML(typ="safe").load, texts) if role["metadata"]["name"] == name)
     api.create("roles", namespace, role)
-    api.create("serviceaccounts", namespace, {"metadata": {"name": "user"}})
+    api.create("serviceaccounts", namespace, {"metadata": {"name": name}})
     api.create("rolebindings", namespace, {
-        "metadata": {"name": "user"}, "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "Role", "name": role["metadata"]["name"]},
-        "subjects": [{"kind": "ServiceAccount", "name": "user", "namespace": namespace}],
+        "metadata": {"name": name}, "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "Role", "name": name},
+        "subjects": [{"kind": "ServiceAccount", "name": name, "namespace": namespace}],
     })  # fmt: skip
-    path = f"/api/v1/namespaces/{namespace}/serviceaccounts/user/token"
+    path = f"/api/v1/namespaces/{namespace}/serviceaccounts/{name}/token"
     response = api.request("POST", path, {"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": {}})
     return str(response.body["status"]["token"])
 
 
-@pytest.fixture
-def as_user(
-    control_plane: Endpoint, token: str, tmp_path: Path, finetune: Callable[..., Result]
+def command_with_token(
+    control_plane: Endpoint, token: str, folder: Path, finetune: Callable[..., Result]
 ) -> Callable[..., Result]:
-    """Return a function that runs commands with the fixture `token`."""
-    config = tmp_path / "kubeconfig"
+    """Return a function that runs commands with a token. It writes a kubeconfig into the folder."""
+    config = folder / "kubeconfig"
     yaml = YAML(typ="safe")
     value = yaml.load(control_plane.kubeconfig.read_text(encoding="utf-8"))
     for user in value["users"]:
@@ -51,6 +49,20 @@ def as_user(
     with config.open("w", encoding="utf-8") as file:
         yaml.dump(value, file)
     return lambda *words: finetune(*words, "--kubeconfig", str(config))
+
+
+@pytest.fixture
+def token(api: KubeApi, namespace: str) -> str:
+    """Return the token of a ServiceAccount that has only the guide's role for users who run jobs."""
+    return token_with_documented_role(api, namespace, "finetune-user")
+
+
+@pytest.fixture
+def as_user(
+    control_plane: Endpoint, token: str, tmp_path: Path, finetune: Callable[..., Result]
+) -> Callable[..., Result]:
+    """Return a function that runs commands with the fixture `token`."""
+    return command_with_token(control_plane, token, tmp_path, finetune)
 
 
 def test_documented_role_is_sufficient(
@@ -81,7 +93,30 @@ def test_documented_role_is_sufficient(
         assert (result.code, "forbidden" in result.err) == (0, False), (words, result)
 
 
-def test_documented_role_has_no_right_on_secrets(api: KubeApi, control_plane: Endpoint, token: str, namespace: str) -> None:
+def test_documented_role_for_pools_is_sufficient(
+    api: KubeApi, control_plane: Endpoint, namespace: str, tmp_path: Path, finetune: Callable[..., Result]
+) -> None:
+    config = json.dumps(
+        {"trainer": {"image": "registry.example.com/trainer"}, "nodePools": [{"name": "small", "gpusPerNode": 2}]}
+    )
+    api.create(
+        "configmaps",
+        namespace,
+        {"metadata": {"name": "operator", "labels": CHART_LABELS}, "data": {"config.yaml": config}},
+    )
+    as_user = command_with_token(
+        control_plane, token_with_documented_role(api, namespace, "finetune-pools"), tmp_path, finetune
+    )
+
+    result = as_user("pools", "--operator-namespace", namespace)
+
+    assert (result.code, result.out.splitlines()[1].split()[:3]) == (0, ["small", "-", "2"]), result
+    assert "nodes and free GPUs are unknown" in result.err
+
+
+def test_documented_role_has_no_right_on_secrets(
+    api: KubeApi, control_plane: Endpoint, token: str, namespace: str
+) -> None:
     with pytest.raises(ApiError) as refused:
         KubeApi(control_plane, token=token).list("secrets", namespace)
     assert refused.value.code == 403
@@ -140,7 +175,9 @@ def documented_rights() -> dict[str, set[str]]:
     for commands, jobs, others in re.findall(r"^\| (`.*?) \| (.*?) \| (.*?)\|$", text, re.MULTILINE):
         needed = {f"{JOBS}:{verb}" for verb in verbs_in(re.sub("`[^`]*`", "", jobs))}
         for resources, words in re.findall(r"((?:`[^`]+`(?:, )?)+): ([a-z, ]+)", others):
-            needed |= {f"{resource}:{verb}" for resource in re.findall("`([^`]+)`", resources) for verb in verbs_in(words)}
+            needed |= {
+                f"{resource}:{verb}" for resource in re.findall("`([^`]+)`", resources) for verb in verbs_in(words)
+            }
         rights_by_commands[commands] = needed
     return rights_by_commands
 
@@ -175,7 +212,11 @@ def test_command_uses_the_documented_rights(
 
     monkeypatch.setattr(Cluster, "_send", send_and_record)
     for words in COMMANDS_BY_ROW[row]:
-        assert finetune(*(paths.get(word, word) for word in words)).code in (0, 1, 2)  # 2: `verify` finds no model in the empty storage
+        assert finetune(*(paths.get(word, word) for word in words)).code in (
+            0,
+            1,
+            2,
+        )  # 2: `verify` finds no model in the empty storage
     assert used_rights == documented_rights()[row]
 
 
@@ -183,7 +224,11 @@ def create_jobs_and_secret(job: Callable[..., dict[str, Any]], api: KubeApi, nam
     """Create a running job with a pod, a finished job with empty storage and its Secret, and the configuration of an operator."""
     running = job(status=RUNNING_STATUS)
     config = json.dumps({"trainer": {"image": "registry.example.com/trainer"}, "namespaces": [namespace]})
-    api.create("configmaps", namespace, {"metadata": {"name": "operator", "labels": CHART_LABELS}, "data": {"config.yaml": config}})
+    api.create(
+        "configmaps",
+        namespace,
+        {"metadata": {"name": "operator", "labels": CHART_LABELS}, "data": {"config.yaml": config}},
+    )
     storage = {"uri": "file:///empty/storage", "credentialsSecretRef": {"name": "s3"}}
     job("done", status=SUCCEEDED_STATUS, storage=storage)
     keys = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}
@@ -192,8 +237,15 @@ def create_jobs_and_secret(job: Callable[..., dict[str, Any]], api: KubeApi, nam
         names.Label.MANAGED_BY: names.MANAGER_NAME, names.Label.JOB_NAME: "bot", names.Label.JOB_UID: running["metadata"]["uid"], names.Label.ATTEMPT: "1",
     }  # fmt: skip
     container = {"name": names.TRAINER_CONTAINER, "image": "x"}
-    api.create("pods", namespace, {"metadata": {"name": "bot-1-0", "labels": labels}, "spec": {"containers": [container]}})
-    api.patch("pods/status", namespace, "bot-1-0", {"status": {"phase": "Running", "podIP": "127.0.0.1", "podIPs": [{"ip": "127.0.0.1"}]}})
+    api.create(
+        "pods", namespace, {"metadata": {"name": "bot-1-0", "labels": labels}, "spec": {"containers": [container]}}
+    )
+    api.patch(
+        "pods/status",
+        namespace,
+        "bot-1-0",
+        {"status": {"phase": "Running", "podIP": "127.0.0.1", "podIPs": [{"ip": "127.0.0.1"}]}},
+    )
 
 
 def rights_of_request(method: str, path: str, query: dict[str, str]) -> set[str]:
@@ -210,5 +262,7 @@ def rights_of_request(method: str, path: str, query: dict[str, str]) -> set[str]
     applied = method == "PATCH" and query.get("force") == "true"
     return {
         f"{resource}:{verb}"
-        for verb in ({"patch", "create"} if applied else {"PATCH": ["patch"], "POST": ["create"], "DELETE": ["delete"]}[method])
+        for verb in (
+            {"patch", "create"} if applied else {"PATCH": ["patch"], "POST": ["create"], "DELETE": ["delete"]}[method]
+        )
     }

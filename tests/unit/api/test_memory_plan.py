@@ -45,7 +45,7 @@ LLAMA_1B = model_shape(TINY | {
 LLAMA_8B = model_shape(TINY | {
     "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256,
 })  # fmt: skip
-H200_BYTES, H100_BYTES, L4_BYTES = (GPUS[name].memory_bytes for name in ("h200-141gb", "h100-80gb", "l4-24gb"))
+H200_BYTES, H100_BYTES, L4_BYTES = (GPUS[name] for name in ("h200-141gb", "h100-80gb", "l4-24gb"))
 
 
 def resolve(**groups: dict[str, Any]) -> ResolvedSpec:
