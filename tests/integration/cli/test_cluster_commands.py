@@ -26,6 +26,7 @@ RUNNING_STATUS = {
     "phase": "Running", "conditions": [condition("Reconciling")],
     "progress": {"step": 120, "totalSteps": 500, "display": "120/500 (24%)", "eta": "1h12m", "tokensPerSecond": 2730.7},
 }  # fmt: skip
+NOT_READY_TAINT = "node.kubernetes.io/not-ready"
 SUCCEEDED_STATUS = {"phase": "Succeeded", "conditions": [condition("Finished"), condition("Succeeded")]}
 
 
@@ -40,8 +41,8 @@ def node(api: KubeApi) -> Iterator[Callable[..., None]]:
         ready = {"type": "Ready", "status": "True" if is_ready else "False", "reason": "t", "message": "t"}
         resources = {"cpu": "64", "memory": "512Gi", "pods": "110", **({"nvidia.com/gpu": str(gpus)} if gpus else {})}
         api.patch("nodes/status", None, name, {"status": {"conditions": [ready], "allocatable": resources, "capacity": resources}})
-        if not spec.get("taints"):  # without a kubelet, the node controller and admission taint the node
-            api.patch("nodes", None, name, {"spec": {"taints": None}})
+        if is_ready:  # admission taints a new node as not ready, and the node controller removes the taint
+            api.wait("nodes", None, name, lambda one: NOT_READY_TAINT not in [taint["key"] for taint in one["spec"].get("taints") or []])
 
     yield create_node
     for name in created:
