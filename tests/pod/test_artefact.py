@@ -109,6 +109,7 @@ def test_a_pod_merges_its_adapter_with_another_and_pushes_the_merged_model(model
     assert not any(TOKEN.encode() in data for data in everything)
 
 
+@pytest.mark.slow  # test_evaluation.py stops a pod in another stage
 @pytest.mark.faults
 def test_a_pod_that_is_stopped_while_merging_is_continued_by_the_next_attempt(model: Path, tmp_path: Path) -> None:
     with make_pod(tmp_path, model, {"mergeAdapter": True}) as stopped:

@@ -67,6 +67,7 @@ def test_a_failed_gate_keeps_the_model_and_publishes_nothing_in_every_attempt(mo
     assert json.loads(stored(tmp_path, "run/stages/evaluating.json").read_text())["attempt"] == 1
 
 
+@pytest.mark.slow  # test_evaluation.py stops a pod in another stage
 @pytest.mark.faults
 def test_a_pod_that_is_stopped_before_the_comparison_is_continued_by_the_next_one(model: Path, tmp_path: Path) -> None:
     """All weights are trained, so that the comparison also loads a base model beside a complete model."""
@@ -122,6 +123,7 @@ def test_a_job_without_training_evaluates_the_model_of_another_job_and_leaves_it
     assert {path.name for path in stored(folder, "run/stages").iterdir()} == {"evaluating.json", "comparing.json", "uploading.json"}
 
 
+@pytest.mark.slow
 @pytest.mark.faults
 def test_a_job_without_training_runs_every_stage_with_a_checkpoint(trained: tuple[Path, Output], model: Path) -> None:
     folder, _ = trained

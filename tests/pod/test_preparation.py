@@ -19,6 +19,8 @@ from finetune_api.status import DataReport
 from pod_buckets import Bucket
 from pod_harness import ROWS, Pod, merge, run_config, write_rows
 
+from tests.support.slices import quick_slice
+
 GPUS = 8
 
 
@@ -207,7 +209,7 @@ BAD_JOBS: dict[str, tuple[Change, str, FailureClass, str]] = {
 IN_MAKE_TEST = ("wrong secret key", "unknown architecture", "unknown role", "target modules that the model lacks")
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in IN_MAKE_TEST else pytest.mark.slow) for name in BAD_JOBS])
+@pytest.mark.parametrize("name", quick_slice(BAD_JOBS, IN_MAKE_TEST))
 def test_a_bad_job_is_refused_with_place_and_cure(bucket: Bucket, tmp_path: Path, model: Path, rows: Path, name: str) -> None:
     change, code, failure_class, place = BAD_JOBS[name]
     good: dict[str, Any] = {

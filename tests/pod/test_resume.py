@@ -166,6 +166,7 @@ def test_a_stop_waits_for_the_checkpoint_in_the_background(
     assert record_run(bucket, [first, second], second.termination_message()) == expected_run
 
 
+@pytest.mark.slow  # the first case above stops a pod during a step
 @pytest.mark.faults
 def test_a_stop_during_an_evaluation_completes_the_evaluation(
     s3_server: S3Endpoint, bucket: Bucket, model: Path, rows: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory

@@ -32,13 +32,14 @@ from recorded_run import (
 )
 
 from localcluster.s3 import S3Endpoint
+from tests.support.slices import quick_slice
 
 pytestmark = pytest.mark.faults
 RELATIVE_TOLERANCES = {"loss": 1e-6, "grad_norm": 1e-5}
 """Relative tolerances for up to forty optimizer steps, because another summation order rounds differently."""
 
 
-@pytest.mark.parametrize(("step", "logged"), [(23, "between two log lines"), (20, "at a log line")])
+@pytest.mark.parametrize(("step", "logged"), quick_slice([(23, "between two log lines"), (20, "at a log line")], [(23, "between two log lines")]))
 def test_a_non_finite_loss_is_never_saved_and_the_replay_is_exact(
     s3_server: S3Endpoint, bucket: Bucket, model: Path, rows: Path, tmp_path: Path,
     tmp_path_factory: pytest.TempPathFactory, step: int, logged: str,
@@ -57,7 +58,9 @@ def test_a_non_finite_loss_is_never_saved_and_the_replay_is_exact(
     assert record_run(bucket, [first, second], second.termination_message()) == expected_run
 
 
-@pytest.mark.parametrize(("method", "processes", "variant"), [("lora", 1, "windows"), ("full", 2, "fsdp"), ("full", 2, "zero")])
+@pytest.mark.parametrize(
+    ("method", "processes", "variant"), quick_slice([("lora", 1, "windows"), ("full", 2, "fsdp"), ("full", 2, "zero")], [("full", 2, "zero")])
+)
 def test_half_the_learning_rate_applies_after_a_rollback(
     s3_server: S3Endpoint, bucket: Bucket, model: Path, rows: Path, tmp_path: Path,
     tmp_path_factory: pytest.TempPathFactory, method: str, processes: int, variant: str,

@@ -118,6 +118,7 @@ def test_a_swapped_image_of_equal_size_is_noticed_by_resume_and_lineage(vision_m
     assert message.resumed_from_step == 4 and message.resolved is not None and message.resolved.resume_exact is True
 
 
+@pytest.mark.slow
 @pytest.mark.faults
 def test_adapter_and_merged_model_are_verified_by_a_fresh_process(bucket: Bucket, vision_model: Path, tmp_path: Path) -> None:
     """Two ranks train vision layers. Some micro-batches have no image, so that the vision layers get no gradient on one of the ranks."""

@@ -32,10 +32,8 @@ from tests.support.page_examples import (
 from tests.support.page_results import FinishedRun, check_mlflow, check_results, check_tensorboard, check_wandb_files
 from tests.support.tracker_servers import TrackerServer, mlflow_server
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(600)]  # tests/unit/cli/imports compares the manifests of all examples
 EXAMPLES = [name for name in PAGE_EXAMPLES if name not in SAME_JOB]
-QUICK_EXAMPLES = ("env-command-line-over-file", "samples-guide-A")
-"""Examples that `make test` runs. `make test-faults` runs the other examples."""
 BUCKET = "page-examples"
 JOBS_AT_A_TIME = 2
 
@@ -115,9 +113,7 @@ def example_jobs(
 MLFLOW_EXAMPLES = {"samples-toml-A", "blocks-toml-09"}
 
 
-@pytest.mark.parametrize(
-    "name", [one if one in QUICK_EXAMPLES else pytest.param(one, marks=pytest.mark.slow) for one in EXAMPLES]
-)
+@pytest.mark.parametrize("name", EXAMPLES)
 def test_example_runs_to_its_end(example_jobs: ExampleJobs, name: str, tmp_path: Path) -> None:
     run = example_jobs.finished(name)
     check_results(run, PAGE_EXAMPLES[name].steps)

@@ -10,6 +10,7 @@ from finetune_api.names import KIND, Label, Phase
 from finetune_api.status import FineTuneJobStatus, OutputKind
 
 from tests.e2e.jobs.installation import ROOT, JobNamespace
+from tests.support.slices import quick_slice
 
 EXAMPLE_FILES = sorted((ROOT / "examples").glob("*.yaml"))
 OUTPUT_KINDS = {"full": OutputKind.MODEL}
@@ -26,12 +27,14 @@ class ExampleRunner:
     """Runs two examples at a time: while one trains, the next example starts."""
 
     job_namespace: JobNamespace
+    names: list[str]
+    """The selected examples, in the order of the tests."""
     applied_names: set[str] = field(default_factory=set)
 
     def wait_finished(self, name: str) -> FineTuneJobStatus:
         """Apply this example and the next example, then wait until this example ends."""
-        index = EXAMPLE_NAMES.index(name)
-        for one in EXAMPLE_NAMES[index : index + 2]:
+        index = self.names.index(name)
+        for one in self.names[index : index + 2]:
             if one not in self.applied_names:
                 self.applied_names.add(one)
                 self.job_namespace.apply(ROOT / f"examples/{one}.yaml")
@@ -39,9 +42,10 @@ class ExampleRunner:
 
 
 @pytest.fixture(scope="module")
-def examples(shared_namespace: JobNamespace) -> ExampleRunner:
-    """Runs all examples in one namespace."""
-    return ExampleRunner(shared_namespace)
+def examples(shared_namespace: JobNamespace, request: pytest.FixtureRequest) -> ExampleRunner:
+    """Runs the selected examples in one namespace."""
+    selected = {one.callspec.params["name"] for one in request.session.items if getattr(one, "originalname", "") == "test_example_succeeds"}
+    return ExampleRunner(shared_namespace, [name for name in EXAMPLE_NAMES if name in selected])
 
 
 def expected_steps(name: str) -> int:
@@ -53,11 +57,11 @@ def expected_steps(name: str) -> int:
     return int(body["spec"]["training"].get("maxSteps", 5))
 
 
-SLOW_EXAMPLES = ("quickstart", "two-pods", "gates", "configmap")
-"""Examples whose behaviour other tests of make test show: the demo, a gang that resumes, gates in a pod, and rows of a ConfigMap."""
+QUICK_EXAMPLES = ("full",)
+"""The examples of `make test`. Other tests show what the others do: the demo, a gang that resumes, gates in a pod, QLoRA in the image."""
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW_EXAMPLES else []) for name in EXAMPLE_NAMES])
+@pytest.mark.parametrize("name", quick_slice(EXAMPLE_NAMES, QUICK_EXAMPLES))
 def test_example_succeeds(examples: ExampleRunner, name: str) -> None:
     status = examples.wait_finished(name)
     assert status.progress is not None

@@ -13,6 +13,7 @@ from finetune_api.names import PLURAL, FailureClass, Label, Phase
 from finetune_api.status import FineTuneJobStatus
 
 from tests.e2e.jobs.installation import Installation, JobNamespace, demo, job
+from tests.support.slices import quick_slice
 
 STEPS, CHECKPOINT_STEPS = 100, 10
 ONE_POD: dict[str, Any] = {"gpusPerNode": 0, "processesPerNode": 2, "cpu": "100m", "memory": "3Gi"}
@@ -100,13 +101,11 @@ INTERRUPTIONS: dict[str, tuple[dict[str, Any], Callable[[JobNamespace, dict[str,
 }
 
 
-SLOW_INTERRUPTIONS = ("rank-killed", "supervisor-killed", "pod-deleted")
-"""Interruptions that only `make test-faults` runs. `make test` kills local ranks and supervisors (tests/pod) and deletes one of two pods here."""
+QUICK_INTERRUPTIONS = ("pod-of-two-deleted",)
+"""The interruptions of `make test`, which also kills local ranks and supervisors (tests/pod)."""
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW_INTERRUPTIONS else []) for name in INTERRUPTIONS]
-)
+@pytest.mark.parametrize("name", quick_slice(INTERRUPTIONS, QUICK_INTERRUPTIONS))
 def test_resumed_run_ends_with_the_weights_of_an_uninterrupted_run(
     shared_namespace: JobNamespace, uninterrupted_weights: dict[str, str], name: str
 ) -> None:
@@ -127,6 +126,7 @@ def test_resumed_run_ends_with_the_weights_of_an_uninterrupted_run(
     assert weight_hashes(shared_namespace, status) == uninterrupted_weights
 
 
+@pytest.mark.slow  # tests/integration/operator suspends jobs, and tests/pod stops and resumes pods
 def test_suspended_job_saves_a_checkpoint_and_resumes_from_the_same_step(
     shared_namespace: JobNamespace, uninterrupted_weights: dict[str, str]
 ) -> None:
@@ -162,6 +162,7 @@ def has_ended(pod: dict[str, Any]) -> bool:
     return pod["status"].get("phase") in ("Succeeded", "Failed")
 
 
+@pytest.mark.slow  # tests/integration/operator/test_lifecycle.py: a Job with another owner blocks the attempt
 def test_recreated_job_waits_for_the_pods_of_the_deleted_job_of_that_name(shared_namespace: JobNamespace) -> None:
     """A job is deleted and applied again at once. The two jobs never run at the same time and share no folder in S3."""
     name = "twice"

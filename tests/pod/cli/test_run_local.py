@@ -111,13 +111,8 @@ def test_ctrl_c_saves_and_the_same_command_resumes(folder: Path) -> None:
     assert (message["resumedFromStep"], message["step"]) == (saved, 300)
 
 
-QUICK_SOURCES = ("yaml",)
-"""Sources that `make test` trains. `make test-faults` trains the others, because each run starts a new trainer process."""
-
-
-@pytest.mark.parametrize(
-    "source", [name if name in QUICK_SOURCES else pytest.param(name, marks=pytest.mark.slow) for name in SOURCES]
-)
+@pytest.mark.slow  # the tests above run a manifest, and tests/unit/cli/imports compares the manifests of all sources
+@pytest.mark.parametrize("source", SOURCES)
 def test_imported_job_trains(folder: Path, source: str) -> None:
     home = folder / source
     home.mkdir()

@@ -23,6 +23,7 @@ from transformers.masking_utils import causal_mask_function
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from tests.support.learning import TEN_ROWS, make_run, merge_mappings, run_training
+from tests.support.slices import quick_slice
 
 pytestmark = pytest.mark.pod
 CPU = torch.device("cpu")
@@ -551,7 +552,7 @@ def choose_varlen(monkeypatch: pytest.MonkeyPatch) -> Callable[[DocumentKernel],
     [
         {"method": {"type": "full"}},
         {"method": {"lora": {"dropout": 0}}, "training": {"gradientCheckpointing": "enabled"}},
-        {"method": {"lora": {"dropout": 0}}, "training": {"gradientCheckpointing": "disabled"}},
+        pytest.param({"method": {"lora": {"dropout": 0}}, "training": {"gradientCheckpointing": "disabled"}}, marks=pytest.mark.slow),
     ],
     ids=["full", "lora, gradient checkpointing", "lora"],
 )
@@ -625,7 +626,10 @@ PADDING_FREE_RUNS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
 }
 
 
-@pytest.mark.parametrize("case", PADDING_FREE_RUNS)
+QUICK_PADDING_FREE_RUNS = ("full, answers", "accumulation", "gradient checkpointing", "test set")
+
+
+@pytest.mark.parametrize("case", quick_slice(PADDING_FREE_RUNS, QUICK_PADDING_FREE_RUNS))
 def test_a_padding_free_run_has_the_losses_of_a_padded_run(
     case: str, model: Path, tmp_path: Path, choose_varlen: Callable[[DocumentKernel], DocumentKernel]
 ) -> None:

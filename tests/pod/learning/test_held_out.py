@@ -12,6 +12,7 @@ from finetune_trainer.data import load
 
 from tests.support.learning import TEN_ROWS, RunOutcome, make_run, run_training, train_here, write_rows
 from tests.support.preferences import LABELLED_ANSWERS, PREFERENCE_PAIRS, PROMPTS
+from tests.support.slices import quick_slice
 
 pytestmark = pytest.mark.pod
 LORA_METHOD: dict[str, Any] = {"type": "lora", "lora": {"dropout": 0}}
@@ -66,8 +67,8 @@ def loss_of(folder: Path | None, model: Path, rows: list[Any]) -> float:
     ("kind", "rows", "metric_names"),
     [
         ("dpo", PREFERENCE_PAIRS, {"testLoss", "testPreferenceAccuracy"}),
-        ("orpo", PREFERENCE_PAIRS, {"testLoss", "testPreferenceAccuracy"}),
-        ("reward", PREFERENCE_PAIRS, {"testLoss", "testPreferenceAccuracy"}),
+        pytest.param("orpo", PREFERENCE_PAIRS, {"testLoss", "testPreferenceAccuracy"}, marks=pytest.mark.slow),
+        pytest.param("reward", PREFERENCE_PAIRS, {"testLoss", "testPreferenceAccuracy"}, marks=pytest.mark.slow),
         ("kto", LABELLED_ANSWERS, {"testLoss"}),
         ("grpo", PROMPTS, {"testReward"}),
     ],
@@ -108,7 +109,7 @@ def test_without_a_test_set_nothing_is_measured(model: Path, tmp_path: Path) -> 
     assert "evaluating" not in [message["stage"] for message in outcome.messages("stage")]
 
 
-@pytest.mark.parametrize("method", ["lora", "promptTuning", "full"])
+@pytest.mark.parametrize("method", quick_slice(["lora", "promptTuning", "full"], ["promptTuning"]))
 def test_evaluations_measure_precision_recall_and_f1_of_the_tokens(method: str, model: Path, tmp_path: Path) -> None:
     """The reference computes all logits, and scikit-learn computes the metrics."""
     from sklearn.metrics import precision_recall_fscore_support

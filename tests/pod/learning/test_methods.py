@@ -11,6 +11,7 @@ import torch
 from finetune_api.errors import ConfigError, NotFoundError
 
 from tests.support.learning import TEN_ROWS, RunOutcome, merge_mappings, run_training
+from tests.support.slices import quick_slice
 
 pytestmark = pytest.mark.pod
 SIXTY_STEPS = {"training": {"maxSteps": 60, "batchSizePerDevice": 10, "scheduler": "constant"}}
@@ -67,7 +68,10 @@ def generate_answer(tuned: Any, folder: Path, question: str) -> str:
     return str(text)
 
 
-@pytest.mark.parametrize("name", SPECS_AND_LOSS_BOUNDS)
+QUICK_METHODS = ("full", "lora", "pissa", "qlora", "loftq", "dora", "ia3", "spectrum", "prefixTuning")
+
+
+@pytest.mark.parametrize("name", quick_slice(SPECS_AND_LOSS_BOUNDS, QUICK_METHODS))
 def test_method_learns_and_its_artefact_answers(name: str, model: Path, tmp_path: Path) -> None:
     spec, bound = SPECS_AND_LOSS_BOUNDS[name]
     outcome = run_training(tmp_path, model, merge_mappings(SIXTY_STEPS, spec))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from tests.support.cells import Cell, Result, launch_cells
 from tests.support.learning import TEN_ROWS, merge_mappings, run_training
 from tests.support.preferences import PREFERENCE_PAIRS
+from tests.support.slices import quick_slice
 from tests.support.tiny import make_tiny_model
 
 pytestmark = pytest.mark.pod
@@ -147,21 +149,56 @@ SIXTEEN_BIT_RUNS: dict[str, tuple[dict[str, Any], Sequence[Any]]] = {
 }
 
 
+
+
+def equal_cell(method: str, name: str) -> str:
+    return f"equal batches, {method}, {name}"
+
+
+QUICK_CELLS = {
+    "ddp full", "ddp lora", "ddp qlora", "fsdp full", "fsdp full, full states", "fsdp lora", "fsdp qlora", "fsdp noShard",
+    "zero1 full", "zero2 full", "zero2 lora", "zero3 full", "zero3 lora", "zero3 json", *REFUSED_SPECS, "16 bits, ddp", "16 bits, fsdp", "zero2 best",
+    equal_cell("full", "ddp, accumulated"), equal_cell("lora", "fsdp"), equal_cell("full", "zero2, accumulated"),
+    "ddp full, stored in 16 bits", "fsdp full, stored in 16 bits",
+}  # fmt: skip
+"""The cells of `make test`, with their resumed cells: every strategy and ZeRO stage. `make test-faults` runs all cells."""
+
+
+def cells_by_slice(names: Iterable[str]) -> list[Any]:
+    """Names of cells as parameters of a test."""
+    every = list(names)
+    return quick_slice(every, QUICK_CELLS & set(every))
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model(tmp_path_factory.mktemp("model") / "raw")
 
 
-@pytest.fixture(scope="module")
-def results(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
-    folder = tmp_path_factory.mktemp("cells")
+class Results(dict[str, Result]):
+    """The results by cell name. The quick cells run together when a test reads the first of their results, and so do the other cells."""
+
+    def __init__(self, model: Path, folder: Path) -> None:
+        super().__init__()
+        self._model, self._folder = model, folder
+
+    def __missing__(self, name: str) -> Result:
+        is_quick = name.removesuffix(", resumed") in QUICK_CELLS
+        folder = self._folder / ("quick" if is_quick else "slow")
+        cells = [cell for cell in make_cells(self._model, self._folder / f"model-16-bit-{folder.name}") if (cell.name in QUICK_CELLS) == is_quick]
+        for number, cell in enumerate(cells[:]):
+            if cell.name in RESUMED_CELLS:  # the folders of the cells are numbered
+                checkpoint = folder / f"{number:03d}" / "out" / "checkpoint-2"
+                cells.append(replace(cell, name=f"{cell.name}, resumed", resume=str(checkpoint)))
+        self.update(launch_cells(cells, folder, rank_count=2))
+        return self.get(name) or pytest.fail(f"there is no cell {name}")
+
+
+def make_cells(model: Path, folder_16_bits: Path) -> list[Cell]:
+    """All cells but the resumed ones. `folder_16_bits` gets a copy of the model in bf16."""
     files = {"mine": {"fsdp.yaml": ACCELERATE_CONFIG, "zero.json": json.dumps(DEEPSPEED_CONFIG)}}
     specs = {**SPECS, **{name: spec for name, (spec, _, _) in REFUSED_SPECS.items()}}
     cells = [Cell(name, str(model), spec, TEN_ROWS, config_maps=files) for name, spec in specs.items()]
-    indices = {cell.name: index for index, cell in enumerate(cells)}
-    for name in RESUMED_CELLS:
-        checkpoint = folder / f"{indices[name]:03d}" / "out" / "checkpoint-2"
-        cells.append(Cell(f"{name}, resumed", str(model), specs[name], TEN_ROWS, resume=str(checkpoint)))
     # The validation loss first falls, because the model learns the format. Then the loss rises, because the validation
     # answers consist of characters that no training row contains.
     unlearnable_rows = [{"messages": [row["messages"][0], {"role": "assistant", "content": "!?#%&@"}]} for row in TEN_ROWS]
@@ -180,11 +217,15 @@ def results(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
         for name, spec in EQUAL_BATCH_SPECS.items()
         for method, method_spec in (("full", FULL_SPEC), ("lora", LORA_EXACT))
     ]
-    stored_in_16_bits = store_in_16_bits(model, folder / "model-16-bit")
-    cells += [
+    stored_in_16_bits = store_in_16_bits(model, folder_16_bits)
+    return cells + [
         Cell(f"{name}, stored in 16 bits", str(stored_in_16_bits), specs[name], TEN_ROWS) for name in ("ddp full", "fsdp full")
     ]
-    return launch_cells(cells, folder, rank_count=2)
+
+
+@pytest.fixture(scope="module")
+def results(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
+    return Results(model, tmp_path_factory.mktemp("cells"))
 
 
 def store_in_16_bits(model: Path, folder: Path) -> Path:
@@ -195,10 +236,6 @@ def store_in_16_bits(model: Path, folder: Path) -> Path:
     for file in folder.glob("*.safetensors"):
         save_file({name: tensor.to(torch.bfloat16) for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
     return folder
-
-
-def equal_cell(method: str, name: str) -> str:
-    return f"equal batches, {method}, {name}"
 
 
 def load_final_tensors(result: Result) -> dict[str, torch.Tensor]:
@@ -219,7 +256,7 @@ def test_ranks_that_share_converted_weights_train_the_same(results: dict[str, Re
     assert not list((Path(shared.folder).parent / "work").glob("float32-weights*"))
 
 
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("name", cells_by_slice(SPECS))
 def test_strategy_is_active_and_learns(name: str, results: dict[str, Result]) -> None:
     result = results[name]
     assert result.error is None
@@ -231,23 +268,20 @@ def test_strategy_is_active_and_learns(name: str, results: dict[str, Result]) ->
     assert result.losses[-1] < result.losses[0]
 
 
-@pytest.mark.parametrize(
-    ("name", "ddp_name"),
-    [
-        (name, f"ddp {name.split()[1]}")
+DDP_CELLS = {
+    **{
+        name: f"ddp {name.split()[1]}"
         for name in SPECS
         if name.split()[-1] in ("full", "lora", "qlora") and not name.startswith("ddp")
-    ]
-    + [
-        ("fsdp shardGradOp", "ddp full"),
-        ("fsdp noShard", "ddp full"),
-        ("fsdp file", "ddp full"),
-        ("zero2 offload", "ddp full"),
-        ("zero3 offload", "ddp full"),
-    ],
-)
-def test_losses_and_artefact_equal_those_of_ddp(name: str, ddp_name: str, results: dict[str, Result]) -> None:
-    result, ddp_result = results[name], results[ddp_name]
+    },
+    **dict.fromkeys(("fsdp shardGradOp", "fsdp noShard", "fsdp file", "zero2 offload", "zero3 offload"), "ddp full"),
+}
+"""The cell with ddp that trains the same as another cell."""
+
+
+@pytest.mark.parametrize("name", cells_by_slice(DDP_CELLS))
+def test_losses_and_artefact_equal_those_of_ddp(name: str, results: dict[str, Result]) -> None:
+    result, ddp_result = results[name], results[DDP_CELLS[name]]
     assert result.losses == pytest.approx(ddp_result.losses, abs=1e-5)
     tensors_here, tensors_of_ddp = load_final_tensors(result), load_final_tensors(ddp_result)
     assert tensors_here.keys() == tensors_of_ddp.keys()
@@ -257,29 +291,26 @@ def test_losses_and_artefact_equal_those_of_ddp(name: str, ddp_name: str, result
     assert result.files == ddp_result.files
 
 
-@pytest.fixture(scope="module", params=["full", "lora"])
-def one_process(
-    request: pytest.FixtureRequest, model: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[str, Any]:
-    """Method and outcome of a run on one rank that trains the same four rows per step."""
-    method = str(request.param)
-    spec = merge_mappings(merge_mappings(EXACT_SPEC, FULL_SPEC if method == "full" else LORA_EXACT), {"training": {"batchSizePerDevice": 4}})
-    return method, run_training(tmp_path_factory.mktemp("one"), model, spec, UNEVEN_ROWS)
+@pytest.fixture(scope="module")
+def losses_of_one_rank(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """For each method: the outcome of a run on one rank that trains the same four rows per step."""
+    outcomes = {}
+    for method, method_spec in (("full", FULL_SPEC), ("lora", LORA_EXACT)):
+        spec = merge_mappings(merge_mappings(EXACT_SPEC, method_spec), {"training": {"batchSizePerDevice": 4}})
+        outcomes[method] = run_training(tmp_path_factory.mktemp("one"), model, spec, UNEVEN_ROWS)
+    return outcomes
 
 
-@pytest.mark.parametrize("name", EQUAL_BATCH_SPECS)
-def test_two_ranks_have_the_losses_of_one_rank(
-    name: str, one_process: tuple[str, Any], results: dict[str, Result]
-) -> None:
-    method, one_rank = one_process
-    result = results[equal_cell(method, name)]
+@pytest.mark.parametrize("name", cells_by_slice(equal_cell(method, name) for method in ("full", "lora") for name in EQUAL_BATCH_SPECS))
+def test_two_ranks_have_the_losses_of_one_rank(name: str, losses_of_one_rank: dict[str, Any], results: dict[str, Result]) -> None:
+    one_rank, result = losses_of_one_rank[name.split(", ")[1]], results[name]
     assert result.error is None and result.resolved["effectiveBatch"] == 4
     assert len(one_rank.losses) == 4
     assert result.losses == pytest.approx(one_rank.losses, abs=1e-6)
     assert result.grad_norms == pytest.approx(one_rank.grad_norms, rel=1e-5)
 
 
-@pytest.mark.parametrize("name", SIXTEEN_BIT_RUNS)
+@pytest.mark.parametrize("name", cells_by_slice(SIXTEEN_BIT_RUNS))
 def test_two_ranks_train_in_16_bits(name: str, results: dict[str, Result]) -> None:
     result, (prefix, strategy, *options) = results[name], name.split(", ")
     assert result.error is None
@@ -295,7 +326,7 @@ def test_no_shard_uses_ddp_and_adds_a_note(results: dict[str, Result]) -> None:
     assert any("noShard" in note for note in results["fsdp noShard"].notes)
 
 
-@pytest.mark.parametrize("name", RESUMED_CELLS)
+@pytest.mark.parametrize("name", cells_by_slice(RESUMED_CELLS))
 def test_resume_is_exact(name: str, results: dict[str, Result]) -> None:
     uninterrupted, resumed = results[name], results[f"{name}, resumed"]
     assert resumed.error is None
@@ -317,7 +348,7 @@ def test_fsdp_checkpoints_hold_weights_and_optimizer_once(results: dict[str, Res
     assert not any("pytorch_model_fsdp" in name for name in sharded | full | adapter)
 
 
-@pytest.mark.parametrize("name", BEST_CHECKPOINT_SPECS)
+@pytest.mark.parametrize("name", cells_by_slice(BEST_CHECKPOINT_SPECS))
 def test_the_best_weights_are_published(name: str, results: dict[str, Result]) -> None:
     from safetensors.torch import load_file
 
