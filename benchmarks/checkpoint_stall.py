@@ -55,7 +55,7 @@ def run_training(
     """Run a training. If `in_background` is false, training waits until each checkpoint is written."""
     target = workspace.target(name, endpoint_url=endpoint_url)
     environment = {"OMP_NUM_THREADS": "1", "BENCHMARK_CHECKPOINTS": "background" if in_background else "blocking"}
-    with workspace.pod(name, spec, target, "benchmarks.lib.timed_train", env=environment) as pod:
+    with workspace.create_pod(name, spec, target, "benchmarks.lib.timed_train", env=environment) as pod:
         code = pod.end(580)
         assert code == 0, pod.text[-3000:]
         size = max((checkpoint.bytes or 0 for checkpoint in pod.termination_message().checkpoints), default=0)

@@ -61,7 +61,7 @@ def measure_recoveries(workspace: Workspace, kill_count: int, seed: int) -> dict
     total_seconds: list[float] = []
     seconds_by_stage: dict[str, list[float]] = {stage: [] for stage in STAGES}
     for attempt in range(1, kill_count + 2):
-        with workspace.pod(
+        with workspace.create_pod(
             f"attempt-{attempt}", spec, target, "finetune_trainer.train", attempt=attempt, newest_step=newest_step
         ) as pod:
             stage_seconds = wait_for_first_new_step(pod, newest_step)

@@ -109,7 +109,7 @@ def run_attempt(workspace: Workspace, options: argparse.Namespace, run_record: R
     spec = workspace.spec(checkpoint={"steps": options.every})
     script = json.dumps({"steps": options.steps, "every": options.every, "pause": options.pause})
     began_at, tree = time.monotonic(), CheckpointTree(open_store(target))
-    with workspace.pod(
+    with workspace.create_pod(
         name, spec, target, "toy_rank", attempt=run_record.attempt, newest_step=run_record.newest_step, env={"TOY_SCRIPT": script}
     ) as pod:
         assert pod.process is not None

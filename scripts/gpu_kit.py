@@ -20,7 +20,7 @@ from importlib.metadata import distribution
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-LOCK = ROOT / "requirements" / "trainer.lock"
+TRAINER_LOCK_FILE = ROOT / "requirements" / "trainer.lock"
 ARCHIVE = ROOT / "build" / "gpu-kit" / "site.tar.xz"
 PYTHON_VERSION = "3.12"
 PLATFORM = "x86_64-manylinux_2_28"
@@ -51,7 +51,7 @@ def locked_requirements(lock: str) -> dict[str, str]:
 
 def install_packages(folder: Path) -> None:
     """Install the wheels of the locked versions for the GPU machine into `folder`. The hashes are checked."""
-    requirements = locked_requirements(LOCK.read_text())
+    requirements = locked_requirements(TRAINER_LOCK_FILE.read_text())
     chosen = [requirements[name] for name in PACKED_NAMES if name not in PUBLISHED_AS_SOURCE]
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
         file.write("\n".join(chosen) + "\n")

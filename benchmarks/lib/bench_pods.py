@@ -53,7 +53,7 @@ class Workspace:
             **groups,
         }
 
-    def pod(
+    def create_pod(
         self, name: str, spec: dict[str, Any], target: StoreTarget, module: str, *,
         attempt: int = 1, newest_step: int = 0, env: dict[str, str] | None = None,
     ) -> Pod:  # fmt: skip

@@ -65,7 +65,8 @@ def _read_key(path: Path) -> dict[str, str]:
     value = _parse_json(path)
     models = value.get("models") if isinstance(value, dict) else None
     if not isinstance(models, dict) or not all(model in (TRAINED, BASE) for model in models.values()):
-        raise InvalidInput([Mistake(display_name(path), "models", "this is not the key of rating sheets", "give the file human_rating_key.json")])
+        problem = "this file does not name the model behind each answer of the rating sheets"
+        raise InvalidInput([Mistake(display_name(path), "models", problem, "give the file human_rating_key.json")])
     return models
 
 

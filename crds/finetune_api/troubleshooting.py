@@ -375,7 +375,7 @@ RULE_REMEDIES: tuple[Remedy, ...] = _remedies(
     ("HalfWeights", "Training in fp16 needs 32-bit weights for loss scaling.", "Remove `model.dtype`, or write `training.mixedPrecision: bf16`."),
     ("HubRepositoryMissing", "`output.hub.push` needs a repository and a token.", "Write `output.hub.repository` and `tokenSecretRef`."),
     ("ImagesOfTokenRows", "Rows of format `preTokenized` cannot have images.", "Give the rows as messages, or remove `model.modality: visionLanguage`."),
-    ("JudgeMissing", "A metric of a judge needs a judge model and its key.", "Write `evaluation.judge.model` and `apiKeySecretRef`, or remove the metric."),
+    ("JudgeMissing", "A metric that a judge model scores needs the name of this model and the API key of its server.", "Write `evaluation.judge.model` and `apiKeySecretRef`, or remove the metric."),
     ("LabelSyntax", "Kubernetes accepts no such key or value of a label, an annotation or a node selector.", "Write a key such as `example.com/team`, and a value such as `team-a`."),
     ("LoraInitialisation", "The initialisation of the adapter excludes another option.", "Remove `method.lora.init`, or the option in the message."),
     ("LoraOnHead", "A low-rank update of the output head cannot be saved and merged reliably.", "Write the head into `method.lora.modulesToSave`."),

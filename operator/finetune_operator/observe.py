@@ -8,7 +8,7 @@ from dataclasses import replace
 from finetune_api.names import Condition as Kind
 from finetune_api.names import Label, attempt_job_name
 
-from finetune_operator.blocking_reader import BlockingConditionReader
+from finetune_operator.blocking_conditions import BlockingConditionReader
 from finetune_operator.cache import Cache
 from finetune_operator.facts import Facts
 from finetune_operator.job_state import SPEC_NOT_NEEDED, JobState

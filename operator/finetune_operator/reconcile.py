@@ -13,7 +13,7 @@ from datetime import datetime
 from finetune_operator import logs
 from finetune_operator.act import PlanExecutor, SpecRejected, StaleFacts
 from finetune_operator.attempt_secrets import AttemptSecrets
-from finetune_operator.blocking_reader import BlockingConditionReader
+from finetune_operator.blocking_conditions import BlockingConditionReader
 from finetune_operator.cache import Cache
 from finetune_operator.deadlines import waiting_since
 from finetune_operator.decide import decide

@@ -10,7 +10,7 @@ from finetune_api.names import Condition as Kind
 from finetune_api.names import Reason
 from finetune_api.status import FineTuneJobStatus
 
-from finetune_operator.blocking_reader import all_pods_ended
+from finetune_operator.blocking_conditions import all_pods_ended
 from finetune_operator.cache import Cache
 from finetune_operator.events import EventDraft, EventRecorder, draft_events
 from finetune_operator.facts import Facts

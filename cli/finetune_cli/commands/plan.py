@@ -131,7 +131,7 @@ def _read_model(spec: FineTuneJobSpec, folder: Path | None) -> tuple[ModelShape,
     if stored is None or abs(stored / expected - 1) <= STORED_SIZE_TOLERANCE:
         return shape, []
     return shape, [
-        f"the weight files hold {_gigabytes(stored)}, but the plan counts {_gigabytes(int(expected))}: the plan of this model may be wrong by as much"
+        f"the weight files have {_gigabytes(stored)}, but the plan assumes {_gigabytes(int(expected))}: the plan may be wrong by this difference"
     ]
 
 

@@ -182,7 +182,7 @@ def combine_options(draft: JobDraft) -> None:
         _set_rows(draft, trainer)
         _set_template(draft, trainer)
     if "dataset_dir" in draft.given_options:
-        draft.add_reason("dataset_dir", "the folder in which dataset_info.json is looked for")
+        draft.add_reason("dataset_dir", "the folder that contains dataset_info.json")
     _set_backend(draft)
     for document in draft.documents:
         if is_accelerate(document):

@@ -162,7 +162,7 @@ DEFAULTS: tuple[ToolDefault, ...] = (
 
 
 def set_trl_options(draft: JobDraft, trainer: str, *, uses_adapter: bool | None = None) -> None:
-    """Set the fields whose value depends on several options. `trainer`: a value of `trainer.type`. `uses_adapter`: None, so that `use_peft` decides."""
+    """Set the fields whose value depends on several options. `trainer`: a value of `trainer.type`. If `uses_adapter` is None, the option `use_peft` decides."""
     revision = draft.get("model_revision")
     assign_source_uri(
         draft, "model_name_or_path", "model.source", None if revision in (None, "main") else str(revision)

@@ -188,8 +188,8 @@ class Checkpoint(Group):
         example=5,
     )
     resume: Annotated[str, StringConstraints(min_length=1, max_length=1024)] | None = spec_field(
-        "Checkpoint from which the first attempt starts: `auto` (the newest healthy checkpoint of this job), `never` (no checkpoint), or the "
-        "`s3://`, `pvc://`, `file://` or `https://` URI of a checkpoint, `<root>/checkpoints/step-00000100`.",
+        "Checkpoint from which the first attempt starts: `auto` (the newest healthy checkpoint of this job), `never` (no checkpoint), or the URI "
+        "of a checkpoint (`s3://`, `pvc://`, `file://` or `https://`), which ends with `/checkpoints/step-NNNNNNNN`.",
         default="auto",
         example="s3://models/ft/team-a/support-bot/UID/checkpoints/step-00000100",
     )

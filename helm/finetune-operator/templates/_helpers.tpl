@@ -152,7 +152,7 @@ operatorLabels: {{ include "finetune-operator.selectorLabels" . | fromYaml | toJ
 {{- end -}}
 
 {{/* Permissions of the operator in the namespaces of FineTuneJobs. They contain no wildcards, and no permission to read Secrets. */}}
-{{- define "finetune-operator.rules" -}}
+{{- define "finetune-operator.rbacRules" -}}
 - apiGroups: [finetune-operator.io]
   resources: [finetunejobs]
   verbs: [get, list, watch]

@@ -69,7 +69,7 @@ def test_an_index_that_contradicts_the_plan_is_named(run_command: RunCommand, jo
     write_file("model/model.safetensors.index.json", '{"metadata": {"total_size": 2471628800}}')
     assert "weight files" not in run_command("plan", "-f", job, "--model-config", model)[2]
     write_file("model/model.safetensors.index.json", '{"metadata": {"total_size": 3000000000}}')
-    assert "note: the weight files hold 3.00 GB, but the plan counts 2.47 GB" in run_command("plan", "-f", job, "--model-config", model)[2]
+    assert "note: the weight files have 3.00 GB, but the plan assumes 2.47 GB" in run_command("plan", "-f", job, "--model-config", model)[2]
 
 
 @pytest.mark.parametrize(

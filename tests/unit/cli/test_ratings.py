@@ -167,7 +167,7 @@ def test_another_file_is_not_a_sheet(name: str, text: str, message: str, tmp_pat
 
 def test_another_file_is_not_a_key(filled: list[Path]) -> None:
     filled[2].write_text("{}")
-    assert "this is not the key of rating sheets" in mistakes(filled[:1], filled[2])[0]
+    assert "this file does not name the model behind each answer of the rating sheets" in mistakes(filled[:1], filled[2])[0]
 
 
 def test_the_command_prints_tables_and_json(run_command: RunCommand, filled: list[Path]) -> None:

@@ -16,7 +16,7 @@ from tests.unit.cli.cases import accepted_cases, import_cases
 from tests.unit.cli.import_command import import_files
 
 
-def read_both(text: str) -> tuple[list[Any], list[Any]]:
+def parse_with_yaml_1_1_and_1_2(text: str) -> tuple[list[Any], list[Any]]:
     return list(yaml_1_1.safe_load_all(text)), list(YAML(typ="safe", pure=True).load_all(text))
 
 
@@ -48,23 +48,23 @@ def read_both(text: str) -> tuple[list[Any], list[Any]]:
     ],
 )
 def test_strings_stay_strings(value: str) -> None:
-    assert read_both(to_yaml({"a": value, "b": [value]})) == ([{"a": value, "b": [value]}],) * 2
+    assert parse_with_yaml_1_1_and_1_2(to_yaml({"a": value, "b": [value]})) == ([{"a": value, "b": [value]}],) * 2
 
 
 @pytest.mark.parametrize("value", [5e-06, 2e-4, 1e22, 0.1, 3.0, 0, -7, True, None])
 def test_numbers_stay_numbers(value: Any) -> None:
-    assert read_both(to_yaml({"a": value})) == ([{"a": value}],) * 2
+    assert parse_with_yaml_1_1_and_1_2(to_yaml({"a": value})) == ([{"a": value}],) * 2
 
 
 @given(st.text(alphabet=st.characters(codec="ascii", exclude_categories=("Cc",)), max_size=12))
 def test_any_string_is_preserved(value: str) -> None:
-    assert read_both(to_yaml({"a": value})) == ([{"a": value}],) * 2
+    assert parse_with_yaml_1_1_and_1_2(to_yaml({"a": value})) == ([{"a": value}],) * 2
 
 
 @pytest.mark.parametrize("name", accepted_cases())
 def test_imports_are_read_alike_by_both_versions(name: str) -> None:
     files, source, words = import_cases()[name]
     imported = import_files(*files, source=source, words=words)
-    old, new = read_both(imported.text)
+    old, new = parse_with_yaml_1_1_and_1_2(imported.text)
     assert old == new
     assert old[-1]["spec"] == json.loads(json.dumps(imported.spec))

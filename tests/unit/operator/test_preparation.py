@@ -10,7 +10,7 @@ import pytest
 from finetune_api.names import Condition, ExitCode, FailureClass, Phase, Reason
 from finetune_api.pod import TerminationMessage
 from finetune_api.status import DataReport, FineTuneJobStatus, ResolvedConfig, RunPlan
-from finetune_operator.blocking_reader import find_missing_pods
+from finetune_operator.blocking_conditions import find_missing_pods
 from finetune_operator.builders.job import build_preparation_job
 from finetune_operator.builders.run_config import build_run_config
 from finetune_operator.decide import decide

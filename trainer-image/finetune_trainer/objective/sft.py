@@ -308,13 +308,15 @@ def require_isolated_documents(trainer: Any) -> None:
             logits: torch.Tensor = model(**batch, use_cache=False).logits
         return logits[0, -len(second) :].float()
 
-    def change(lengths: list[int]) -> torch.Tensor:
+    def measure_score_change(document_lengths: list[int]) -> torch.Tensor:
         """Mean change of the second document's scores when the tokens before it are reversed."""
-        return (scores_of_second(first, lengths) - scores_of_second(first[::-1], lengths)).abs().mean()
+        return (scores_of_second(first, document_lengths) - scores_of_second(first[::-1], document_lengths)).abs().mean()
 
     was_training = model.training
     model.eval()
-    as_two_documents, as_one_document = change([len(first), len(second)]), change([len(first) + len(second)])
+    as_two_documents, as_one_document = (
+        measure_score_change([len(first), len(second)]), measure_score_change([len(first) + len(second)])
+    )  # fmt: skip
     model.train(was_training)
     if as_two_documents > 0.1 * as_one_document:
         documents, hint = "packed documents", "set dataset.packing: false, or choose another model.attention"

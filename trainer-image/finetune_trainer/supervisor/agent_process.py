@@ -20,8 +20,8 @@ TRACKER_CREDENTIALS = (WANDB_KEY, MONGODB_URI, *MLFLOW_CREDENTIALS)
 def start_agent(run: RunConfig, settings: Settings, channel_address: str, store: StoreAddress | None = None) -> ChildProcess:
     """Start `finetune-trainer agent`.
 
-    `channel_address`: the socket that ranks report to. `store`: where this pod reaches the TCPStore of its gang. Without it, the pods of a
-    gang meet at the master address, and a single pod uses its own loopback interface.
+    `channel_address`: the socket that ranks report to. `store`: where this pod reaches the TCPStore of its gang. If it is None,
+    the agents of a gang use the master address, and the agent of a single pod uses the loopback interface.
     """
     world = run.world
     address, port = "127.0.0.1", 0

@@ -42,7 +42,7 @@ class PublishedCopy:
     def __init__(self, store: Store, folder: CopyFolder, tree: CheckpointTree, *, byte_counter: ByteCounter | None = None) -> None:
         """`byte_counter` may raise an exception to end the copy."""
         self._store, self._folder, self._tree, self._byte_counter = store, folder, tree, byte_counter
-        self._copied = _read_copied(tree)
+        self._copied = _read_copied_files(tree)
 
     def add_model(self, model: Path, identity: str) -> None:
         """Copy the files of the final model. `identity`: sha256 of the manifest of the committed model."""
@@ -95,7 +95,7 @@ def _files_below(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
-def _read_copied(tree: CheckpointTree) -> dict[str, CopiedFile]:
+def _read_copied_files(tree: CheckpointTree) -> dict[str, CopiedFile]:
     data = tree.store.get(COPIED_KEY)
     try:
         return CopiedFiles.validate_json(data) if data is not None else {}
