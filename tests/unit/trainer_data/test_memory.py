@@ -33,6 +33,7 @@ print(json.dumps([sum(report.tokens for report in data.reports.values()), peak])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_memory_does_not_depend_on_the_number_of_tokens(tmp_path: Path) -> None:
     """The training rows are packed, the validation rows are not.
