@@ -113,6 +113,19 @@ gpu-kit: setup ## Pack the packages that the GPU cells need on another machine (
 prepare: setup ## Build Kubernetes, Helm, the images and the demo's model for the e2e tests, in parallel
 	@$(PY) scripts/prepare.py
 
+##@ Release
+.PHONY: sbom
+sbom: setup ## Write bills of materials (CycloneDX) and the licences of all Python packages into dist/
+	@$(PY) scripts/sbom.py dist
+
+.PHONY: release
+release: setup ## Build wheel, chart, CRD, kubectl plugin, bills of materials and checksums of the last commit in dist/release (RELEASE_URL=https://..., IMAGES="name@sha256:...")
+	@$(PY) scripts/release.py dist/release $(if $(RELEASE_URL),--url "$(RELEASE_URL)") $(foreach image,$(IMAGES),--image "$(image)")
+
+.PHONY: scan
+scan: setup ## Compare the locked Python packages with vulnerability reports in the OSV format: DB=folder
+	@$(PY) scripts/scan.py "$(DB)"
+
 ##@ Measuring
 .PHONY: bench-load
 bench-load: setup ## Measure the operator under load, in three runs of some minutes each, on an otherwise idle machine

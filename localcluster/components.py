@@ -13,6 +13,10 @@ from pathlib import Path
 ADMIN_GROUP = "system:masters"
 SERVICE_CIDR = "10.96.0.0/16"
 DNS_DOMAIN = "cluster.local"
+AUDIT_POLICY_FILE = "audit-policy.json"
+AUDIT_LOG = "logs/audit.log"
+"""The API server's audit log in the state folder: who has written which FineTuneJob. One JSON object per line."""
+WRITING_VERBS = ["create", "update", "patch", "delete", "deletecollection"]
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,14 @@ def api_server_command(kube_program: Path, folder: Path, addresses: ControlPlane
         "--service-cluster-ip-range", SERVICE_CIDR, "--allow-privileged=true",
         "--kubelet-preferred-address-types", "InternalIP",
         "--shutdown-delay-duration", "0s",
+        "--audit-policy-file", str(folder / AUDIT_POLICY_FILE), "--audit-log-path", str(folder / AUDIT_LOG),
     ]
+
+
+def make_audit_policy(group: str) -> str:
+    """Return an audit policy that records only writes to objects of one API group, so that the log stays small."""
+    rules = [{"level": "Metadata", "verbs": WRITING_VERBS, "resources": [{"group": group}]}, {"level": "None"}]
+    return json.dumps({"apiVersion": "audit.k8s.io/v1", "kind": "Policy", "omitStages": ["RequestReceived"], "rules": rules})
 
 
 def controller_manager_command(kube_program: Path, folder: Path, *, node_grace_seconds: int) -> list[str]:

@@ -23,6 +23,8 @@ from localcluster.ports import free_ports
 from localcluster.processes import Lifetime, Server
 from localcluster.steps import Step, silent_step
 
+AUDITED_GROUP = "finetune-operator.io"
+"""API group whose writes the audit log records."""
 MAX_STARTS = 4
 """Maximum number of start attempts. Each attempt uses new ports, because another program may bind a chosen port first."""
 PROCESS_NAMES = ("etcd", "kube-apiserver", "kube-controller-manager")
@@ -143,12 +145,13 @@ def lock_state_folder(state_dir: Path) -> Iterator[None]:
 
 
 def write_credentials(folder: Path, kube_program: Path, addresses: ControlPlaneAddresses, node_users: list[User]) -> str:
-    """Write the keys, tokens and the components' kubeconfig into `folder`. Returns the administrator's token."""
+    """Write the keys, tokens, the components' kubeconfig and the audit policy into `folder`. Returns the administrator's token."""
     admin_user = User(secrets.token_hex(20), "admin", ADMIN_GROUP)
     (folder / "certs").mkdir(exist_ok=True)
     for name, text in {
         "tokens.csv": "".join(user.line for user in [admin_user, *node_users]),
         "kubeconfig": components.make_kubeconfig(addresses.server, admin_user.token, None),
+        components.AUDIT_POLICY_FILE: components.make_audit_policy(AUDITED_GROUP),
     }.items():
         (folder / name).touch(mode=0o600)
         (folder / name).write_text(text)

@@ -234,13 +234,18 @@ _INNER_PATH = re.compile(rf"(?<=[^/:])/({Storage.MODEL}|{Storage.MERGED}|{Storag
 
 
 def root_of(job: dict[str, Any]) -> tuple[str, StorageRoot]:
-    """Return the URI of a job's folder in storage and the connection settings, from spec and status. Raises StorageError."""
+    """Return the URI of a job's folder in storage and the connection settings, from spec and status. Raises StorageError.
+
+    If the job adopted the result of an earlier job of the same name, the folder is that of the earlier job.
+    """
     metadata = job["metadata"]
     connection = StorageRoot.model_validate((job.get("spec") or {}).get("storage") or {})
-    tail = f"{metadata.get('namespace', 'default')}/{metadata['name']}/{metadata['uid']}"
+    status = job.get("status") or {}
+    adopted_uid = (status.get("output") or {}).get("adoptedUid")
+    uid = adopted_uid if is_folder_name(adopted_uid) else metadata["uid"]
+    tail = f"{metadata.get('namespace', 'default')}/{metadata['name']}/{uid}"
     if connection.uri:
         return f"{connection.uri.rstrip('/')}/{tail}", connection
-    status = job.get("status") or {}
     known = [
         status.get("latestCheckpoint"),
         (status.get("output") or {}).get("uri"),

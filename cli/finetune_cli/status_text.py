@@ -234,6 +234,7 @@ def _output_and_notes(status: FineTuneJobStatus) -> list[str]:
         further = {
             "merged": output.merged_uri, "copy": output.published_uri, "hub": output.hub_uri, "OCI": output.oci_digest,
             "report": output.report_uri, "lineage": output.lineage_uri,
+            "adopted": f"from the earlier job with uid {output.adopted_uid}, without training" if output.adopted_uid else None,
         }  # fmt: skip
         lines += [f"{name:<9} {uri}" for name, uri in further.items() if uri]
     lines += _evaluation_lines(status)

@@ -24,6 +24,7 @@ from finetune_api.rules import (
     given_bits,
     gpus_per_node,
     has_validation_set,
+    is_prepared,
     method_type_of,
     trainer_type_of,
     uses_loftq,
@@ -32,7 +33,16 @@ from finetune_api.rules import (
 )
 from finetune_api.spec import FineTuneJobSpec, load_spec
 from finetune_api.spec.cluster import StorageRoot
-from finetune_api.spec.enums import IntervalStrategy, LoraInit, MethodType, StrategyType, TrainerBackend, TrainerType
+from finetune_api.spec.enums import (
+    IntervalStrategy,
+    LoraInit,
+    MethodType,
+    OnExistingResult,
+    PrepareStrategy,
+    StrategyType,
+    TrainerBackend,
+    TrainerType,
+)
 from finetune_api.spec.method import Method
 
 LEARNING_RATE_FULL = 2e-5
@@ -120,6 +130,7 @@ def _computed_defaults(spec: FineTuneJobSpec, platform_defaults: PlatformDefault
         "resources.ephemeralStorage": platform_defaults.ephemeral_storage,
         "resources.sharedMemory": platform_defaults.shared_memory,
         "prepare.strategy": platform_defaults.prepare_strategy,
+        "policy.onExistingResult": _on_existing_result(spec, platform_defaults),
         "prepare.resources.cpu": platform_defaults.prepare_cpu,
         "prepare.resources.memory": platform_defaults.prepare_memory,
         "prepare.resources.ephemeralStorage": platform_defaults.prepare_ephemeral_storage,
@@ -137,6 +148,14 @@ def _computed_defaults(spec: FineTuneJobSpec, platform_defaults: PlatformDefault
         result["evaluation.steps"] = spec.checkpoint.steps or 100
     result |= _method_defaults(spec, method) | dict(OBJECTIVES[trainer].defaults) | _storage_defaults(spec, platform_defaults)
     return {path: default for path, default in result.items() if default is not None}
+
+
+def _on_existing_result(spec: FineTuneJobSpec, platform_defaults: PlatformDefaults) -> str | None:
+    """Only a preparation pod looks for earlier results, so a job without preparation trains. None: a local run, which has no preparation."""
+    if platform_defaults.prepare_strategy is None:
+        return None
+    strategy = spec.prepare.strategy or PrepareStrategy(platform_defaults.prepare_strategy)
+    return OnExistingResult.ADOPT.value if is_prepared(spec, strategy) else OnExistingResult.TRAIN.value
 
 
 def _learning_rate(method: MethodType, trainer: TrainerType) -> float:

@@ -344,6 +344,8 @@ class Reason(StrEnum):
     """The preparation pod has checked storage, model and data. The first attempt can start."""
     PREPARATION_SKIPPED = "PreparationSkipped"
     """The preparation pod got no node or could not run. The training pods check storage, model and data at their start."""
+    EXISTING_RESULT_ADOPTED = "ExistingResultAdopted"
+    """Storage holds the result of an earlier FineTuneJob with the same name, spec and inputs. The job succeeded with this result, without training."""
     # Waiting
     QUEUED = "Queued"
     """The job waits for quota in a queue."""
@@ -495,6 +497,8 @@ class Storage(StrEnum):
     """Marker in the folder `model`, next to `_COMMITTED`. The trainer writes the marker if the final model passes every gate of `evaluation.gates`."""
 
 
+RESULT_KEY = f"{Storage.RUN}/result.json"
+"""Object below the job's folder that the trainer writes after a successful end: the result, and the spec and inputs from which it was made."""
 ADAPTER_SHA256 = "adapterSha256"
 """Key in the `extra` of a merged model's manifest: sha256 (hex) of the manifest of the adapter that was merged."""
 

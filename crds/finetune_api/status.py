@@ -227,6 +227,10 @@ class Output(ReportModel):
     lineage_uri: str | None = status_field(
         "The lineage statement: base model, data, spec and library versions from which the final model was made. The statement is unsigned until you run `finetune sign`."
     )
+    adopted_uid: str | None = status_field(
+        "uid of the earlier FineTuneJob of the same name whose result this job adopted. Its files lie below `<storage.uri>/<namespace>/<name>/<uid>/`. Absent if this job trained.",
+        example="5c3f0f5e-8f4e-4f0c-9a44-0d9f3a1c2b7e",
+    )
     promoted: bool | None = status_field(
         "Whether the final model passed every gate of evaluation.gates and therefore has the marker `_PROMOTED`. Absent without gates.", example=True
     )
@@ -430,7 +434,7 @@ class FineTuneJobStatus(ReportModel):
         "State of the job in one word, for people. Programs should read the conditions.", example="Running", prompt=PromptWrite.WHEN_VALUE_CHANGES
     )
     reason: str | None = status_field(
-        "Reason why the job waits or failed, in one word. `-` if the phase needs no reason.",
+        "Reason why the job waits or failed, or succeeded without training, in one word. `-` if the phase needs no reason.",
         example="Unschedulable", prompt=PromptWrite.WHEN_VALUE_CHANGES,
     )  # fmt: skip
     conditions: list[Condition] = status_field("Conditions, by type.", default_factory=list, prompt=PromptWrite.WHEN_VALUE_CHANGES)

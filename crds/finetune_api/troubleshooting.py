@@ -145,6 +145,7 @@ FAILURE_REMEDIES: dict[str, tuple[Remedy, ...]] = {
         ("ExistingModelInvalid", "`phases.from` does not name the folder of a final model or checkpoint.", "Write `status.output.uri` of the other job."),
         ("ExistingModelNotAdapter", "`phases.from` names a complete model, but `output.mergeAdapter` needs an adapter.", "Remove `output.mergeAdapter`, or name an adapter."),
         ("ExistingModelNotCommitted", "No model is committed at the address in `phases.from`.", "Check the address. It must contain the object that the message names."),
+        ("ExistingResultFound", "`policy.onExistingResult` is `fail`, and storage holds the final model of an earlier job with the same namespace and name.", "Choose another name, or write `policy.onExistingResult: adopt` or `train`."),
         ("ExistingModelOfOtherBase", "The model in `phases.from` was trained from another base model.", "Write the base model of the other job in `model.source`."),
         ("ImageProcessorUnavailable", "The image processor of this model type needs a package that the trainer image lacks.", "Choose another model type that the guide on methods lists."),
         ("KernelsNotActive", "Liger's kernels were requested, but no layer of this model uses them.", "Write `model.ligerKernels: false`."),
@@ -364,6 +365,7 @@ RULE_REMEDIES: tuple[Remedy, ...] = _remedies(
     ("DpoLosses", "The list of DPO losses contains a combination that cannot work.", "Write the list that the hint shows."),
     ("EncryptionContradiction", "Fields of `encryption` exclude each other, or the store is not S3.", "Remove one of the fields in the message."),
     ("EnvironmentContradiction", "An environment variable has both a value and a Secret.", "Remove one of the two."),
+    ("ExistingResultNotCompared", "`policy.onExistingResult: adopt` or `fail` needs the preparation pod, but the job is not prepared or does not train.", "Write `prepare.strategy: auto` or `policy.onExistingResult: train`."),
     ("EnvironmentReserved", "The operator sets this environment variable.", "Remove it. Write credentials into `storage.credentialsSecretRef` or `model.tokenSecretRef`."),
     ("EvaluationOptionWithoutEffect", "An option of `evaluation` would have no effect.", "Remove the option, or add the metric that uses it."),
     ("EvaluationRowsMissing", "The evaluation needs rows, but the spec has neither test nor validation data.", "Write `dataset.test` or `dataset.split.test`."),
@@ -439,6 +441,7 @@ CURE_OF_REASON: dict[Reason, str] = {
     Reason.PREPARED: NO_ACTION,
     Reason.PREPARATION_SKIPPED: "The job runs as without a preparation. If preparations shall run: give the cluster a node without GPUs that has room for "
     "`prepare.resources`, or set `prepare.nodeSelector` and `prepare.tolerations` in the chart's values.",
+    Reason.EXISTING_RESULT_ADOPTED: NO_ACTION + " To train again, create the job with `policy.onExistingResult: train` or with another name.",
     Reason.QUEUED: "Wait for quota. `kubectl describe workload` shows what the queue waits for.",
     Reason.CHILDREN_CONFLICT: "Delete or rename the object in the message, or give the job another name.",
     Reason.QUOTA_EXCEEDED: "Free or raise the ResourceQuota in the message, or lower `resources`.",

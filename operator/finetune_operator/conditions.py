@@ -90,6 +90,8 @@ def _prepared_condition(inputs: StatusInput) -> Condition | None:
         return None
     if record.reason is None:
         return _make_condition(Kind.PREPARED, "False", *describe_preparation(record, inputs.blocking_condition if _is_preparing(inputs) else None))
+    if record.reason == Reason.EXISTING_RESULT_ADOPTED:
+        return _make_condition(Kind.PREPARED, "True", Reason.EXISTING_RESULT_ADOPTED, "spec and inputs are those of an earlier run")
     if record.reason == Reason.PREPARED:
         return _make_condition(Kind.PREPARED, "True", Reason.PREPARED, "storage, model and data passed all checks that need no GPU")
     reason = Reason(record.reason) if record.reason in list(Reason) else Reason.FAILED
@@ -168,9 +170,17 @@ def _succeeded_condition(inputs: StatusInput) -> Condition:
     job_end = inputs.plan.job_end
     if job_end is None:
         return _make_condition(Kind.SUCCEEDED, "Unknown", Reason.PROGRESSING, "the job is not finished")
+    if inputs.adopts_result:
+        return _make_condition(Kind.SUCCEEDED, "True", job_end.reason, _describe_adopted_result(inputs))
     if job_end.outcome is Outcome.SUCCEEDED:
         return _make_condition(Kind.SUCCEEDED, "True", Reason.SUCCEEDED, "the final artefact is committed")
     return _make_condition(Kind.SUCCEEDED, "False", job_end.reason, _why_not_succeeded(job_end))
+
+
+def _describe_adopted_result(inputs: StatusInput) -> str:
+    adopted = inputs.termination_message.output if inputs.termination_message is not None else None
+    uid, uri = (adopted.adopted_uid, adopted.uri) if adopted is not None else (None, None)
+    return f"nothing was trained: the FineTuneJob of the same name with uid {uid} had the same spec and inputs, and its result is {uri}"
 
 
 def _finished_condition(inputs: StatusInput) -> Condition:

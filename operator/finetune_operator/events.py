@@ -166,7 +166,9 @@ def _end_events(old_status: FineTuneJobStatus, new_status: FineTuneJobStatus) ->
         yield EventDraft(Reason.RESUMED, new_condition.message, action="Resume")
     if not _is_finished(new_status) or _is_finished(old_status):
         return
-    if new_status.phase is Phase.SUCCEEDED:
+    if new_status.reason == Reason.EXISTING_RESULT_ADOPTED:
+        yield EventDraft(Reason.EXISTING_RESULT_ADOPTED, _condition_state(new_status, Kind.SUCCEEDED).message, action=FINISH_ACTION)
+    elif new_status.phase is Phase.SUCCEEDED:
         output_location = new_status.output.uri if new_status.output and new_status.output.uri else "storage"
         yield EventDraft(Reason.SUCCEEDED, f"the final artefact is committed: {output_location}", action=FINISH_ACTION)
     elif new_status.phase is Phase.CANCELLED:

@@ -10,6 +10,7 @@ from functools import cached_property
 from finetune_api.names import Condition, Reason, attempt_job_name, attempt_of_uri, preparation_job_name
 from finetune_api.pod import ProgressReport, TerminationMessage
 from finetune_api.spec import FineTuneJobSpec
+from finetune_api.spec.enums import OnExistingResult
 from finetune_api.status import Attempt, Checkpoint, Stage
 from finetune_api.status import Condition as StatusCondition
 
@@ -106,6 +107,12 @@ class Facts:
         """
         refusal_reason = self.acceptance.reason if isinstance(self.acceptance, RefusedSpec) else None
         return refusal_reason not in (Reason.OPERATOR_TOO_OLD, Reason.SPEC_CHANGED)
+
+    @property
+    def must_look_for_results(self) -> bool:
+        """Whether the user wrote `policy.onExistingResult: adopt` or `fail`. As a default, adopt is only tried."""
+        is_default = not isinstance(self.acceptance, AcceptedSpec) or "policy.onExistingResult" in self.acceptance.defaults
+        return not is_default and self.spec.policy.on_existing_result in (OnExistingResult.ADOPT, OnExistingResult.FAIL)
 
     # Jobs and pods
 

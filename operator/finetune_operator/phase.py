@@ -105,6 +105,8 @@ def compute_reason(inputs: StatusInput, conditions: list[Condition]) -> str:
     """Return in one word why the job waits, is being ended, recovers or has failed. Return `-` if the phase needs no reason."""
     plan = inputs.plan
     if plan.job_end is not None:
+        if inputs.adopts_result:
+            return plan.job_end.reason
         return _reason_of_failure(inputs) if plan.job_end.outcome is Outcome.FAILED else NO_VALUE
     if inputs.is_suspended:
         return NO_VALUE

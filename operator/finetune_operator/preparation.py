@@ -12,7 +12,8 @@ from datetime import datetime
 
 from finetune_api.exits import RetryPolicy
 from finetune_api.names import Condition, ExitCode, FailureClass, Reason, preparation_job_name
-from finetune_api.spec.enums import PrepareStrategy
+from finetune_api.rules import is_prepared
+from finetune_api.spec.enums import OnExistingResult, PrepareStrategy
 from finetune_api.status import Failure, Preparation
 
 from finetune_operator.deadlines import add_seconds
@@ -48,7 +49,7 @@ def plan_preparation(facts: Facts) -> Plan | None:
     if job.is_deleting:
         return None
     if job.completed_at is not None:
-        return _plan_success(record, job.completed_at, facts.preparation_pods)
+        return _plan_success(facts, record, job.completed_at)
     if job.failed_at is not None:
         return _plan_failure(facts, record, job, facts.preparation_pods)
     return _plan_running(facts, record, job, facts.preparation_pods)
@@ -63,9 +64,7 @@ def _needs_preparation(facts: Facts) -> bool:
     record, strategy = facts.job.status.preparation, facts.spec.prepare.strategy
     if record is not None and record.reason is not None:
         return False
-    if strategy is None or strategy is PrepareStrategy.NEVER or facts.spec.phases.train is False:
-        return False
-    return strategy is PrepareStrategy.ALWAYS or facts.spec.resources.gpus_per_node != 0
+    return is_prepared(facts.spec, strategy)
 
 
 def _plan_start(facts: Facts, record: Preparation) -> Plan:
@@ -118,8 +117,12 @@ def _plan_running(facts: Facts, record: Preparation, job: JobView, pods: tuple[P
     )  # fmt: skip
 
 
-def _plan_success(record: Preparation, ended_at: datetime, pods: tuple[PodView, ...]) -> Plan:
-    message = next((message for pod in pods if (message := pod.termination_message) is not None), None)
+def _plan_success(facts: Facts, record: Preparation, ended_at: datetime) -> Plan:
+    message = next((message for pod in facts.preparation_pods if (message := pod.termination_message) is not None), None)
+    if message is not None and message.output is not None and message.output.adopted_uid and facts.spec.policy.on_existing_result is OnExistingResult.ADOPT:
+        reason = Reason.EXISTING_RESULT_ADOPTED
+        ended = record.model_copy(update={"end_time": ended_at, "reason": reason.value, "message": None})
+        return Plan(Situation.PREPARING, preparation=ended, preparation_message=message, job_end=JobEnd(Outcome.SUCCEEDED, reason))
     ended = record.model_copy(update={"end_time": ended_at, "reason": Reason.PREPARED.value, "message": None})
     return Plan(Situation.PREPARING, preparation=ended, preparation_message=message)
 
@@ -190,7 +193,8 @@ def _plan_skip(record: Preparation, ended_at: datetime, problem: str) -> Plan:
 
 
 def _is_auto(facts: Facts) -> bool:
-    return facts.spec.prepare.strategy is PrepareStrategy.AUTO
+    """Whether the job may start without a preparation. It must not if the user wrote that earlier results are adopted or end the job."""
+    return facts.spec.prepare.strategy is PrepareStrategy.AUTO and not facts.must_look_for_results
 
 
 def describe_preparation(record: Preparation, blocking_condition: BlockingCondition | None) -> tuple[Reason, str]:

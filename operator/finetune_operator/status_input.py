@@ -66,5 +66,12 @@ class StatusInput:
 
     @property
     def termination_message(self) -> TerminationMessage | None:
-        """Rank 0's termination message if the attempt has ended."""
-        return self.plan.attempt_end.termination_message if self.plan.attempt_end else None
+        """Rank 0's termination message if the attempt has ended. If the job adopts an earlier result, the message of the preparation."""
+        if self.plan.attempt_end is None:
+            return self.plan.preparation_message if self.adopts_result else None
+        return self.plan.attempt_end.termination_message
+
+    @property
+    def adopts_result(self) -> bool:
+        """Whether the job ends with the result of an earlier job, without training."""
+        return self.plan.job_end is not None and self.plan.job_end.reason is Reason.EXISTING_RESULT_ADOPTED

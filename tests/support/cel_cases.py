@@ -25,6 +25,7 @@ SPEC_RULES: dict[str, dict[str, Any]] = {
         "evaluation": {"steps": 20},
     },
     "BackendAndStrategy": {"trainer": {"backend": "unsloth"}, "distributed": {"strategy": "ddp"}},
+    "ExistingResultNotCompared": {"policy": {"onExistingResult": "adopt"}, "prepare": {"strategy": "never"}},
     "HubRepositoryMissing": {"output": {"hub": {"push": True, "tokenSecretRef": {"name": "h", "key": "t"}}}},
 }
 """For each rule that compares several groups, by its code: a spec that breaks the rule."""

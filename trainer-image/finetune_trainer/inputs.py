@@ -48,6 +48,9 @@ class Inputs(WireModel):
         default_factory=dict, description="sha256 (hex) over the contents of the images that the rows name. The keys are the words in messages."
     )
     test: list[Path] = Field(default_factory=list, description="Test files.")
+    source_versions: dict[str, str] = Field(
+        default_factory=dict, description="Version of the files of the base model and of the reference model at their sources, by spec path."
+    )
     model_revision: str = Field(description="Commit of a hub model, or a fingerprint of the files of another model.")
     dataset_digest: str = Field(description="sha256 (hex) over the training files' contents.")
     restore: RestoredCheckpoint | None = Field(default=None, description="The checkpoint to resume from.")

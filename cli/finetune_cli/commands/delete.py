@@ -56,11 +56,11 @@ def remaining_text(job: dict[str, Any]) -> list[str]:
     parts = [f"{len(status.checkpoints)} checkpoints ({format_bytes(sum(one.bytes or 0 for one in status.checkpoints))})"] if status.checkpoints else []
     parts += [f"the {status.output.kind or 'model'}"] if status.output and status.output.uri else []
     copies = [str(one) for one in (status.output.published_uri, status.output.hub_uri) if one] if status.output else []
-    tail = f"/{metadata['namespace']}/{metadata['name']}/{metadata['uid']}"
+    root, *_, uid = uri.rsplit("/", 3)
     if not uri.startswith(("s3://", "file://")):
         remove = f"to remove them, delete the folder {uri}"
     else:
-        words = ["finetune", "purge", metadata["name"], "-n", metadata["namespace"], "--uid", metadata["uid"], "--storage", uri.removesuffix(tail)]
+        words = ["finetune", "purge", metadata["name"], "-n", metadata["namespace"], "--uid", uid, "--storage", root]
         words += ["--endpoint", connection.endpoint] if connection.endpoint else []
         remove = f"to remove them, run `{shlex.join(words)}`"
     notes = [f"{' and '.join(parts) or 'files that the job has stored'} stay in {uri}; {remove}"]

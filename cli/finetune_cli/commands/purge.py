@@ -79,7 +79,7 @@ def _finished_job(cluster: Cluster, name: str, uid: str | None) -> dict[str, Any
         if uid in (None, job["metadata"]["uid"]) and not has_finished(status_of(job)):
             raise ClusterError(f"{name} has not finished: cancel the job first")
     if uid is not None:
-        job = {**job, "metadata": {"name": name, "namespace": cluster.namespace, "uid": uid}}
+        job = {**job, "metadata": {"name": name, "namespace": cluster.namespace, "uid": uid}, "status": {}}
     return job
 
 

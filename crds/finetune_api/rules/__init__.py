@@ -71,10 +71,12 @@ from finetune_api.rules.serving import adapter_rank, max_lora_rank
 from finetune_api.rules import storage
 from finetune_api.rules import placement
 from finetune_api.rules import quantities
+from finetune_api.rules import existing_result
+from finetune_api.rules.existing_result import is_prepared
 from finetune_api.rules.warnings import ALL_MODULES, warnings
 from finetune_api.rules.rewards import REWARD_PARAMETERS, invalid_parameters
 
-RULE_MODULES = (required_fields, methods, objectives, vision, data, training, strategies, results, benchmarks, serving, storage, placement, quantities)
+RULE_MODULES = (required_fields, methods, objectives, vision, data, training, strategies, results, benchmarks, serving, storage, placement, quantities, existing_result)
 """Modules with rules, in the order in which the rules run."""
 
 __all__ = [
@@ -117,6 +119,7 @@ __all__ = [
     "has_test_set",
     "has_validation_set",
     "is_vision_language",
+    "is_prepared",
     "max_lora_rank",
     "method_type_of",
     "metrics_after_training",

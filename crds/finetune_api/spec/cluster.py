@@ -10,7 +10,7 @@ from finetune_api.base import CelRule, Group, spec_field
 from finetune_api.patterns import ABSOLUTE_PATH, IDENTIFIER, LABEL_KEY, LABEL_VALUE, NO_SPACE, STORAGE_URI, VOLUME_NAME
 from finetune_api.quantities import CPU_KIND, SIZE_KIND
 from finetune_api.spec.common import ObjectName, SecretKeyRef, ShortText, StorageConnection, StringMap
-from finetune_api.spec.enums import OnDivergence, OnOutOfMemory, PrepareStrategy
+from finetune_api.spec.enums import OnDivergence, OnExistingResult, OnOutOfMemory, PrepareStrategy
 
 CpuQuantity = Annotated[str | int, Field(json_schema_extra=CPU_KIND.schema, union_mode="left_to_right")]
 SizeQuantity = Annotated[str | int, Field(json_schema_extra=SIZE_KIND.schema, union_mode="left_to_right")]
@@ -355,4 +355,11 @@ class Policy(Group):
     )
     on_divergence: OnDivergence | None = spec_field(
         "Reaction of the operator to a loss or gradients that are not finite.", default="Rollback", example="Fail"
+    )
+    on_existing_result: OnExistingResult | None = spec_field(
+        "What happens if storage already holds the final model of an earlier FineTuneJob with the same namespace and name, for example after a cluster was rebuilt from Git. "
+        "The preparation pod compares spec and inputs. With adopt or fail, the job is prepared even if prepare.strategy would not require it.",
+        default_text="adopt for jobs that are prepared, otherwise train",
+        example="train",
+        since="0.2.0",
     )

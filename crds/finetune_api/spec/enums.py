@@ -319,6 +319,17 @@ class PrepareStrategy(StrEnum):
     """The training pods check spec, model and data at their start, while their GPUs are idle."""
 
 
+class OnExistingResult(StrEnum):
+    """What happens if storage already holds the result of an earlier FineTuneJob with the same namespace and name."""
+
+    ADOPT = "adopt"
+    """If the spec and the inputs are those of the earlier run, the job succeeds with its result, without a training pod. Otherwise the job trains into a new folder."""
+    TRAIN = "train"
+    """The job trains into a new folder. The earlier result is kept."""
+    FAIL = "fail"
+    """The job fails before a training pod starts, whether or not the spec and the inputs are those of the earlier run."""
+
+
 class StrategyType(StrEnum):
     NONE = "none"
     """No distribution: the job has a single rank."""

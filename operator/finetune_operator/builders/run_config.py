@@ -27,6 +27,7 @@ from finetune_operator.views import JobObject
 
 LOOPBACK_ADDRESS = "127.0.0.1"
 DEFAULT_GRACE_SECONDS, MAX_GRACE_SECONDS = 300, 86400
+ON_EXISTING_RESULT = "policy.onExistingResult"
 SAVES_PER_GRACE_PERIOD = 3
 """The grace period is this multiple of the newest save's duration. A stopping pod first finishes a running upload, then saves once more.
 The multiple includes a margin, because the store may have become slower."""
@@ -39,14 +40,16 @@ def build_run_config(
 ) -> RunConfig:  # fmt: skip
     """Return the run configuration of an attempt.
 
-    `spec` is resolved, and all adaptations are applied. Its group `prepare` is omitted, because only the operator reads it.
+    `spec` is resolved, and all adaptations are applied. Its group `prepare` is omitted, because only the operator reads it. The default of
+    `policy.onExistingResult` is omitted, because the trainer adopts a result only in a preparation pod.
     `committed_step` is the newest step that is known to be in storage, or 0.
     `max_step` is the newest step that the attempt may start from; None means no limit. It does not apply to checkpoints of
     `rolled_back_attempt` and later attempts: the operator may not know their newest checkpoint. `before_adaptation` holds the original values
     of adapted fields, by path.
     """
-    spec = spec.model_copy(update={"prepare": Prepare()})
-    defaults = {path: value for path, value in defaults.items() if not path.startswith("prepare.")}
+    kept_policy = spec.policy if ON_EXISTING_RESULT not in defaults else spec.policy.model_copy(update={"on_existing_result": None})
+    spec = spec.model_copy(update={"prepare": Prepare(), "policy": kept_policy})
+    defaults = {path: value for path, value in defaults.items() if not path.startswith("prepare.") and path != ON_EXISTING_RESULT}
     root = f"{(spec.storage.uri or '').rstrip('/')}"
     publish_uri = f"{root}/{spec.output.dir.strip('/')}" if spec.output.dir else None
     return RunConfig(

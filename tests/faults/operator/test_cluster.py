@@ -13,6 +13,7 @@ import pytest
 from finetune_api.names import GROUP, TRAINER_CONTAINER, Condition, Phase, Reason
 from ruamel.yaml import YAML
 
+from localcluster.components import AUDIT_LOG
 from tests.support.apiproxy import ApiProxy
 from tests.support.kubeapi import resource_path
 from tests.support.kubelet import PodPlan, PodStart, failure_exit, success_exit
@@ -120,6 +121,15 @@ def test_chart_grants_exactly_the_permissions_in_use(rig: Rig) -> None:
     assert refused_operations == [], "the operator sent requests that the chart does not permit"
     unused_permissions = list_granted_permissions(documents) - list_used_permissions(proxy) - set(UNUSED_BY_DESIGN)
     assert sorted(unused_permissions) == [], "the chart grants permissions that the operator never uses"
+    assert audited_writes(rig, "ft-finetune-operator") == {"update status"}, "GitOps tools would see changes of anything but the status as drift"
+
+
+def audited_writes(rig: Rig, account: str) -> set[str]:
+    """Return verb and subresource of each write to FineTuneJobs that the API server's audit log records for a ServiceAccount."""
+    lines = (rig.cluster.endpoint.kubeconfig.parent / AUDIT_LOG).read_text("utf-8").splitlines()
+    user = f"system:serviceaccount:{rig.namespace}:{account}"
+    entries = [entry for entry in map(json.loads, lines) if entry["user"]["username"] == user]
+    return {f"{entry['verb']} {entry['objectRef'].get('subresource', 'object')}" for entry in entries}
 
 
 def use_all_permissions(rig: Rig, proxy: ApiProxy) -> None:

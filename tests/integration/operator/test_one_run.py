@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 
 from finetune_api.names import Annotation
-from finetune_api.pod import RunConfig
+from finetune_api.pod import RunConfig, TerminationMessage
+from finetune_operator.objects import FINETUNEJOB
 
 from tests.integration.operator.rig import Rig
 
@@ -33,3 +34,24 @@ async def test_job_runs_from_apply_to_success(world: Rig) -> None:
     }  # fmt: skip
     assert status["observedGeneration"] == 1
     assert [a["reason"] for a in status["attempts"]] == ["Succeeded"]
+
+
+async def test_a_job_that_is_created_again_adopts_the_result_of_its_preparation(world: Rig) -> None:
+    """The trainer decides what can be adopted: tests/pod/test_existing_result.py. Here, the operator acts on the message of its pod."""
+    policy = {"onExistingResult": "adopt"}
+    first = await world.create(policy=policy)
+    await world.kubelet.end(await world.pod("run-prepare-1", 0, "Running"), 0, TerminationMessage(exit_code=0))
+    await world.kubelet.succeed(await world.pod("run-1", 0, "Running"))
+    trained = await world.wait_for_phase("Succeeded")
+    await world.kube.delete(FINETUNEJOB, world.namespace, "run", uid=first["metadata"]["uid"], foreground=False)
+    await world.wait_until("the deletion of all Jobs", lambda: not world.jobs.items and not world.ftjs.items)
+    await world.no_jobs_and_pods()
+
+    second = await world.create(policy=policy)
+    output = trained["output"] | {"adoptedUid": first["metadata"]["uid"]}
+    message = TerminationMessage.model_validate({"exitCode": 0, "output": output, "metrics": trained["metrics"], "step": 100})
+    await world.kubelet.end(await world.pod("run-prepare-1", 0, "Running"), 0, message)
+    adopted = await world.wait_for_phase("Succeeded")
+    assert (adopted["output"], adopted["metrics"], adopted["reason"]) == (output, trained["metrics"], "ExistingResultAdopted")
+    assert (adopted["attempts"], adopted.get("attempt"), adopted["preparation"]["reason"]) == ([], None, "ExistingResultAdopted")
+    assert {name: body["metadata"]["ownerReferences"][0]["uid"] for name, body in world.jobs.items.items()} == {"run-prepare-1": second["metadata"]["uid"]}

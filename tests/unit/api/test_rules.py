@@ -658,6 +658,12 @@ PROBLEM_CASES: list[tuple[str, dict[str, Any], str]] = [
         {"storage": {"uri": "pvc://claim/root", "encryption": {"type": "s3"}}},
         "storage.encryption",
     ),
+    ("ExistingResultNotCompared", {"policy": {"onExistingResult": "adopt"}, "prepare": {"strategy": "never"}}, "policy.onExistingResult"),
+    (
+        "ExistingResultNotCompared",
+        {"policy": {"onExistingResult": "fail"}, "phases": {"train": False, "from": "s3://models/x/model"}, "dataset": {"test": "s3://data/t"}},
+        "policy.onExistingResult",
+    ),
 ]
 
 

@@ -114,3 +114,8 @@ def test_root_comes_from_spec_or_status() -> None:
     assert root_of(job_with_status)[0] == "s3://b/y/team/bot/u1"
     with pytest.raises(StorageError, match="with --storage URI"):
         root_of({"metadata": metadata, "spec": {}})
+    adopted = {"output": {"uri": "s3://b/y/team/bot/u0/model/a1-12345678", "adoptedUid": "u0"}}
+    assert root_of({"metadata": metadata, "spec": {}, "status": adopted})[0] == "s3://b/y/team/bot/u0"
+    assert root_of({"metadata": metadata, "spec": {"storage": {"uri": "s3://bucket/y"}}, "status": adopted})[0] == "s3://bucket/y/team/bot/u0"
+    forged = {"output": {"uri": "s3://b/y/team/bot/u1/model/a1-12345678", "adoptedUid": "../../other"}}
+    assert root_of({"metadata": metadata, "spec": {"storage": {"uri": "s3://bucket/y"}}, "status": forged})[0] == "s3://bucket/y/team/bot/u1"

@@ -38,9 +38,11 @@ def test_bars_sparklines_stages_sizes_and_ages_are_formatted() -> None:
         ({"phase": "Running", "latestCheckpointStep": 400}, ["saved     step 400"]),
         ({"phase": "Running", "resolved": {"modelName": "tiny"}}, ["model     tiny (s3://models/tiny)"]),
         (
-            {"phase": "Succeeded", "output": {"uri": "s3://m", "kind": "adapter", "publishedUri": "s3://c", "mergedUri": "s3://g", "hubUri": "https://h"},
+            {"phase": "Succeeded",
+             "output": {"uri": "s3://m", "kind": "adapter", "publishedUri": "s3://c", "mergedUri": "s3://g", "hubUri": "https://h", "adoptedUid": "u0"},
              "evaluation": {"rows": 8, "metrics": {"bleu": {"value": 12.34567}, "bertscore": {"reason": "no model"}}}},
             ["output    s3://m (adapter)", "merged    s3://g", "copy      s3://c", "hub       https://h",
+             "adopted   from the earlier job with uid u0, without training",
              "evaluation on 8 rows", f"  {'bleu':<22} 12.35", f"  {'bertscore':<22} - (no model)"],
         ),
         (

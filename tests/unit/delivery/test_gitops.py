@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from finetune_api import rules
-from finetune_api.names import API_VERSION, KIND, Phase, Reason
+from finetune_api.names import API_VERSION, KIND, FailureClass, Phase, Reason
+from finetune_api.pod import TerminationMessage
 from finetune_api.schema import crd_yaml
 from finetune_api.spec import FineTuneJobSpec
+from finetune_api.status import Output
 from finetune_operator.decide import decide
 from finetune_operator.facts import Facts
 from finetune_operator.plan import ActionResult
@@ -32,6 +34,16 @@ RETRIED = {**RUNNING, "attempt": 2, "attempts": [
 ]}  # fmt: skip
 QUEUED_SPEC = spec(placement={"queueName": "q"})
 IN_PROGRESS, CURRENT, FAILED = ("InProgress", "Progressing"), ("Current", "Healthy"), ("Failed", "Degraded")
+
+
+PREPARED_JOB = job(0, name="run-prepare-1", uid="prepare-1", completed_at=at(50))
+PREPARED_POD = pod(0, name="run-prepare-1-0-x", uid="pod-prepare-1", job_uid="prepare-1")
+ADOPTED = TerminationMessage(exit_code=0, output=Output(uri="s3://models/test/team/run/old/model/a1-12345678", adopted_uid="old"))
+FOUND_POD = end_pod(PREPARED_POD, 64, TerminationMessage(class_=FailureClass.USER, code="ExistingResultFound", message="stored", exit_code=64))
+ADOPTING = facts(
+    spec=spec(prepare={"strategy": "always"}), status=status(preparation={"number": 1, "startTime": "2026-11-21T12:00:00Z"}),
+    jobs=[PREPARED_JOB], pods=[end_pod(PREPARED_POD, 0, ADOPTED)],
+)  # fmt: skip
 
 
 def in_stage(stage: str, step: int) -> Facts:
@@ -69,6 +81,11 @@ SITUATIONS = {
     "succeeded": Situation(
         facts(status=status(**RUNNING), jobs=[job(completed_at=at(60))], pods=[end_pod(pod(), 0)]), Phase.SUCCEEDED, CURRENT
     ),
+    "adopted": Situation(ADOPTING, Phase.SUCCEEDED, CURRENT),
+    "existing result": Situation(
+        replace(ADOPTING, jobs=(replace(PREPARED_JOB, completed_at=None, failed_at=at(50), failed_reason="BackoffLimitExceeded"),), pods=(FOUND_POD,)),
+        Phase.FAILED, FAILED,
+    ),
     "failed": Situation(
         facts(status=status(**RUNNING), jobs=[job(failed_at=at(60), failed_reason="BackoffLimitExceeded")], pods=[end_pod(pod(), 65)], now=at(61)),
         Phase.FAILED, FAILED,
@@ -99,6 +116,23 @@ def test_there_is_a_situation_for_each_phase() -> None:
     assert {name: finetunejob(situation)["status"]["phase"] for name, situation in SITUATIONS.items()} == {
         name: situation.phase.value for name, situation in SITUATIONS.items()
     }
+
+
+def verdict_of_kubectl(body: dict[str, Any]) -> tuple[str, str]:
+    """The verdicts that the conditions for `kubectl wait --for=condition=...` permit."""
+    found = {one["type"]: (one["status"], one["reason"]) for one in body["status"]["conditions"]}
+    if found["Suspended"][0] == "True":
+        return "Current", "Suspended"
+    if found["Finished"][0] == "False":
+        return IN_PROGRESS
+    return CURRENT if found["Succeeded"][0] == "True" or found["Finished"][1] == Reason.CANCELLED else FAILED
+
+
+def test_the_conditions_for_kubectl_wait_agree_with_the_verdicts() -> None:
+    found = {name: verdict_of_kubectl(finetunejob(situation)) for name, situation in SITUATIONS.items()}
+    assert found == {name: situation.verdicts for name, situation in SITUATIONS.items()} | {"start timeout": IN_PROGRESS}
+    reasons = {name: finetunejob(SITUATIONS[name])["status"]["reason"] for name in ("adopted", "existing result", "succeeded")}
+    assert reasons == {"adopted": "ExistingResultAdopted", "existing result": "ExistingResultFound", "succeeded": "-"}
 
 
 @pytest.mark.slow

@@ -89,6 +89,15 @@ def test_api_server_on_the_loopback_has_no_endpoint_reconciler(tmp_path: Path) -
     assert (endpoint_reconciler("127.0.0.1"), endpoint_reconciler("10.201.0.1")) == ("none", "lease")
 
 
+def test_the_audit_log_records_only_writes_to_one_group(tmp_path: Path) -> None:
+    policy = json.loads(components.make_audit_policy("example.org"))
+    assert [rule["level"] for rule in policy["rules"]] == ["Metadata", "None"]
+    assert policy["rules"][0]["resources"] == [{"group": "example.org"}] and "patch" in policy["rules"][0]["verbs"]
+    addresses = ControlPlaneAddresses("127.0.0.1", "127.0.0.1", 6443, 2379, 2380)
+    arguments = components.api_server_command(Path("kube"), tmp_path, addresses)
+    assert arguments[arguments.index("--audit-log-path") + 1] == str(tmp_path / "logs/audit.log")
+
+
 def test_kubeconfig_with_certificate_verifies_the_server() -> None:
     unverified = json.loads(components.make_kubeconfig("https://a:1", "t", None))["clusters"][0]["cluster"]
     assert unverified == {"server": "https://a:1", "insecure-skip-tls-verify": True}

@@ -9,7 +9,17 @@ from typing import Any
 import pytest
 from finetune_api.names import Condition, ExitCode, FailureClass, Phase, Reason
 from finetune_api.pod import TerminationMessage
-from finetune_api.status import DataReport, FineTuneJobStatus, ResolvedConfig, RunPlan
+from finetune_api.status import (
+    DataReport,
+    EvaluationResult,
+    FineTuneJobStatus,
+    Metrics,
+    Output,
+    Progress,
+    ResolvedConfig,
+    RunPlan,
+    Workers,
+)
 from finetune_operator.blocking_conditions import find_missing_pods
 from finetune_operator.builders.job import build_preparation_job
 from finetune_operator.builders.run_config import build_run_config
@@ -17,11 +27,11 @@ from finetune_operator.decide import decide
 from finetune_operator.events import draft_events
 from finetune_operator.facts import Facts
 from finetune_operator.objects import FINETUNEJOB, JOB
-from finetune_operator.plan import ActionResult, Outcome, Plan, Situation
+from finetune_operator.plan import ActionResult, JobEnd, Outcome, Plan, Situation
 from finetune_operator.policies.acceptance import RefusedSpec
 from finetune_operator.policies.blocking import BlockingCondition
 from finetune_operator.report import compute_status, reduced_status
-from finetune_operator.settings import parse_config
+from finetune_operator.settings import OperatorConfig, parse_config
 from finetune_operator.views import JobView, PodView, as_deleted, read_job
 
 from tests.unit.operator import samples
@@ -33,6 +43,11 @@ CONFIG_WITH_PREPARATION = CONFIG.model_copy(update={"prepare": CONFIG.prepare.mo
 RECORD = {"number": 1, "startTime": iso_time(0)}
 USER_MISTAKE = TerminationMessage(class_=FailureClass.DATA, code="DatasetEmpty", message="no rows", hint="add rows", exit_code=65)
 LOST_STORE = TerminationMessage(class_=FailureClass.STORAGE, code="EndpointUnreachable", message="no answer", exit_code=69)
+
+
+WITHOUT_TRAINING = {
+    "phases": {"train": False, "from": "s3://models/x/model"}, "evaluation": {"metrics": ["perplexity"]}, "dataset": {"test": "s3://data/t"},
+}  # fmt: skip
 
 
 def gpu_spec(strategy: str = "auto", **groups: Any) -> dict[str, Any]:
@@ -75,7 +90,7 @@ def status_of(observed: Facts, plan: Plan, result: ActionResult | None = None) -
         ({"prepare": {"strategy": "always"}, "resources": {"gpusPerNode": 0}}, True),
         ({"resources": {"gpusPerNode": 0}}, False),
         ({"prepare": {"strategy": "never"}}, False),
-        ({"phases": {"train": False, "from": "s3://models/x/model"}, "evaluation": {"metrics": ["perplexity"]}, "dataset": {"test": "s3://data/t"}}, False),
+        (WITHOUT_TRAINING, False),
         ({"suspend": True}, False),
     ],
 )  # fmt: skip
@@ -391,3 +406,89 @@ async def test_a_reconcile_creates_the_job_once_and_then_the_first_attempt() -> 
     await process.reconcile()
     assert (JOB.plural, "run-1") in server.objects
     assert server.objects[FINETUNEJOB.plural, "run"]["status"]["preparation"]["reason"] == "Prepared"
+
+
+# ---- results of earlier jobs ----
+
+ADOPTED_URI = "s3://models/test/team/run/old/model/a1-12345678"
+ADOPTED = TerminationMessage(
+    exit_code=0, step=40, output=Output(uri=ADOPTED_URI, sha256="ab" * 32, kind="adapter", lineage_uri="s3://l", adopted_uid="old"),
+    evaluation=EvaluationResult(rows=7), metrics=Metrics(train_loss=0.5), progress=Progress(step=40, total_steps=40), data=DataReport(rows={"train": 3}),
+    resolved=ResolvedConfig(dataset_digest="d", device="NVIDIA H100"),
+)  # fmt: skip
+
+
+def adopting(message: TerminationMessage = ADOPTED, **fields: Any) -> Facts:
+    pods = (end_pod(preparation_pod(), 0, message),)
+    return facts(RECORD, preparation_job(completed_at=at(50)), pods, **fields)
+
+
+def test_a_job_with_an_earlier_result_succeeds_without_an_attempt() -> None:
+    observed = adopting()
+    plan = decide(observed)
+    assert (plan.create_attempt, plan.job_end) == (None, JobEnd(Outcome.SUCCEEDED, Reason.EXISTING_RESULT_ADOPTED))
+    found = status_of(observed, plan)
+    assert (found.phase, found.reason, found.attempt, found.attempts, found.restarts) == (Phase.SUCCEEDED, "ExistingResultAdopted", None, [], 0)
+    assert (found.output, found.metrics, found.data) == (ADOPTED.output, ADOPTED.metrics, ADOPTED.data)
+    assert found.progress is not None and found.progress.display == "40/40 (100%)"
+    assert found.evaluation is not None and (found.evaluation.rows, found.evaluation.headline) == (7, "training loss 0.5")
+    assert found.resolved is not None and found.resolved.device == "NVIDIA H100"
+    assert (found.failure, found.duration, found.workers) == (None, "-", Workers(ready=0, total=2, display="0/2"))
+    reasons = {one.type: (one.status, one.reason) for one in found.conditions}
+    assert reasons[Condition.SUCCEEDED] == reasons[Condition.PREPARED] == ("True", "ExistingResultAdopted")
+    assert reasons[Condition.FINISHED] == ("True", "Succeeded")
+    assert not {Condition.RECONCILING, Condition.STALLED} & set(reasons)
+    message = f"nothing was trained: the FineTuneJob of the same name with uid old had the same spec and inputs, and its result is {ADOPTED_URI}"
+    assert [(draft.reason, draft.note) for draft in draft_events(observed.job.status, found)][1:] == [(Reason.EXISTING_RESULT_ADOPTED, message)]
+    finished = samples.facts(spec=gpu_spec(), status=found, jobs=observed.jobs, pods=observed.pods, now=at(61))
+    assert (decide(finished).situation, decide(finished).create_attempt) == (Situation.FINISHED, None)
+
+
+def test_a_result_is_adopted_only_if_the_spec_permits_it() -> None:
+    observed = adopting(policy={"onExistingResult": "train"})
+    assert (decide(observed).job_end, status_of(observed, decide(observed)).phase) == (None, Phase.PREPARING)
+    without_result = decide(adopting(ADOPTED.model_copy(update={"output": None})))
+    assert without_result.job_end is None and without_result.preparation is not None and without_result.preparation.reason == Reason.PREPARED
+
+
+def test_a_job_with_attempts_is_never_adopted() -> None:
+    attempt = {"number": 1, "startTime": iso_time(0), "endTime": iso_time(10), "reason": "Preempted"}
+    plan = decide(adopting(known={"attempt": 2, "attempts": [attempt]}))
+    assert (plan.create_attempt, plan.job_end) == (2, None)
+
+
+def test_a_found_result_ends_a_job_that_must_not_repeat_a_run() -> None:
+    found = TerminationMessage(class_=FailureClass.USER, code="ExistingResultFound", message="stored", hint="choose another name", exit_code=64)
+    observed = facts(RECORD, *failed(found, 64), policy={"onExistingResult": "fail"})
+    new_status = status_of(observed, decide(observed))
+    assert (new_status.phase, new_status.reason) == (Phase.FAILED, "ExistingResultFound")
+    assert new_status.failure is not None and (new_status.failure.code, new_status.failure.hint) == ("ExistingResultFound", "choose another name")
+
+
+@pytest.mark.parametrize(
+    ("groups", "config", "default"),
+    [
+        ({}, CONFIG_WITH_PREPARATION, "adopt"),
+        ({"prepare": {"strategy": "always"}, "resources": {"gpusPerNode": 0}}, CONFIG, "adopt"),
+        ({"resources": {"gpusPerNode": 0}}, CONFIG_WITH_PREPARATION, "train"),
+        ({"prepare": {"strategy": "never"}}, CONFIG_WITH_PREPARATION, "train"),
+        ({}, CONFIG, "train"),
+        (WITHOUT_TRAINING, CONFIG_WITH_PREPARATION, "train"),
+    ],
+)  # fmt: skip
+def test_only_jobs_that_are_prepared_adopt_by_default(groups: dict[str, Any], config: OperatorConfig, default: str) -> None:
+    accepted = accept_spec(spec(**{"resources": {"gpusPerNode": 8}, **groups}), config)
+    assert (accepted.spec.policy.on_existing_result, accepted.defaults["policy.onExistingResult"]) == (default, default)
+    run = build_run_config(finetunejob(spec()), accepted.spec, 1, defaults=accepted.defaults, committed_step=0, max_step=None)
+    assert "onExistingResult" not in run.to_wire()["spec"].get("policy", {}), "trainer 0.1.0 does not know the field"
+
+
+@pytest.mark.parametrize("mode", ["adopt", "fail"])
+def test_a_written_mode_requires_the_preparation(mode: str) -> None:
+    on_cpu = facts(resources={"gpusPerNode": 0}, policy={"onExistingResult": mode})
+    assert decide(on_cpu).create_preparation == 1
+    waiting = preparation_pod(phase="Pending", is_ready=False, node="", unschedulable_message="0/3 nodes are available")
+    by_default = decide(facts(RECORD, preparation_job(), (waiting,), now=at(9999)))
+    assert by_default.preparation is not None and by_default.preparation.reason == Reason.PREPARATION_SKIPPED
+    written = decide(facts(RECORD, preparation_job(), (waiting,), now=at(9999), policy={"onExistingResult": mode}))
+    assert (written.situation, written.preparation) == (Situation.PREPARING, None)

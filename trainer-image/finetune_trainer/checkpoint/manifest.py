@@ -45,6 +45,10 @@ class RunFacts(LenientModel):
         alias="beside",  # Version 0.1.0 stored the field under this name.
         description="A hash of each other input: tokenizer, reference model, adapter, validation data, test data, images, ConfigMaps.",
     )
+    source_versions: dict[str, str] = Field(
+        default_factory=dict,
+        description="Version of each model's files at its source, by spec path. A pod without weights can compute it. Not compared when a run resumes.",
+    )
     config_sha256: str = ""
     versions: dict[str, str] = Field(default_factory=dict)
 

@@ -145,6 +145,11 @@ class CheckpointTree:
         except ValueError:
             return None
 
+    def is_complete(self, checkpoint: CommittedCheckpoint) -> bool:
+        """Whether the manifest is that of the marker, and every object that it lists exists with the right size. Nothing is downloaded."""
+        manifest = self.read_manifest(checkpoint)
+        return manifest is not None and not self._is_swept(checkpoint.folder, manifest)
+
     # ---- writing ----
 
     def upload(self, prefix: str, incarnation: str, folder: Path, *, byte_counter: ByteCounter | None = None) -> list[FileEntry]:

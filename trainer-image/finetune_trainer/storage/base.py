@@ -62,6 +62,9 @@ class Store(Protocol):
     def list(self, prefix: str) -> Iterator[ObjectStat]:
         """Yield all objects whose key starts with the prefix, in the order of their keys."""
 
+    def list_folders(self) -> tuple[str, ...]:
+        """Return the names of the folders directly below the root, in order."""
+
     def delete(self, keys: Iterable[str]) -> None:
         """Remove objects. Missing objects are ignored."""
 

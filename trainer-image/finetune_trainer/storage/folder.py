@@ -104,6 +104,13 @@ class FolderStore:
                 if key.startswith(prefix) and (stat := self.stat(key)):
                     yield stat
 
+    def list_folders(self) -> tuple[str, ...]:
+        with self._translate_os_errors("list the folders"):
+            try:
+                return tuple(sorted(entry.name for entry in os.scandir(self.root) if entry.is_dir()))
+            except (FileNotFoundError, NotADirectoryError):
+                return ()
+
     def delete(self, keys: Iterable[str]) -> None:
         for key in keys:
             with self._translate_os_errors(f"delete {key}"):

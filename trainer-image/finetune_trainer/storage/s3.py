@@ -275,6 +275,14 @@ class S3Store:
         except Exception as error:
             raise explain(error, self.connection, operation="ListObjectsV2") from error
 
+    def list_folders(self) -> tuple[str, ...]:
+        prefix = f"{self.prefix}/" if self.prefix else ""
+        try:
+            pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=prefix, Delimiter="/")
+            return tuple(sorted(entry["Prefix"][len(prefix) : -1] for page in pages for entry in page.get("CommonPrefixes", [])))
+        except Exception as error:
+            raise explain(error, self.connection, operation="ListObjectsV2") from error
+
     def close(self) -> None:
         self._client.close()
 

@@ -110,10 +110,16 @@ class WebStore:
         return self._with_retries(key, request_stat)
 
     def list(self, prefix: str) -> Iterator[ObjectStat]:
-        raise StorageSetupError(
+        raise self._not_listable()
+
+    def _not_listable(self) -> StorageSetupError:
+        return StorageSetupError(
             "StorageNotListable", f"{self.uri} cannot be listed: a web server has no listing",
             hint=f"write the URI of one checkpoint or of the model: {self.uri}/checkpoints/step-00000100 or {self.uri}/model",
         )  # fmt: skip
+
+    def list_folders(self) -> tuple[str, ...]:
+        raise self._not_listable()
 
     # ---- writing: refused ----
 

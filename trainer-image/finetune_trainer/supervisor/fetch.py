@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -89,6 +89,13 @@ class FetchedSource:
     """Commit of a hub repository; None for other sources."""
     skipped_names: frozenset[str] = frozenset()
     """Files of the source that were not downloaded, relative to `path`."""
+    listing_version: str | None = None
+    """Digest over the names, sizes and version tags of the source's files, including those that were not downloaded. None for local sources and the hub."""
+
+    @property
+    def source_version(self) -> str:
+        """A version of the source that is the same with and without its weights on the local disk."""
+        return self.hub_revision or self.listing_version or fingerprint(self.path)
 
 
 class Fetcher:
@@ -104,6 +111,8 @@ class Fetcher:
         """
         self.run, self.work, self.byte_counter, self._model_kind = run, work, byte_counter, model_kind
         self.digests = FileDigests() if digests is None else digests
+        self.source_versions: dict[str, str] = {}
+        """Version of each fetched model with weights, by spec path."""
 
     def model(self, text: str, path: str, name: str) -> FetchedSource:
         """Fetch a folder with a model. `path` is the spec field, `name` the folder to download into.
@@ -113,6 +122,7 @@ class Fetcher:
         fetched = self._fetch_model(text, path, name, self._model_kind)
         if self._model_kind.skipped_endings:
             _require_weights(fetched, path, redact_source(text))
+        self.source_versions[path] = fetched.source_version
         return fetched
 
     def tokenizer(self, text: str, path: str, name: str) -> FetchedSource:
@@ -226,7 +236,8 @@ class Fetcher:
             store.close()
         files = [file for _, file in jobs]
         skipped_names = frozenset(_relative_path(stat.key, folder) for stat in listed if kind.skips(stat.key))
-        return FetchedSource(files[0] if is_single_object else target, files, skipped_names=skipped_names)
+        version = _listing_version((_relative_path(stat.key, folder), stat.size, stat.tag) for stat in listed)
+        return FetchedSource(files[0] if is_single_object else target, files, skipped_names=skipped_names, listing_version=version)
 
     def _list_with_short_timeouts(self, source: S3Source, kind: SourceKind) -> list[ObjectStat]:
         """List the source with short timeouts, so that wrong settings fail within seconds. The downloads retry longer."""
@@ -309,7 +320,8 @@ class Fetcher:
                 hint="upload the model again", failure_class=MODEL_SOURCE.failure_class,
             )  # fmt: skip
         skipped_names = frozenset(entry.path for entry in manifest.files if kind.skips(entry.path)) if manifest is not None else frozenset()
-        return FetchedSource(target, _data_files(target), skipped_names=skipped_names)
+        version = _listing_version((entry.path, entry.size, entry.sha256) for entry in manifest.files) if manifest is not None else None
+        return FetchedSource(target, _data_files(target), skipped_names=skipped_names, listing_version=version)
 
     def _open_web_store(self, uri: str, kind: SourceKind) -> WebStore:
         """Open a web store with the CA bundle of the configured connection."""
@@ -409,6 +421,11 @@ def _require_weights(fetched: FetchedSource, path: str, shown: str) -> None:
 def _data_files(folder: Path) -> list[Path]:
     names = {path for pattern in DATA_FILES for path in folder.glob(pattern)}
     return sorted(path for path in names if path.is_file())
+
+
+def _listing_version(files: Iterable[tuple[str, int, str]]) -> str:
+    """Return a sha256 over the name, size and version tag of each file."""
+    return "sha256:" + hashlib.sha256("".join(f"{name}\0{size}\0{tag}\0" for name, size, tag in sorted(files)).encode()).hexdigest()
 
 
 def fingerprint(folder: Path) -> str:

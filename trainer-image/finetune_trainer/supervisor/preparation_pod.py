@@ -15,8 +15,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from finetune_api.base import ReportModel
+from finetune_api.existing_result import RunResult
 from finetune_api.names import ExitCode
-from finetune_api.pod import RunConfig
+from finetune_api.pod import RunConfig, TerminationMessage
 from finetune_api.status import DataReport, ResolvedConfig, RunPlan, Stage
 
 from finetune_trainer import processes
@@ -24,6 +25,7 @@ from finetune_trainer.failure import RankFailure, as_failure
 from finetune_trainer.inputs import FILE_NAME
 from finetune_trainer.settings import Settings, load_run
 from finetune_trainer.supervisor.child_run import run_child
+from finetune_trainer.supervisor.existing_result import find_result_to_adopt
 from finetune_trainer.supervisor.exit_decision import ExitDecision
 from finetune_trainer.supervisor.fetch import MODEL_WITHOUT_WEIGHTS
 from finetune_trainer.supervisor.file_digests import FileDigests
@@ -53,6 +55,7 @@ class PreparationPod:
         if stop_requests:
             self._stop.set()
         self._result: CheckResult | None = None
+        self._adopted: RunResult | None = None
 
     def run(self) -> int:
         """Check everything, report the result to the operator, and return the exit code."""
@@ -74,7 +77,10 @@ class PreparationPod:
         message = termination_message(decision, self._state.report(), output=None, start_step=0, node_name=self._settings.node_name)
         # The revision of a model may be the digest of all its files, but this pod has not downloaded the weights.
         resolved = message.resolved.model_copy(update={"model_revision": None}) if message.resolved is not None else None
-        write_termination_message(message.model_copy(update={"data": data, "resolved": resolved}), self._settings.termination_log)
+        message = message.model_copy(update={"data": data, "resolved": resolved})
+        if self._adopted is not None and decision.code == ExitCode.OK:
+            message = _with_adopted_result(message, self._adopted)
+        write_termination_message(message, self._settings.termination_log)
         server.close()
         return decision.code
 
@@ -91,11 +97,13 @@ class PreparationPod:
 
         def fetch() -> None:
             preparation.preflight()
-            inputs, _ = preparation.fetch()
+            inputs, facts = preparation.fetch()
             inputs.write(work)
+            self._adopted = find_result_to_adopt(run, facts, self._state)
 
         run_until(self._stop.is_set, fetch)
-        self._run_process(run)
+        if self._adopted is None:
+            self._run_process(run)
         summary, checked = preparation.data_summary, self._result
         self._state.merge_resolved(checked.resolved if checked is not None else ResolvedConfig())
         if summary is None:
@@ -127,6 +135,16 @@ class PreparationPod:
                 self._state.merge_plan(RunPlan.model_validate(message["value"]))
             case "checked":
                 self._result = CheckResult.model_validate(message["value"])
+
+
+def _with_adopted_result(message: TerminationMessage, result: RunResult) -> TerminationMessage:
+    """Return the message with the result of the earlier run, as if this job had trained it."""
+    own_notes = message.resolved.notes if message.resolved is not None else None
+    resolved = (result.resolved or ResolvedConfig()).model_copy(update={"notes": own_notes})
+    return message.model_copy(update={
+        "output": result.output, "evaluation": result.evaluation, "metrics": result.metrics, "progress": result.progress,
+        "step": result.progress.step if result.progress is not None else None, "resolved": resolved,
+    })  # fmt: skip
 
 
 def prepare(settings: Settings, stop_requests: Sequence[float] = ()) -> int:

@@ -215,6 +215,7 @@ class Preparation:
             validation=fetcher.data(data.validation, "dataset.validation", "validation") if data.validation else [],
             test=fetcher.data(data.test, "dataset.test", "test") if data.test else [],
             images=fetcher.image_root(data.images.root, "dataset.images.root", "images") if data.images and data.images.root else None,
+            source_versions=fetcher.source_versions,
             model_revision=model.hub_revision or fingerprint(model.path),
             dataset_digest=combined_digest([*train, *(file for part in mixture for file in part)], self._digests.of),
             output_dir=self._work / "output",
@@ -332,6 +333,7 @@ def run_facts_of(run: RunConfig, config_sha256: str, inputs: Inputs, sha256: Cal
         learning_rate=training_spec.learning_rate,
         settings=setting_hashes_of(run),
         other_inputs=other_inputs_of(inputs, sha256),
+        source_versions=inputs.source_versions,
         config_sha256=config_sha256,
         versions=package_versions(),
     )

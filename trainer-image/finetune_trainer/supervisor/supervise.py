@@ -36,6 +36,7 @@ from finetune_trainer.storage.roots import open_store
 from finetune_trainer.supervisor.agent_process import start_agent
 from finetune_trainer.supervisor.attempt_recorder import AttemptRecorder
 from finetune_trainer.supervisor.existing_model import ExistingModel, find_existing_model, record_existing_model
+from finetune_trainer.supervisor.existing_result import store_result
 from finetune_trainer.supervisor.exit_decision import (
     AttemptFacts,
     ExitDecision,
@@ -80,6 +81,7 @@ TRACKING_SHARE = 0.75
 """Share of the grace period after which a stopped pod no longer waits for trackers. The rest is reserved for the report."""
 FILES_OF_RESULTS = "files of results"
 RECORDS = "records of the attempt"
+RESULT_RECORDS = "records of the result"
 
 
 class Supervisor:
@@ -143,6 +145,7 @@ class Supervisor:
         exit_decision = self._decide_exit()
         self._finish_tracking(exit_decision)
         self._write_report(exit_decision)
+        self._store_result(exit_decision)
         self._report_end(exit_decision)
         return exit_decision.code
 
@@ -537,6 +540,14 @@ class Supervisor:
         if output is not None and uris and uris[0] is not None:
             self._facts.output = output.model_copy(update={"report_uri": uris[0]})
             self._state.set_output(self._facts.output)
+
+    def _store_result(self, exit_decision: ExitDecision) -> None:
+        """Store the result of a successful run, so that a later job of the same name can adopt it. A failure only adds a note."""
+        run, tree, output = self._run, self._tree, self._facts.output
+        if exit_decision.code != ExitCode.OK or run is None or tree is None or output is None:
+            return
+        if self._settings.node_rank == 0 and run.spec.phases.train is not False:
+            self._clean_up(lambda: store_quietly(self._state, RESULT_RECORDS, lambda: store_result(run, tree, output, self._state.report())))
 
     def _termination_message(self, exit_decision: ExitDecision) -> TerminationMessage:
         return termination_message(

@@ -1,0 +1,197 @@
+"""Build the files of a release from the last commit: wheel, chart, CRD, kubectl plugin, bills of materials and checksums.
+
+    python scripts/release.py dist/release [--url https://host/releases/v0.2.0] [--image NAME@sha256:DIGEST ...]
+
+The same commit and the same locked packages lead to the same bytes: all times are SOURCE_DATE_EPOCH (default: the time of the commit), and owners,
+permissions and the order of files are fixed. Images are built and pushed separately, because only the registry knows their digests.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import gzip
+import hashlib
+import io
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+import zipfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import sbom
+import yaml
+from finetune_api.names import RELEASE
+from packages import ROOT, MissingPackage
+
+CHART = Path("helm/finetune-operator")
+CRD = Path("crds/finetunejobs.yaml")
+CHECKSUMS = "SHA256SUMS"
+LAUNCHER = Path("scripts/krew/kubectl-finetune")
+IMAGE_PATTERN = re.compile(r"[a-z0-9][a-z0-9./:_-]*@sha256:[0-9a-f]{64}")
+OLDEST_ZIP_TIME = 315532800
+"""1980-01-01, the first time that a zip file can contain."""
+
+
+class ReleaseError(Exception):
+    """The release cannot be built. The message says what to change."""
+
+
+@dataclass(frozen=True)
+class ReleaseFile:
+    """A file in an archive: its name, content, and whether it is a program."""
+
+    name: str
+    content: bytes
+    is_program: bool = False
+
+
+def build_release(folder: Path, url: str | None, images: Iterable[str]) -> list[Path]:
+    """Build all files in `folder`, which is replaced. Return their paths. Errors: ReleaseError, MissingPackage."""
+    given_images = sorted(images)
+    if wrong := [image for image in given_images if not IMAGE_PATTERN.fullmatch(image)]:
+        raise ReleaseError(f"--image {wrong[0]}: write name@sha256:digest, with the digest that the registry printed")
+    if url is not None and not url.startswith("https://"):
+        raise ReleaseError(f"--url {url}: write the https:// address of the folder from which users download the files")
+    if folder.exists() and any(folder.iterdir()) and not (folder / CHECKSUMS).exists():
+        raise ReleaseError(f"{folder} contains other files than a release: give a new folder")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    epoch = source_date_epoch()
+    with tempfile.TemporaryDirectory() as temporary:
+        source = Path(temporary) / "source"
+        export_commit(source)
+        wheel = build_wheel(source, folder, epoch)
+        write_tar(folder / f"finetune-operator-{RELEASE}.tgz", chart_files(source / CHART), epoch)
+        plugin = folder / f"kubectl-finetune-{RELEASE}.tar.gz"
+        write_tar(plugin, plugin_files(source, wheel), epoch)
+        shutil.copyfile(source / CRD, folder / CRD.name)
+    sbom.write_files(folder)
+    if given_images:
+        (folder / "images.txt").write_text("\n".join(given_images) + "\n", "utf-8")
+    if url is not None:
+        (folder / "finetune.yaml").write_text(krew_manifest(plugin, url.rstrip("/")), "utf-8")
+    return [*sorted(folder.iterdir()), write_checksums(folder)]
+
+
+def source_date_epoch() -> int:
+    """Return the time of all files, in seconds since 1970: SOURCE_DATE_EPOCH, or the time of the last commit."""
+    text = os.environ.get("SOURCE_DATE_EPOCH") or run_git("log", "-1", "--format=%ct").decode().strip()
+    if not text.isdecimal():
+        raise ReleaseError(f"SOURCE_DATE_EPOCH is {text}: write the seconds since 1970 as a number")
+    return max(int(text), OLDEST_ZIP_TIME)
+
+
+def run_git(*words: str) -> bytes:
+    done = subprocess.run(["git", "-C", ROOT, *words], capture_output=True, check=False)
+    if done.returncode:
+        raise ReleaseError(f"git {words[0]} failed: {done.stderr.decode().strip()}; build a release in a clone of the repository")
+    return done.stdout
+
+
+def export_commit(folder: Path) -> None:
+    """Write the files of the last commit to `folder`."""
+    if run_git("status", "--porcelain", "--untracked-files=no").strip():
+        print("release: the files of the last commit are used; changes of the working tree are not part of it", file=sys.stderr)
+    with tarfile.open(fileobj=io.BytesIO(run_git("archive", "HEAD"))) as archive:
+        archive.extractall(folder, filter="data")
+
+
+def build_wheel(source: Path, folder: Path, epoch: int) -> Path:
+    """Build the wheel, and write its files again with fixed times, permissions and order."""
+    program = "import sys, setuptools.build_meta as backend; backend.build_wheel(sys.argv[1])"
+    built = source.parent / "wheel"
+    built.mkdir()
+    done = subprocess.run(
+        [sys.executable, "-c", program, built], cwd=source, capture_output=True, text=True, env={**os.environ, "SOURCE_DATE_EPOCH": str(epoch)}
+    )
+    if done.returncode:
+        raise ReleaseError(f"the wheel could not be built: {done.stderr.strip()[-2000:]}")
+    (unordered,) = built.glob("*.whl")
+    target = folder / unordered.name
+    with zipfile.ZipFile(unordered) as old, zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as new:
+        for name in sorted(old.namelist()):
+            entry = zipfile.ZipInfo(name, time.gmtime(epoch)[:6])
+            entry.compress_type, entry.external_attr, entry.create_system = zipfile.ZIP_DEFLATED, 0o100644 << 16, 3
+            new.writestr(entry, old.read(name))
+    return target
+
+
+def chart_files(chart: Path) -> list[ReleaseFile]:
+    """Return the files of the chart below a folder with its name, without those that `.helmignore` names."""
+    ignored = [*(chart / ".helmignore").read_text("utf-8").split(), ".helmignore"]
+    names = sorted(path.relative_to(chart).as_posix() for path in chart.rglob("*") if path.is_file())
+    kept = [name for name in names if not any(fnmatch.fnmatch(Path(name).name, pattern.rstrip("/")) for pattern in ignored)]
+    # Helm expects Chart.yaml first.
+    ordered = sorted(kept, key=lambda name: (name != "Chart.yaml", name))
+    return [ReleaseFile(f"{chart.name}/{name}", (chart / name).read_bytes()) for name in ordered]
+
+
+def plugin_files(source: Path, wheel: Path) -> list[ReleaseFile]:
+    """Return the files of the kubectl plugin: a launcher, the wheel, the locked requirements and the licence."""
+    return [
+        ReleaseFile("kubectl-finetune", (source / LAUNCHER).read_bytes(), is_program=True), ReleaseFile(wheel.name, wheel.read_bytes()),
+        ReleaseFile("requirements.lock", (source / "requirements/cli.lock").read_bytes()), ReleaseFile("LICENSE", (source / "LICENSE").read_bytes()),
+    ]  # fmt: skip
+
+
+def write_tar(path: Path, files: Iterable[ReleaseFile], epoch: int) -> None:
+    """Write a compressed archive in which times, owners and permissions are fixed."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as archive:
+        for file in files:
+            entry = tarfile.TarInfo(file.name)
+            entry.size, entry.mtime, entry.mode = len(file.content), epoch, 0o755 if file.is_program else 0o644
+            archive.addfile(entry, io.BytesIO(file.content))
+    path.write_bytes(gzip.compress(buffer.getvalue(), mtime=epoch))
+
+
+def krew_manifest(plugin: Path, url: str) -> str:
+    """Return the manifest of the kubectl plugin for an index of krew."""
+    platform = {
+        "selector": {"matchExpressions": [{"key": "os", "operator": "In", "values": ["darwin", "linux"]}]},
+        "uri": f"{url}/{plugin.name}", "sha256": hashlib.sha256(plugin.read_bytes()).hexdigest(),
+        "files": [{"from": "*", "to": "."}], "bin": "kubectl-finetune",
+    }  # fmt: skip
+    value = {
+        "apiVersion": "krew.googlecontainertools.github.com/v1alpha2", "kind": "Plugin", "metadata": {"name": "finetune"},
+        "spec": {
+            "version": f"v{RELEASE}", "homepage": url, "shortDescription": "Create, watch and import fine-tuning jobs",
+            "description": "Creates, validates, watches and imports FineTuneJobs of the finetune-operator, and reads their results from storage.",
+            "caveats": "Needs Python 3.11 or newer. The first start installs locked Python packages from your package index.",
+            "platforms": [platform],
+        },
+    }  # fmt: skip
+    return str(yaml.safe_dump(value, sort_keys=False, width=160))
+
+
+def write_checksums(folder: Path) -> Path:
+    """Write SHA256SUMS, for `sha256sum --check`."""
+    lines = [f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n" for path in sorted(folder.iterdir())]
+    (folder / CHECKSUMS).write_text("".join(lines), "utf-8")
+    return folder / CHECKSUMS
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="release", description="Build the files of a release from the last commit.")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--url", help="https:// address from which users download the files. Without it, no krew manifest is written.")
+    parser.add_argument("--image", action="append", default=[], help="pushed image: name@sha256:digest; may be repeated")
+    options = parser.parse_args(arguments)
+    try:
+        print("\n".join(map(str, build_release(options.folder, options.url, options.image))))
+    except (ReleaseError, MissingPackage) as error:
+        print(f"release: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

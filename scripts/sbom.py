@@ -1,0 +1,90 @@
+"""Write the software bills of materials (CycloneDX 1.6) and the table of licences of the images and of the command line.
+
+    python scripts/sbom.py dist
+
+The files contain no time and no random number, so that equal lock files lead to equal files. They contain the Python packages. The packages of
+the base image are in the bill of materials of the base.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import uuid
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from finetune_api.names import RELEASE
+from packages import PROGRAMS, MissingPackage, Package, read_packages
+from packaging.licenses import InvalidLicenseExpression, canonicalize_license_expression
+
+NAMES = {"operator": "finetune-operator", "trainer": "finetune-trainer", "cli": "finetune-cli"}
+NAMESPACE = uuid.UUID("6f0f4c5e-6e1b-5b0e-9d0a-2f7f4a5a9c11")
+"""Fixed namespace of the serial numbers, which follow from the content."""
+
+
+def build_sbom(program: str, packages: Iterable[Package]) -> dict[str, Any]:
+    """Return the bill of materials of one program."""
+    found = list(packages)
+    root = {"type": "application", "bom-ref": NAMES[program], "name": NAMES[program], "version": RELEASE, "licenses": [_licence("Apache-2.0")]}
+    refs = {package.name: f"pkg:pypi/{package.name}@{package.version}" for package in found}
+    required = {name for package in found for name in package.dependencies}
+    value: dict[str, Any] = {
+        "bomFormat": "CycloneDX", "specVersion": "1.6", "version": 1, "metadata": {"component": root},
+        "components": [
+            {
+                "type": "library", "bom-ref": refs[package.name], "name": package.name, "version": package.version, "purl": refs[package.name],
+                "licenses": [_licence(package.licence)],
+            }
+            for package in found
+        ],
+        "dependencies": [
+            {"ref": NAMES[program], "dependsOn": [refs[package.name] for package in found if package.name not in required]},
+            *({"ref": refs[package.name], "dependsOn": [refs[name] for name in package.dependencies]} for package in found),
+        ],
+    }  # fmt: skip
+    serial = uuid.uuid5(NAMESPACE, json.dumps(value, sort_keys=True))
+    return {**value, "serialNumber": f"urn:uuid:{serial}"}
+
+
+def _licence(text: str) -> dict[str, Any]:
+    """Return the licence as an SPDX expression, or as a name if it is none."""
+    try:
+        return {"expression": canonicalize_license_expression(text)}
+    except InvalidLicenseExpression:
+        return {"license": {"name": text}}
+
+
+def licence_table(packages_by_program: dict[str, list[Package]]) -> str:
+    """Return a Markdown table of all packages with licence and programs."""
+    programs_of: dict[Package, list[str]] = {}
+    for program, packages in packages_by_program.items():
+        for package in packages:
+            programs_of.setdefault(package, []).append(program)
+    by_name: dict[tuple[str, str, str], set[str]] = {}
+    for package, programs in programs_of.items():
+        by_name.setdefault((package.name, package.version, package.licence), set()).update(programs)
+    rows = [f"| {name} | {version} | {licence} | {', '.join(sorted(programs))} |" for (name, version, licence), programs in sorted(by_name.items())]
+    return "\n".join(["# Licences of the Python packages", "", "| package | version | licence | part of |", "|---|---|---|---|", *rows, ""])
+
+
+def write_files(folder: Path) -> list[Path]:
+    """Write `sbom-<program>.cdx.json` and `licences.md`, and return their paths. Errors: MissingPackage."""
+    folder.mkdir(parents=True, exist_ok=True)
+    packages = {program: read_packages(program) for program in PROGRAMS}
+    texts = {f"sbom-{program}.cdx.json": json.dumps(build_sbom(program, found), indent=1, sort_keys=True) + "\n" for program, found in packages.items()}
+    texts["licences.md"] = licence_table(packages)
+    for name, text in texts.items():
+        (folder / name).write_text(text, "utf-8")
+    return [folder / name for name in texts]
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Write bills of materials and licences.")
+    parser.add_argument("folder", type=Path, nargs="?", default=Path("dist"))
+    try:
+        print("\n".join(map(str, write_files(parser.parse_args().folder))))
+    except MissingPackage as problem:
+        sys.exit(f"sbom: {problem}")

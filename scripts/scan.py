@@ -1,0 +1,148 @@
+"""Compare the locked packages with a folder of vulnerability reports in the OSV format.
+
+    python scripts/scan.py FOLDER
+
+The folder contains one JSON file per report, at any depth, for example the unpacked archive of the ecosystem PyPI of osv.dev. Nothing is downloaded.
+The exit code is 1 if a package is affected, and 2 if the folder cannot be used.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from packages import PROGRAMS, ROOT, locked_versions
+from packaging.utils import canonicalize_name
+from packaging.version import InvalidVersion, Version
+
+ECOSYSTEM = "PyPI"
+FIRST_VERSION = "0"
+"""In the OSV format, this value of `introduced` means: before every version."""
+
+
+class UnusableDatabase(Exception):
+    """The folder contains no reports, or a file that is no report."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A locked package that a report affects."""
+
+    package: str
+    version: str
+    programs: tuple[str, ...]
+    report: str
+    summary: str
+    fixed_in: str
+    """The next version without the vulnerability, or an empty text if the report names none."""
+
+    def __str__(self) -> str:
+        remedy = f"fixed in {self.fixed_in}" if self.fixed_in else "no fixed version is known"
+        return f"{self.package} {self.version} ({', '.join(self.programs)}): {self.report}: {self.summary or 'no summary'}; {remedy}"
+
+
+def scan(folder: Path, versions_by_program: dict[str, dict[str, str]]) -> tuple[list[Finding], int]:
+    """Return the findings, by package and report, and the number of reports. Errors: UnusableDatabase."""
+    programs_of: dict[str, dict[str, list[str]]] = {}
+    for program, versions in versions_by_program.items():
+        for name, version in versions.items():
+            programs_of.setdefault(name, {}).setdefault(version, []).append(program)
+    findings, count = [], 0
+    for report in read_reports(folder):
+        count += 1
+        for name in {_package_name(affected) for affected in report.get("affected", [])} & programs_of.keys():
+            for version, programs in programs_of[name].items():
+                fixed_in = affected_by(report, name, version)
+                if fixed_in is not None:
+                    findings.append(Finding(name, version, tuple(programs), report["id"], str(report.get("summary", "")), fixed_in))
+    return sorted(findings, key=lambda finding: (finding.package, finding.version, finding.report)), count
+
+
+def read_reports(folder: Path) -> Iterator[dict[str, Any]]:
+    """Yield all reports that were not withdrawn. Errors: UnusableDatabase."""
+    files = sorted(folder.rglob("*.json"))
+    if not files:
+        raise UnusableDatabase(f"{folder} contains no *.json file: give a folder with vulnerability reports in the OSV format")
+    for file in files:
+        try:
+            report = json.loads(file.read_text("utf-8"))
+            is_report = isinstance(report["id"], str) and isinstance(report.get("affected", []), list)
+        except (ValueError, KeyError, TypeError) as error:
+            raise UnusableDatabase(f"{file} is not a report in the OSV format: {error}") from error
+        if not is_report:
+            raise UnusableDatabase(f"{file} is not a report in the OSV format: `id` must be a text and `affected` a list")
+        if "withdrawn" not in report:
+            yield report
+
+
+def affected_by(report: dict[str, Any], name: str, version: str) -> str | None:
+    """Return the version in which the vulnerability is fixed, an empty text if none is known, or None if the package is not affected."""
+    for affected in report.get("affected", []):
+        if _package_name(affected) != name:
+            continue
+        ranges = [one for one in affected.get("ranges", []) if one.get("type") in ("ECOSYSTEM", "SEMVER")]
+        matching = [fixed for one in ranges if (fixed := _fixed_version(one.get("events", []), version)) is not None]
+        if matching or _equals_one(version, affected.get("versions", [])):
+            return next(filter(None, matching), "")
+    return None
+
+
+def _package_name(affected: dict[str, Any]) -> str | None:
+    """Return the normalised name of an affected Python package; None for other ecosystems."""
+    package = affected.get("package", {})
+    return canonicalize_name(str(package.get("name", ""))) if package.get("ecosystem") == ECOSYSTEM else None
+
+
+def _equals_one(version: str, others: list[str]) -> bool:
+    """Whether the version equals one of the others by the rules for Python versions, for example 1.0 and 1.0.0."""
+    return any(Version(version) == found for other in others if (found := _parse(other)) is not None)
+
+
+def _fixed_version(events: list[dict[str, str]], version: str) -> str | None:
+    """Return the version that ends the range with this version, an empty text for a range without end, or None if no range contains the version."""
+    wanted, is_inside = Version(version), False
+    for event in sorted(events, key=_position):
+        kind, text = next(iter(event.items()))
+        limit = None if text == FIRST_VERSION else _parse(text)
+        if kind == "introduced":
+            is_inside = is_inside or limit is None or wanted >= limit
+        elif limit is not None and is_inside and kind in ("fixed", "last_affected"):
+            is_past = wanted >= limit if kind == "fixed" else wanted > limit
+            if not is_past:
+                return text if kind == "fixed" else ""
+            is_inside = False
+    return "" if is_inside else None
+
+
+def _position(event: dict[str, str]) -> tuple[Version, bool]:
+    """The order of events: by version, and with equal versions first `introduced`."""
+    kind, text = next(iter(event.items()))
+    return _parse(text) or Version("0.dev0"), kind != "introduced"
+
+
+def _parse(text: str) -> Version | None:
+    try:
+        return Version(text)
+    except InvalidVersion:
+        return None
+
+
+def main(arguments: list[str]) -> int:
+    if len(arguments) != 1 or not Path(arguments[0]).is_dir():
+        print(f"scan: {' '.join(arguments) or 'no folder'}: give one existing folder with vulnerability reports: make scan DB=folder", file=sys.stderr)
+        return 2
+    try:
+        findings, count = scan(Path(arguments[0]), {program: locked_versions(ROOT / f"requirements/{program}.lock") for program in PROGRAMS})
+    except UnusableDatabase as error:
+        print(f"scan: {error}", file=sys.stderr)
+        return 2
+    print("\n".join([*map(str, findings), f"{len(findings)} findings in {count} reports"]))
+    return 1 if findings else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

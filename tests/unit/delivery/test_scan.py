@@ -1,0 +1,150 @@
+"""The scan for vulnerabilities compares locked versions with reports in the OSV format; bills of materials and licences of the images."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[3]
+sys.path.insert(0, str(ROOT / "scripts"))
+
+import packages  # noqa: E402 -- scripts, importable only now
+import sbom  # noqa: E402
+import scan  # noqa: E402
+
+
+def report(*events: dict[str, str], name: str = "Pillow", ecosystem: str = "PyPI", **fields: Any) -> dict[str, Any]:
+    ranges = [{"type": "ECOSYSTEM", "events": list(events)}] if events else []
+    affected = {"package": {"name": name, "ecosystem": ecosystem}, "ranges": ranges, **fields.pop("affected", {})}
+    return {"id": "PYSEC-1", "affected": [affected], **fields}
+
+
+@pytest.mark.parametrize(
+    ("version", "found", "expected"),
+    [
+        ("1.9", report({"introduced": "0"}, {"fixed": "2.0"}), "2.0"),
+        ("2.0", report({"introduced": "0"}, {"fixed": "2.0"}), None),
+        ("2.0.0", report({"introduced": "0"}, {"fixed": "2"}), None),
+        ("2.0rc1", report({"introduced": "0"}, {"fixed": "2.0"}), "2.0"),
+        ("1.0", report({"introduced": "1.1"}, {"fixed": "2.0"}), None),
+        ("3.5", report({"introduced": "3"}, {"fixed": "4"}, {"introduced": "0"}, {"fixed": "2"}), "4"),
+        ("2.5", report({"introduced": "3"}, {"fixed": "4"}, {"introduced": "0"}, {"fixed": "2"}), None),
+        ("10.0", report({"introduced": "9"}), ""),
+        ("2.0", report({"introduced": "0"}, {"last_affected": "2.0"}), ""),
+        ("2.1", report({"introduced": "0"}, {"last_affected": "2.0"}), None),
+        ("1.2", report(affected={"versions": ["1.2.0"]}), ""),
+        ("1.3", report(affected={"versions": ["1.2.0", "not a version"]}), None),
+        ("1.9", report({"introduced": "0"}, ecosystem="npm"), None),
+        ("1.9", report({"introduced": "0"}, name="pillow-simd"), None),
+        ("1.9", report({"introduced": "0"}, affected={"ranges": [{"type": "GIT", "events": [{"introduced": "0"}]}]}), None),
+    ],
+)  # fmt: skip
+def test_a_version_is_affected_if_a_range_contains_it(version: str, found: dict[str, Any], expected: str | None) -> None:
+    assert scan.affected_by(found, "pillow", version) == expected
+
+
+def write_database(folder: Path, *reports: dict[str, Any]) -> Path:
+    for number, one in enumerate(reports):
+        (folder / f"{number % 2}").mkdir(exist_ok=True)
+        (folder / f"{number % 2}" / f"{number}.json").write_text(json.dumps(one))
+    return folder
+
+
+def test_findings_name_package_programs_and_the_fixed_version(tmp_path: Path) -> None:
+    database = write_database(
+        tmp_path, report({"introduced": "0"}, {"fixed": "9999"}, name="PyYAML", summary="runs code"), report({"introduced": "0"}, name="kopf", id="PYSEC-2"),
+        report({"introduced": "0"}, name="torch", withdrawn="2026-01-01T00:00:00Z"), report({"introduced": "0"}, name="not-in-an-image"),
+    )  # fmt: skip
+    done = run_scan(str(database))
+    pyyaml = packages.locked_versions(ROOT / "requirements/operator.lock")["pyyaml"]
+    kopf = packages.locked_versions(ROOT / "requirements/operator.lock")["kopf"]
+    assert done.stdout.splitlines() == [
+        f"kopf {kopf} (operator): PYSEC-2: no summary; no fixed version is known",
+        f"pyyaml {pyyaml} (operator, trainer, cli): PYSEC-1: runs code; fixed in 9999",
+        "2 findings in 3 reports",
+    ]
+    assert done.returncode == 1
+
+
+def run_scan(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, ROOT / "scripts/scan.py", *arguments], capture_output=True, text=True)
+
+
+def test_a_scan_without_findings_succeeds(tmp_path: Path) -> None:
+    done = run_scan(str(write_database(tmp_path, report({"introduced": "0"}, {"fixed": "0.1"}))))
+    assert (done.returncode, done.stdout) == (0, "0 findings in 1 reports\n")
+
+
+def test_a_folder_that_is_no_database_is_refused(tmp_path: Path) -> None:
+    missing, empty = run_scan(str(tmp_path / "none")), run_scan(str(tmp_path))
+    assert (missing.returncode, missing.stderr) == (
+        2, f"scan: {tmp_path}/none: give one existing folder with vulnerability reports: make scan DB=folder\n",
+    )  # fmt: skip
+    assert (empty.returncode, "contains no *.json file" in empty.stderr) == (2, True)
+    (tmp_path / "x.json").write_text("[1]")
+    assert (run_scan(str(tmp_path)).returncode, "x.json is not a report in the OSV format" in run_scan(str(tmp_path)).stderr) == (2, True)
+
+
+# ---- bills of materials and licences ----
+
+FREE_LICENCES = {
+    "MIT", "MIT-0", "MIT-CMU", "Apache-2.0", "BSD", "BSD-2-Clause", "BSD-3-Clause", "ISC", "PSF-2.0", "0BSD", "Zlib", "CC0-1.0", "BSL-1.0", "CNRI-Python",
+}  # fmt: skip
+DESCRIBED = {
+    "certifi": "MPL-2.0", "tqdm": "MPL-2.0 AND MIT", "chardet": "LGPL-2.1-or-later",
+    "cuda-toolkit": "no files: a package that only names the packages of NVIDIA's toolkit",
+}
+"""Packages with other licences. docs/operations/licences.md says what follows from each of them and from NVIDIA's terms."""
+NVIDIA = "LicenseRef-NVIDIA-Proprietary"
+
+
+def all_packages() -> dict[str, packages.Package]:
+    return {package.name: package for program in packages.PROGRAMS for package in packages.read_packages(program)}
+
+
+def test_other_licences_than_permissive_ones_are_described() -> None:
+    others = {}
+    for name, package in all_packages().items():
+        words = package.licence.replace("(", " ").replace(")", " ").replace(" WITH LLVM-exception", "").replace(" OR ", " AND ").split(" AND ")
+        if not set(words) <= FREE_LICENCES:
+            others[name] = package.licence
+    assert {name: licence for name, licence in others.items() if licence != NVIDIA} == DESCRIBED
+    text = (ROOT / "docs/operations/licences.md").read_text("utf-8")
+    assert [name for name in others if f"`{name}`" not in text] == []
+    assert {name for name in others if others[name] == NVIDIA} == {name for name in all_packages() if name.startswith("nvidia-")} - {
+        "nvidia-nccl-cu13", "nvidia-nvtx",
+    }  # fmt: skip
+
+
+def test_the_operator_and_the_command_line_contain_nothing_of_nvidia() -> None:
+    for program in ("operator", "cli"):
+        assert [package.name for package in packages.read_packages(program) if package.licence == NVIDIA] == []
+
+
+def test_bills_of_materials_are_complete_and_equal_when_repeated(tmp_path: Path) -> None:
+    first, second = ({path.name: path.read_bytes() for path in sbom.write_files(tmp_path / name)} for name in ("a", "b"))
+    assert first == second
+    assert set(first) == {"sbom-operator.cdx.json", "sbom-trainer.cdx.json", "sbom-cli.cdx.json", "licences.md"}
+    for program in packages.PROGRAMS:
+        bill = json.loads(first[f"sbom-{program}.cdx.json"])
+        found = {component["name"]: component["version"] for component in bill["components"]}
+        assert found == packages.locked_versions(ROOT / f"requirements/{program}.lock")
+        assert (bill["specVersion"], bill["metadata"]["component"]["version"]) == ("1.6", "0.2.0")
+        refs = {component["bom-ref"] for component in bill["components"]} | {bill["metadata"]["component"]["bom-ref"]}
+        assert {ref for entry in bill["dependencies"] for ref in (entry["ref"], *entry["dependsOn"])} == refs
+    operator = json.loads(first["sbom-operator.cdx.json"])
+    (kopf,) = [entry for entry in operator["dependencies"] if entry["ref"].startswith("pkg:pypi/kopf@")]
+    assert any(ref.startswith("pkg:pypi/aiohttp@") for ref in kopf["dependsOn"])
+
+
+def test_a_lock_file_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "requirements").mkdir()
+    (tmp_path / "requirements/operator.lock").write_text("kopf==0.0.1 \\\n    --hash=sha256:0\n")
+    monkeypatch.setattr(packages, "ROOT", tmp_path)
+    with pytest.raises(packages.MissingPackage, match="the lock file has 0.0.1: run make setup"):
+        packages.read_packages("operator")
