@@ -35,11 +35,13 @@ def rerun(
     Example: finetune rerun support-bot --from-checkpoint 400 --set training.learningRate=1e-4
     """
     from finetune_api.rules.training import PICKLING_STRATEGIES
+    from finetune_api.spec.enums import OnExistingResult
 
     from finetune_cli.checks import check_manifest, errors_of, warnings_of
     from finetune_cli.cluster import connect
     from finetune_cli.manifests import parse_manifests
     from finetune_cli.overrides import name_option, parse_overrides
+    from finetune_cli.status_text import status_of
     from finetune_cli.yaml_writer import to_yaml
 
     cluster = connect(namespace, context, kubeconfig)
@@ -50,6 +52,8 @@ def rerun(
         changed_values["checkpoint.resume"] = _checkpoint_uri(old_job, from_checkpoint)
         if _strategy_of(old_job, changed_values) in PICKLING_STRATEGIES:
             changed_values.setdefault("checkpoint.allowPickle", True)
+    if status_of(old_job).preparation is not None:  # its preparation would adopt the result of a deleted job with the new name
+        changed_values.setdefault("policy.onExistingResult", OnExistingResult.TRAIN.value)
     taken_names = {job["metadata"]["name"] for job in cluster.list_jobs(all_namespaces=False)}
     body = build_rerun(old_job, new_name or free_name(name, taken_names), changed_values, from_checkpoint)
     text = to_yaml(body)

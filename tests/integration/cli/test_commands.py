@@ -245,6 +245,12 @@ def test_rerun_names_the_old_job_in_annotations(finetune: Finetune, job: Job, ap
     assert finetune("rerun", "bot").out.startswith("bot-3 created")
 
 
+def test_rerun_of_a_prepared_job_trains_even_if_a_deleted_job_had_the_name_of_the_new_one(finetune: Finetune, job: Job) -> None:
+    job(status=RUNNING_STATUS | {"preparation": {"number": 1, "reason": "Prepared"}})
+    assert "onExistingResult: train" in finetune("rerun", "bot", "--dry-run").out
+    assert "onExistingResult: adopt" in finetune("rerun", "bot", "--set", "policy.onExistingResult=adopt", "--dry-run").out
+
+
 def test_rerun_of_a_job_with_pickled_checkpoints_trusts_the_checkpoint_of_that_job(finetune: Finetune, job: Job) -> None:
     job(status=RUNNING_STATUS, distributed={"strategy": "fsdp"}, resources={"gpusPerNode": 2})
     manifest = finetune("rerun", "bot", "--from-checkpoint", "100", "--dry-run").out
