@@ -13,6 +13,8 @@ from finetune_cli.cluster import event_time
 
 BAR_WIDTH = 30
 SPARK_BLOCKS = "▁▂▃▄▅▆▇█"
+SMALLEST_TIME_SHARE = 0.01
+"""Smaller parts of the job's time are not shown."""
 STAGE_PHASES = (
     (Phase.PENDING, Phase.PREPARING, Phase.VALIDATING, Phase.QUEUED), (Phase.STARTING,), (Phase.RUNNING, Phase.RECOVERING), (Phase.EVALUATING,),
     (Phase.UPLOADING,), (Phase.SUCCEEDED,),
@@ -107,6 +109,7 @@ def describe_job(job: dict[str, Any], losses: list[float] | None = None, now: da
         "",
         *_model_and_method(spec, status),
         *_progress_lines(status, losses or [], now),
+        *_time_lines(status),
         *_failure_lines(status),
         *_attempts(status),
         *_checkpoint_lines(status, now),
@@ -173,6 +176,17 @@ def _progress_lines(status: FineTuneJobStatus, losses: list[float], now: datetim
     if status.workers is not None and status.workers.total:
         lines.append(f"workers   {status.workers.display} ready")
     return lines
+
+
+def _time_lines(status: FineTuneJobStatus) -> list[str]:
+    """Return the largest parts of the job's time, in percent."""
+    goodput = status.goodput
+    if goodput is None or goodput.wall_seconds <= 0:
+        return []
+    parts = sorted(goodput.parts.seconds().items(), key=lambda item: -item[1])
+    texts = [f"{part} {seconds / goodput.wall_seconds:.0%}" for part, seconds in parts if seconds >= SMALLEST_TIME_SHARE * goodput.wall_seconds]
+    lines = [f"cost      {status.cost.display} for {status.cost.gpu_hours:g} GPU-hours"] if status.cost is not None else []
+    return [*lines, f"time      {goodput.wall_seconds:,.0f} s: {', '.join(texts)}"]
 
 
 def _failure_lines(status: FineTuneJobStatus) -> list[str]:

@@ -29,6 +29,7 @@ from finetune_api.status import (
     ResolvedConfig,
     RunPlan,
     Stage,
+    TimeUse,
 )
 
 
@@ -252,6 +253,7 @@ class ProgressReport(ReportModel):
     )
     health: HealthReport = Field(default_factory=HealthReport)
     timings: dict[str, float] = Field(default_factory=dict, description="Durations of the stages in seconds, by name of the stage.")
+    time_use: TimeUse | None = Field(default=None, description="What the time since the start of this pod's container was used for.")
 
 
 class GpuUsage(ReportModel):
@@ -310,6 +312,7 @@ class TerminationMessage(ReportModel):
     resumed_from_step: int | None = None
     resolved: ResolvedConfig | None = None
     plan: RunPlan | None = None
+    time_use: TimeUse | None = Field(default=None, description="What the time since the start of this pod's container was used for.")
 
     def to_json(self) -> str:
         """Return the message as JSON of at most 4096 bytes, the kubelet's limit. Optional fields are dropped first, then long texts are cut."""
@@ -342,6 +345,7 @@ _DROPPED_PARTS: tuple[Callable[[dict[str, Any]], None], ...] = (
     partial(remove_path, path="resolved"),
     partial(remove_path, path="checkpoints"),
     partial(remove_path, path="metrics"),
+    partial(remove_path, path="timeUse"),
     _drop_texts_of_passed_gates,
     partial(remove_path, path="evaluation.benchmarks"),
     partial(remove_path, path="evaluation.metrics"),

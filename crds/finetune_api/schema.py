@@ -26,7 +26,7 @@ Schema = dict[str, Any]
 
 MUTABLE_FIELDS = ("suspend", "cancel", "policy", "placement")
 """Mutable fields of the spec. Some fields inside `policy` and `placement` are immutable, as are all other fields of the spec."""
-MUTABLE_POLICY = ("activeDeadlineSeconds", "ttlSecondsAfterFinished")
+MUTABLE_POLICY = ("activeDeadlineSeconds", "ttlSecondsAfterFinished", "maxCost")
 """Mutable fields of `spec.policy`."""
 LIST_MAP_KEYS = {
     ("status", "conditions"): ["type"],

@@ -369,11 +369,101 @@ class MeasuredRun(ReportModel):
     )
 
 
+class WorkPlan(ReportModel):
+    """The planned work of the optimizer steps, of all ranks together."""
+
+    steps: int = status_field("Number of optimizer steps.", default=..., example=500)
+    tokens: int = status_field("Tokens of all steps.", default=..., example=8192000)
+    petaflop: float = status_field("Floating-point operations, in units of 1e15.", default=..., example=250)
+    traffic_terabytes: float = status_field("What weights and optimizer move from and to the GPUs' memory, in 1e12 bytes.", default=..., example=26)
+
+
+class TimePlan(ReportModel):
+    """Planned time of the optimizer steps, without start, evaluation, checkpoints and upload."""
+
+    expected_seconds: int = status_field("Expected seconds.", default=..., example=840)
+    lower_seconds: int = status_field("Lower bound in seconds.", default=..., example=520)
+    upper_seconds: int = status_field("Upper bound in seconds.", default=..., example=2700)
+    calibrated: bool = status_field("Whether the bounds were measured with this type of GPU.", default=False, example=False)
+
+
+class CostPlan(ReportModel):
+    """Planned cost of the optimizer steps, with the bounds of the planned time."""
+
+    gpu_hours: float = status_field("Expected GPU-hours.", default=..., example=1.87)
+    expected: float = status_field("Expected cost.", default=..., example=5.6)
+    lower: float = status_field("Lower bound of the cost.", default=..., example=3.47)
+    upper: float = status_field("Upper bound of the cost.", default=..., example=18)
+    currency: str = status_field("Currency of the costs.", default="", example="EUR")
+
+
 class RunPlan(ReportModel):
     """What the run was expected to need, and what it needed."""
 
     memory: MemoryPlan | None = status_field("Planned memory of each rank. Absent if the plan does not know this kind of run.")
+    work: WorkPlan | None = status_field("Planned work. Absent if the plan does not know this kind of run.")
+    time: TimePlan | None = status_field("Planned time. Absent without a known type of GPU.")
+    cost: CostPlan | None = status_field("Planned cost. Absent if the node pool has no price.")
     measured: MeasuredRun | None = status_field("Measured values of the newest attempt.")
+
+
+class TimeUse(ReportModel):
+    """Seconds by what they were used for. A part that took no time is absent."""
+
+    waiting: float | None = status_field("Backoff, waiting for the end of earlier pods, and delays of the operator.", example=12)
+    suspended: float | None = status_field("The job was suspended.")
+    queued: float | None = status_field("The Job waited for its queue.")
+    preparation: float | None = status_field("The preparation without GPUs.", example=95)
+    scheduling: float | None = status_field("Rank 0's pod waited for a node.", example=4)
+    pod_start: float | None = status_field("Image pull, mounts and the start of the container.", example=21)
+    starting: float | None = status_field("Start of the processes.", example=3.2)
+    download: float | None = status_field("Download of model and data.", example=40.5)
+    checking: float | None = status_field("Check of spec, model and rows.", example=2.1)
+    loading: float | None = status_field("Tokenising rows, loading the model or a checkpoint.", example=31)
+    first_step: float | None = status_field("The first optimizer step of the pod, in which kernels are compiled.", example=9.4)
+    steps: float | None = status_field("Optimizer steps that count.", example=5120)
+    lost_steps: float | None = status_field("Optimizer steps that a later attempt repeated.", example=61.5)
+    saving: float | None = status_field("Training waited for the writing of a checkpoint or of the final model.", example=8.8)
+    evaluation: float | None = status_field("Evaluation, during training and after it.", example=120)
+    upload: float | None = status_field("Upload of the final model.", example=14)
+    finishing: float | None = status_field("Merge, verification and report.", example=25)
+    stopping: float | None = status_field("From a stop request to the end of the pod.")
+    other: float | None = status_field("Time with no other part.", example=0.9)
+
+    def seconds(self) -> dict[str, float]:
+        """Return the seconds of all parts that took time, by the part's name in JSON."""
+        return {name: value for name, value in self.to_wire().items() if value}
+
+
+class AttemptTime(ReportModel):
+    """The time from the end of the previous attempt, or from the creation of the job, to the end of an attempt."""
+
+    number: int = status_field("Number of the attempt.", default=..., example=1)
+    wall_seconds: float = status_field("The sum of all parts.", default=..., example=5560.4)
+    parts: dict[str, float] = status_field("Seconds by part, with the names of status.goodput.parts.", default_factory=dict, example={"steps": 5120})
+
+
+class Goodput(ReportModel):
+    """What the time of the job was used for, until the newest report of a pod or the end of the newest attempt."""
+
+    wall_seconds: float = status_field("Seconds since the creation of the job. The sum of all parts.", default=..., example=5560.4)
+    percent: float | None = status_field(
+        "Share of the pods' time on their nodes in which optimizer steps that count were computed, in percent.", example=92.1
+    )
+    parts: TimeUse = status_field("Seconds by part, of all attempts.", default_factory=TimeUse)
+    attempts: list[AttemptTime] = status_field("The newest ten attempts.", default_factory=list)
+    earlier: dict[str, float] | None = status_field("Seconds by part, of attempts that are no longer listed.", example={"steps": 310})
+
+
+class JobCost(ReportModel):
+    """GPU time of the job, and its cost."""
+
+    gpu_hours: float = status_field("Hours on nodes, times GPUs, of all pods, until the newest report or the end of the newest attempt.", default=0.0, example=4.2)
+    amount: float = status_field("Cost of the GPU-hours.", default=0.0, example=12.6)
+    currency: str = status_field("Currency of the cost.", default="", example="EUR")
+    display: str = status_field("Cost and currency as text.", default="", example="12.60 EUR")
+    price_per_gpu_hour: float = status_field("Price when the job started.", default=0.0, example=3)
+    ended_gpu_seconds: float = status_field("GPU-seconds of ended attempts.", default=0.0, example=7200)
 
 
 class ResolvedConfig(ReportModel):
@@ -472,6 +562,8 @@ class FineTuneJobStatus(ReportModel):
     workers: Workers | None = status_field("Pods of the current attempt.")
     resolved: ResolvedConfig | None = status_field("The configuration in use.")
     plan: RunPlan | None = status_field("What the run is expected to need. Since 0.2.0.")
+    cost: JobCost | None = status_field("GPU-hours and cost of the job. Absent if the node pool has no price. Since 0.2.0.")
+    goodput: Goodput | None = status_field("What the time of the job was used for. Since 0.2.0.")
     start_time: Time | None = status_field(
         "Creation time of the first attempt's Job. With a queue: time of the Job's admission.",
         example="2026-03-01T12:00:00Z", prompt=PromptWrite.WHEN_VALUE_CHANGES,
@@ -569,3 +661,11 @@ REASON_OF_STAGE = {
     Stage.BENCHMARKING: Reason.BENCHMARK_FAILED, Stage.VERIFYING: Reason.VERIFICATION_FAILED, Stage.REPORTING: Reason.REPORT_FAILED,
 }  # fmt: skip
 """Reason of an attempt in which a stage after training failed."""
+
+PART_OF_STAGE = {
+    Stage.STARTING: "starting", Stage.DOWNLOADING: "download", Stage.CHECKING: "checking", Stage.LOADING: "loading", Stage.RESTORING: "loading",
+    Stage.TRAINING: "steps", Stage.SAVING: "saving", Stage.MERGING: "finishing", Stage.EVALUATING: "evaluation", Stage.COMPARING: "evaluation",
+    Stage.BENCHMARKING: "evaluation", Stage.VERIFYING: "finishing", Stage.UPLOADING: "upload", Stage.REPORTING: "finishing",
+    Stage.STOPPING: "stopping", Stage.DONE: "other", Stage.FAILED: "other",
+}  # fmt: skip
+"""Part of `TimeUse` to which the time of a stage belongs. The first step, saving and evaluation are taken out of the time of training."""

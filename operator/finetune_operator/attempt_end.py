@@ -9,6 +9,7 @@ from finetune_api.names import ExitCode, FailureClass, Reason, attempt_of_uri
 from finetune_api.pod import TerminationMessage
 from finetune_api.status import Checkpoint, Failure
 
+from finetune_operator.costs import budget_failure, budget_message
 from finetune_operator.facts import Facts
 from finetune_operator.plan import AttemptEnd, JobEnd, Outcome, Plan, Situation
 from finetune_operator.policies.cause import cause_of
@@ -57,6 +58,10 @@ def _finish_or_retry(facts: Facts, cause: FailureCause, made_progress: bool, end
     deadline_exceeded = JobEnd(Outcome.FAILED, Reason.DEADLINE_EXCEEDED, deadline_failure(limit or 0, facts.deadline_source))
     if cause.reason is Reason.DEADLINE_EXCEEDED:
         return deadline_exceeded
+    spent_message = budget_message(facts, ended_at)
+    budget_exceeded = JobEnd(Outcome.FAILED, Reason.BUDGET_EXCEEDED, budget_failure(spent_message or cause.failure.message))
+    if cause.reason is Reason.BUDGET_EXCEEDED:
+        return budget_exceeded
     decision = retry_or_give_up(
         cause, facts.spec, facts.job.status, made_progress=made_progress, now=facts.now, attempt=facts.attempt,
         spec_is_readable=facts.spec_is_readable,
@@ -66,7 +71,7 @@ def _finish_or_retry(facts: Facts, cause: FailureCause, made_progress: bool, end
     if limit is not None and facts.running_seconds(ended_at) >= limit:
         # The deadline passed while the operator did not run, so the next attempt would have no time left.
         return deadline_exceeded
-    return decision
+    return budget_exceeded if spent_message else decision
 
 
 def all_ranks_succeeded(facts: Facts) -> bool:

@@ -12,6 +12,7 @@ from finetune_api.names import FailureClass, Reason, attempt_job_name
 from finetune_api.status import Failure
 
 from finetune_operator.attempt_end import all_ranks_succeeded, cause_of_missing_job, plan_of_ended_attempt
+from finetune_operator.costs import budget_failure, budget_message, budget_spent_at, too_expensive_message
 from finetune_operator.deadlines import (
     backoff_interval,
     force_delete_at,
@@ -72,6 +73,9 @@ def _plan_before_attempt(facts: Facts) -> Plan:
     preparation_plan = plan_preparation(facts)
     if preparation_plan is not None:
         return preparation_plan
+    expensive = too_expensive_message(facts)
+    if expensive:
+        return Plan(Situation.FINISHED, job_end=JobEnd(Outcome.FAILED, Reason.BUDGET_EXCEEDED, budget_failure(expensive)))
     ending_plan = _end_earlier_attempts(facts)
     if ending_plan is not None:
         return ending_plan
@@ -131,6 +135,7 @@ def _plan_with_job(facts: Facts, current_job: JobView) -> Plan:
     deadline = timeouts.deadline_at(facts.active_deadline_seconds, facts.earlier_running_seconds, facts.running_since)
     time_limits = [
         None if current_job.is_suspended else deadline,
+        budget_spent_at(facts),
         force_delete_at(facts, pods),
         stall_check_at(facts),
         None if all_ready else start_timeout_at(facts),
@@ -153,6 +158,9 @@ def _find_termination(facts: Facts, current_job: JobView) -> Termination | None:
     limit = facts.active_deadline_seconds
     if limit is not None and facts.running_since is not None and facts.running_seconds(facts.now) >= limit:
         return Termination(Reason.DEADLINE_EXCEEDED, f"{facts.deadline_source} {limit} passed")
+    spent_message = budget_message(facts, facts.now)
+    if spent_message:
+        return Termination(Reason.BUDGET_EXCEEDED, spent_message)
     lost_pods = _pods_of_lost_nodes(facts, facts.active_pods)
     if lost_pods:
         return Termination(Reason.NODE_LOST, f"pod {lost_pods[0].name} does not end: node {lost_pods[0].node or 'unknown'} is lost")

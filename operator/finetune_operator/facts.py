@@ -90,6 +90,13 @@ class Facts:
         return "policy.activeDeadlineSeconds" if is_of_job else "the platform's rule policy.maxDurationSeconds"
 
     @property
+    def max_cost(self) -> float | None:
+        """`policy.maxCost`."""
+        policy = self.job.spec.get("policy")
+        value = policy.get("maxCost") if isinstance(policy, dict) else None
+        return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+    @property
     def ttl_seconds_after_finished(self) -> int | None:
         """`policy.ttlSecondsAfterFinished`."""
         return self._policy_seconds("ttlSecondsAfterFinished")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from finetune_api.names import Phase
+from finetune_api.status import Goodput
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 SECONDS_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
@@ -77,6 +78,12 @@ class Metrics:
             "Optimizer steps that had to be repeated. Goodput is 1 - steps_lost_total / steps_total.",
             registry=self.registry,
         )
+        self.attempt_seconds = Counter(
+            f"{PREFIX}_attempt_seconds_total",
+            "Seconds of ended attempts by use, as in status.goodput. The part steps includes lostSteps, which are known later.",
+            ["part"],
+            registry=self.registry,
+        )
         self.loop_lag = Gauge(f"{PREFIX}_event_loop_lag_seconds", "Delay of the event loop.", registry=self.registry)
         self.leader = Gauge(f"{PREFIX}_leader", "1 while this replica is the leader.", registry=self.registry)
 
@@ -84,6 +91,16 @@ class Metrics:
         """Count one request to the API server."""
         self.api_requests.labels(verb, resource, str(code)).inc()
         self.api_seconds.labels(verb).observe(seconds)
+
+    def record_attempt_time(self, old: Goodput | None, new: Goodput | None, ended_attempt: int | None) -> None:
+        """Count the time of an attempt that has ended, and steps of earlier attempts that are now known to be lost."""
+        lost_before = {entry.number: entry.parts.get("lostSteps", 0.0) for entry in (old.attempts if old else [])}
+        for entry in new.attempts if new else []:
+            if entry.number == ended_attempt:
+                for part, seconds in entry.parts.items():
+                    self.attempt_seconds.labels(part).inc(seconds)
+            elif entry.number in lost_before:
+                self.attempt_seconds.labels("lostSteps").inc(max(0.0, entry.parts.get("lostSteps", 0.0) - lost_before[entry.number]))
 
     def set_phase_counts(self, job_counts: dict[str, int]) -> None:
         """Set the number of jobs in each phase."""

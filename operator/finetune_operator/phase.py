@@ -41,6 +41,7 @@ PHASE_OF_TERMINATION = {
     Reason.SUSPENDED: Phase.SUSPENDING,
     Reason.CANCELLED: Phase.CANCELLING,
     Reason.DEADLINE_EXCEEDED: Phase.CANCELLING,
+    Reason.BUDGET_EXCEEDED: Phase.CANCELLING,
 }
 """Phase while the operator ends an attempt, by termination reason. For all other reasons the phase is Recovering."""
 SHORT_CODE_PATTERN = re.compile(r"[A-Za-z][A-Za-z0-9]{0,39}")

@@ -33,7 +33,9 @@ from finetune_api.status import (
 from pydantic import BaseModel
 
 from finetune_operator.conditions import compute_conditions, with_generation
+from finetune_operator.costs import compute_cost, plan_with_cost
 from finetune_operator.facts import Facts
+from finetune_operator.goodput import compute_goodput
 from finetune_operator.phase import NO_VALUE, compute_phase, compute_reason
 from finetune_operator.plan import ActionResult, AttemptEnd, JobEnd, Outcome, Plan, Situation
 from finetune_operator.policies.acceptance import AcceptedSpec
@@ -68,7 +70,7 @@ def compute_status(facts: Facts, plan: Plan, result: ActionResult) -> FineTuneJo
         return _with_generation(old_status, facts.job.generation)
     inputs = StatusInput(facts, plan, result)
     counters, checkpoints, metrics = _compute_counters(inputs), _compute_checkpoints(inputs), _compute_metrics(inputs)
-    attempts, progress = _compute_attempts(inputs), _compute_progress(inputs)
+    attempts, progress, resolved = _compute_attempts(inputs), _compute_progress(inputs), _compute_resolved(inputs)
     completion_time = _compute_completion_time(inputs, attempts, progress, checkpoints, counters.adaptations)
     all_conditions = compute_conditions(inputs, checkpoints.latest_uri, transition_time=completion_time or facts.now)
     return FineTuneJobStatus(
@@ -93,8 +95,10 @@ def compute_status(facts: Facts, plan: Plan, result: ActionResult) -> FineTuneJo
         failure=_compute_failure(inputs),
         adaptations=counters.adaptations,
         workers=_compute_workers(inputs),
-        resolved=_compute_resolved(inputs),
-        plan=_merge_reports(RunPlan(), "plan", inputs),
+        resolved=resolved,
+        plan=plan_with_cost(_merge_reports(RunPlan(), "plan", inputs), facts, resolved.device),
+        cost=compute_cost(facts, plan.attempt_end),
+        goodput=compute_goodput(facts, old_status.goodput, attempts, plan.attempt_end, inputs.current_job, KEPT_ATTEMPTS),
         start_time=counters.start_time,
         completion_time=completion_time or old_status.completion_time,
         duration=_compute_duration(inputs, completion_time) or old_status.duration,
@@ -146,6 +150,8 @@ def reduced_status(new_status: FineTuneJobStatus, stored_status: FineTuneJobStat
             ),
         ),
         plan=stored_status.plan,
+        cost=new_status.cost,
+        goodput=stored_status.goodput,
         start_time=new_status.start_time,
         completion_time=new_status.completion_time,
         duration=new_status.duration,

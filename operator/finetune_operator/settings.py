@@ -13,11 +13,12 @@ from typing import Annotated, Any
 
 import yaml
 from finetune_api.base import WireModel
+from finetune_api.gpus import GPU_TYPES
 from finetune_api.metadata_addresses import METADATA_CIDRS
 from finetune_api.spec.cluster import LabelKey, StorageRoot
 from finetune_api.spec.enums import PrepareStrategy
 from finetune_api.tenancy import Platform, PlatformPolicy, Pool
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from finetune_operator.config_types import (
     Cidr,
@@ -146,8 +147,18 @@ class NodePool(WireModel):
         default=0, ge=0, le=64, description="GPUs of each node; 0: the pool is for CPU training."
     )
     gpu_memory: PlatformQuantity | None = Field(default=None, description="Memory of one GPU, shown in lists of pools.")
+    gpu_type: str | None = Field(default=None, description="Type of the GPUs, for the planned time; default: the name that the driver reports.")
+    price_per_gpu_hour: float | None = Field(default=None, ge=0, description="Price of one GPU for one hour, in `currency`; default: costs are not shown.")
     max_nodes: int | None = Field(default=None, ge=1, description="Maximum number of nodes in the pool; default: no limit.")
     resources: PodResources = Field(default=PodResources(), description="Resources of pods in this pool.")
+
+
+    @field_validator("gpu_type")
+    @classmethod
+    def _check_gpu_type(cls, value: str | None) -> str | None:
+        if value is not None and value not in GPU_TYPES:
+            raise ValueError(f"the type {value} is not known: write one of {', '.join(GPU_TYPES)}, or remove gpuType")
+        return value
 
 
 class LeaderElection(WireModel):
@@ -266,6 +277,7 @@ class OperatorConfig(WireModel):
     resources: ResourceSettings = ResourceSettings()
     prepare: PrepareSettings = PrepareSettings()
     node_pools: tuple[NodePool, ...] = ()
+    currency: str = Field(default="USD", min_length=1, max_length=16, description="Currency of `nodePools[].pricePerGpuHour` and of `spec.policy.maxCost`.")
     policy: PlatformPolicy = Field(
         default=PlatformPolicy(), description="What the FineTuneJobs of each namespace may use. Started jobs are not affected by a new rule."
     )

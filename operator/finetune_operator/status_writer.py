@@ -157,6 +157,7 @@ class StatusWriter:
             record = next((attempt for attempt in new_status.attempts if attempt.number == facts.attempt), None)
             if record is not None and record.last_step:
                 self._metrics.steps_done.inc(max(0, record.last_step - (record.resumed_from_step or 0)))
+        self._metrics.record_attempt_time(old_status.goodput, new_status.goodput, facts.attempt if plan.attempt_end is not None else None)
         recorded_steps_lost = {attempt.number: attempt.steps_lost for attempt in old_status.attempts}
         for attempt in new_status.attempts:
             if attempt.steps_lost and not recorded_steps_lost.get(attempt.number):

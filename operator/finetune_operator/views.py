@@ -77,6 +77,7 @@ class TerminatedState:
     reason: str = ""
     message: str = ""
     finished_at: datetime | None = None
+    started_at: datetime | None = None
 
 
 @dataclass(frozen=True)
@@ -335,6 +336,7 @@ def _read_terminated_state(value: Object | None) -> TerminatedState | None:
         reason=str(value.get("reason", "")),
         message=str(value.get("message", "")),
         finished_at=parse_time(value.get("finishedAt")),
+        started_at=parse_time(value.get("startedAt")),
     )
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from finetune_api.names import ExitCode
-from finetune_api.pod import StoreTarget, TerminationMessage
+from finetune_api.pod import ProgressReport, StoreTarget, TerminationMessage
 from pod_harness import UID, Pod, merge, run_config, write_rows
 
 STEPS = 200
@@ -23,8 +25,20 @@ def number_rows() -> list[dict[str, Any]]:
     return [{"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]} for question, answer in questions]
 
 
-def run_with_report(folder: Path, model: Path, spec: dict[str, Any] | None = None) -> TerminationMessage:
-    """Run both attempts, and return the termination message of the second one. The report is in `store_of(folder)`."""
+@dataclass(frozen=True)
+class TwoAttempts:
+    """Times and messages of the two attempts. Each attempt is one process, which starts at once."""
+
+    first_times: tuple[datetime, datetime]
+    first_report: ProgressReport
+    """The last report before the first attempt was killed."""
+    second_times: tuple[datetime, datetime]
+    message: TerminationMessage
+    """The termination message of the second attempt."""
+
+
+def run_with_report(folder: Path, model: Path, spec: dict[str, Any] | None = None) -> TwoAttempts:
+    """Run both attempts. The report is in `store_of(folder)`."""
     rows = write_rows(folder / "sums-and-products.jsonl", number_rows())
     base = {
         "model": {"source": f"file://{model}"}, "method": {"type": "full"},
@@ -37,12 +51,24 @@ def run_with_report(folder: Path, model: Path, spec: dict[str, Any] | None = Non
     }  # fmt: skip
     merged = merge(base, spec or {})
     target = StoreTarget(uri=f"file://{folder}/store/team-a/sums-bot/{UID}")
+    first_start = datetime.now(UTC)
     with _pod(merged, target, folder, 1) as killed:
         killed.wait_committed(KILLED_AFTER)
+        killed.wait_until(lambda: _has_uncommitted_steps(killed))
+        report = killed.report()
+        assert report is not None
         killed.kill()
+        first_end = datetime.now(UTC)
+    second_start = datetime.now(UTC)
     with _pod(merged, target, folder, 2) as resumed:
         assert resumed.end() == ExitCode.OK, resumed.text[-6000:]
-    return resumed.termination_message()
+        second_end = datetime.now(UTC)
+    return TwoAttempts((first_start, first_end), report, (second_start, second_end), resumed.termination_message())
+
+
+def _has_uncommitted_steps(pod: Pod) -> bool:
+    report = pod.report()
+    return report is not None and bool(report.checkpoints) and report.checkpoints[0].step < (report.progress.step or 0)
 
 
 def _pod(spec: dict[str, Any], target: StoreTarget, folder: Path, attempt: int) -> Pod:

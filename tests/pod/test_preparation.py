@@ -48,6 +48,7 @@ def test_a_gpu_job_is_prepared_without_a_gpu_and_without_weights(bucket: Bucket,
         rows={"train": 36, "validation": 0, "test": 0}, bad_rows=0, duplicates=1, tokens=926, trained_tokens=242, median_length=26, longest=27, truncated=0
     )
     assert message.plan is not None and message.plan.memory is not None and message.plan.memory.expected_bytes > 0
+    assert message.plan.work is not None and message.plan.work.steps == 4
     assert message.resolved is not None
     assert (message.resolved.trainable_parameters, message.resolved.total_parameters) == (32768, 164160)
     assert (message.resolved.dataset_rows, message.resolved.model_revision) == (36, None)

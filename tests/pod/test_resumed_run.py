@@ -1,4 +1,4 @@
-"""The files of one run whose first attempt was killed: its metric files, its values in TensorBoard, its lineage statement and its report."""
+"""The files of one run whose first attempt was killed: its metric files, its values in TensorBoard, its lineage statement, its report and its use of time."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import math
 import re
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,13 @@ import pytest
 from finetune_api.lineage import Statement
 from finetune_api.names import REPORT_KEY
 from finetune_api.pod import TerminationMessage
+from finetune_api.status import Attempt, AttemptTime, TimeUse
+from finetune_operator.goodput import AttemptTimes, PodTime, settle_lost_steps, split_time, summarise, total
+from finetune_trainer.checkpoint.manifest import RunFacts
+from finetune_trainer.results.log_entry import LogEntry
+from finetune_trainer.supervisor.remaining_time import expected_step_seconds
 from pod_harness import UID
-from report_run import KILLED_AFTER, SECRET, STEPS, number_rows, read_json, run_with_report, store_of
+from report_run import KILLED_AFTER, SECRET, STEPS, TwoAttempts, number_rows, read_json, run_with_report, store_of
 from safetensors import safe_open
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -35,8 +41,12 @@ class ResumedRun:
 
     folder: Path
     model: Path
-    message: TerminationMessage
-    """The termination message of the second attempt."""
+    attempts: TwoAttempts
+
+    @property
+    def message(self) -> TerminationMessage:
+        """The termination message of the second attempt."""
+        return self.attempts.message
 
     @property
     def store(self) -> Path:
@@ -158,3 +168,39 @@ def test_the_report_covers_all_steps_and_attempts(run: ResumedRun) -> None:
     assert {row[0] for row in table(page, "Files of the final model")[1:]} >= {"model.safetensors", "tokenizer.json"}
     records = [read_json(path) for path in sorted((store / "run/records").iterdir())]
     assert [(record["attempt"], "endedAt" in record) for record in records] == [(1, False), (2, True)]
+
+
+def parts_of_pod(times: tuple[datetime, datetime], reported: TimeUse | None, last_part: str) -> dict[str, float]:
+    """Split the time of an attempt whose pod had a node at once."""
+    assert reported is not None
+    begins_at, ends_at = times
+    pod = PodTime(begins_at, begins_at, begins_at, ends_at, reported.seconds(), last_part)
+    return {part: round(seconds, 3) for part, seconds in split_time(AttemptTimes(begins_at, ends_at, job_created_at=begins_at, pods=[pod])).items()}
+
+
+def test_the_parts_of_the_time_sum_to_the_time(run: ResumedRun) -> None:
+    attempts, message = run.attempts, run.attempts.message
+    first = parts_of_pod(attempts.first_times, attempts.first_report.time_use, "steps")
+    second = parts_of_pod(attempts.second_times, message.time_use, "other")
+    assert {"starting", "checking", "loading", "firstStep", "steps", "evaluation", "saving"} <= first.keys() and "other" not in first
+    assert {"firstStep", "steps", "evaluation", "upload", "finishing", "other"} <= second.keys()
+
+    entries = [AttemptTime(number=number, wall_seconds=total(parts), parts=parts) for number, parts in ((1, first), (2, second))]
+    records = [
+        Attempt(number=1, last_step=attempts.first_report.progress.step),
+        Attempt(number=2, resumed_from_step=message.resumed_from_step, last_step=STEPS),
+    ]
+    goodput = summarise(settle_lost_steps(entries, records), {})
+    wall_seconds = sum((end - start).total_seconds() for start, end in (attempts.first_times, attempts.second_times))
+    parts = goodput.parts.seconds()
+    assert min(parts.values()) > 0 and sum(parts.values()) == pytest.approx(wall_seconds, rel=0.001)
+    assert goodput.attempts[0].parts["lostSteps"] > 0 and "lostSteps" not in goodput.attempts[1].parts
+    assert parts["other"] < 0.01 * wall_seconds, parts
+
+
+def test_a_resumed_run_estimates_its_end_before_its_own_steps_are_measured(run: ResumedRun) -> None:
+    entries = [LogEntry.model_validate(line) for line in run.logged]
+    before = [entry for entry in entries if entry.step <= KILLED_AFTER]
+    facts = RunFacts(world_size=1, effective_batch=8)
+    expected = expected_step_seconds(before, facts, facts)
+    assert expected is not None and 0 < expected < (run.attempts.first_times[1] - run.attempts.first_times[0]).total_seconds() / KILLED_AFTER

@@ -140,6 +140,10 @@ class Channel:
         """Report that an optimizer step is done."""
         self._send_if_possible("heartbeat", step=step)
 
+    def report_pause(self, part: str, seconds: float) -> None:
+        """Report a pause in training. `part`: `evaluation` or `saving`."""
+        self._send_if_possible("pause", part=part, seconds=round(seconds, 4))
+
     def send_heartbeat(self) -> None:
         """Send a heartbeat within a long step or an evaluation."""
         self._send_if_possible("alive")

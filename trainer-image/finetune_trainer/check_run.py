@@ -61,7 +61,7 @@ def check(run: RunConfig, channel: Channel, inputs: Inputs) -> None:
 
     from finetune_trainer import model
     from finetune_trainer.distributed import DistributedStrategy
-    from finetune_trainer.memory_plan import plan_with_facts
+    from finetune_trainer.memory_plan import plan_with_facts, plan_work_of_run
     from finetune_trainer.objective.base import TrainingContext
 
     channel.report_stage(Stage.CHECKING, "rows and tokens")
@@ -79,10 +79,11 @@ def check(run: RunConfig, channel: Channel, inputs: Inputs) -> None:
     for note in (*notes, *facts.notes):
         channel.report_note(note)
     memory = plan_with_facts(run, config, MemoryFacts(longest_tokens=facts.longest_sequence or None))
-    if memory is not None:
-        channel.report_plan(RunPlan(memory=memory))
     channel.report_stage(Stage.CHECKING, "model and method")
     trainable, total = _check_method(run, channel, inputs, context, config, objective.model_kind)
+    work = plan_work_of_run(run, config, facts.report, trainable)
+    if memory is not None or work is not None:
+        channel.report_plan(RunPlan(memory=memory, work=work))
     resolved = ResolvedConfig(
         dataset_digest=inputs.dataset_digest, dataset_rows=facts.rows, dataset_format=facts.format.value,
         trainable_parameters=trainable, total_parameters=total,

@@ -1,8 +1,9 @@
-"""Reports the planned memory of a run, and the measured peak beside it."""
+"""Reports the planned memory and work of a run, and the measured peak of memory."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,7 +12,8 @@ from finetune_api.memory.architecture import model_shape
 from finetune_api.memory.description import Facts
 from finetune_api.memory.plan import plan_memory
 from finetune_api.pod import RunConfig
-from finetune_api.status import MeasuredRun, MemoryPlan, RunPlan
+from finetune_api.status import MeasuredRun, MemoryPlan, RunPlan, WorkPlan
+from finetune_api.time_plan import DataSize, plan_work
 from transformers import TrainerCallback
 
 from finetune_trainer.channel import Channel
@@ -42,6 +44,22 @@ def plan_with_facts(run: RunConfig, config: Any, facts: Facts) -> MemoryPlan | N
         return plan_memory(run.spec, model_shape(config.to_dict()), facts).memory
     except ConfigError as error:
         log.info("no memory plan: %s", error.message)
+        return None
+
+
+def plan_work_of_run(run: RunConfig, config: Any, counts: Mapping[str, Any], trained_parameters: int | None) -> WorkPlan | None:
+    """Plan the work of a run. Returns None if the plan does not know this kind of run, or without counts of tokens.
+
+    `counts`: the counts of the data, from `DataFacts.report`.
+    """
+    train = counts.get("tokens", {}).get("train", {})
+    rows, tokens = counts.get("rows", {}).get("train"), train.get("tokens")
+    if not rows or not tokens:
+        return None
+    try:
+        return plan_work(run.spec, model_shape(config.to_dict()), DataSize(rows, tokens), trained_parameters=trained_parameters or 0)
+    except ConfigError as error:
+        log.info("no plan of the work: %s", error.message)
         return None
 
 

@@ -307,16 +307,17 @@ class TrainingSession:
         self.channel.report_stage(Stage.TRAINING)
 
     def _report_memory_plan(self) -> None:
-        """Report the planned memory of this rank, if the plan knows this kind of run."""
-        from finetune_trainer.memory_plan import plan_run
+        """Report the planned memory of this rank and the planned work, if the plan knows this kind of run."""
+        from finetune_trainer.memory_plan import plan_run, plan_work_of_run
 
         args, trainer = self.trainer.args, self.trainer
         plan = plan_run(
             self.run, self.config, attention=self.hardware.attention, longest_tokens=self.facts.longest_sequence, uses_liger=args.use_liger_kernel,
             recomputes=args.activation_checkpointing, kept_layer_tokens=trainer.kept_layer_tokens,
         )  # fmt: skip
-        if plan is not None:
-            self.channel.report_plan(RunPlan(memory=plan))
+        work = plan_work_of_run(self.run, self.config, self.facts.report, self.trainable.trainable)
+        if plan is not None or work is not None:
+            self.channel.report_plan(RunPlan(memory=plan, work=work))
 
     def _evaluate_test_set(self, trainer: Any) -> dict[str, float]:
         """Evaluate the test set on the final weights. Returns its metrics; empty without a test set."""

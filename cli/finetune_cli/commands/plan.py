@@ -1,4 +1,4 @@
-"""`finetune plan`: the memory that a job needs, without a cluster and without weights."""
+"""`finetune plan`: memory, time and cost of a job, without a cluster and without weights."""
 
 from __future__ import annotations
 
@@ -15,9 +15,15 @@ if TYPE_CHECKING:
     from finetune_api.memory.architecture import ModelShape
     from finetune_api.memory.plan import Change, JobPlan
     from finetune_api.spec import FineTuneJobSpec
+    from finetune_api.status import CostPlan, TimePlan
+
+    Times = dict[str, tuple[TimePlan, CostPlan | None]]
 
 METHODS = ("lora", "qlora", "dora", "ia3", "promptTuning", "prefixTuning", "full")
 STORED_SIZE_TOLERANCE = 0.02
+TIME_NOTE = (
+    "the time is that of the optimizer steps, without start, evaluation, checkpoints and upload; its bounds are not calibrated for this GPU"
+)
 
 
 def plan(
@@ -35,6 +41,15 @@ def plan(
     longest_row: Annotated[
         int | None, typer.Option("--longest-row", metavar="TOKENS", min=1, help="Tokens of the longest row. Default: dataset.maxSequenceLength.")
     ] = None,
+    rows: Annotated[
+        int | None, typer.Option("--rows", metavar="ROWS", min=1, help="Training rows, to plan the time. Also needs --mean-row.")
+    ] = None,
+    mean_row: Annotated[
+        int | None, typer.Option("--mean-row", metavar="TOKENS", min=1, help="Mean tokens of a training row, to plan the time.")
+    ] = None,
+    price: Annotated[
+        float | None, typer.Option("--price", metavar="PRICE", min=0, help="Price of one GPU for one hour, to plan the cost.")
+    ] = None,
     compare: Annotated[
         str | None,
         typer.Option(
@@ -48,7 +63,7 @@ def plan(
         str | None, typer.Option("--output", "-o", metavar="FORMAT", help="json or yaml.", autocompletion=complete_words("json", "yaml"))
     ] = None,
 ) -> None:
-    """Show how much memory a job needs on each rank, without a cluster, a GPU or the model's weights.
+    """Show the memory that a job needs on each rank, and its time and cost, without a cluster, a GPU or the model's weights.
 
     Exit code 0: the job fits, or no GPU is given; 1: the job does not fit or cannot be planned.
 
@@ -57,6 +72,8 @@ def plan(
     Example: finetune plan -f job.yaml --gpu-memory 24Gi --compare lora,qlora,full
 
     Example: finetune plan -f job.yaml --gpu l4-24gb --fit
+
+    Example: finetune plan -f job.yaml --gpu h100-80gb --rows 12000 --mean-row 310 --price 2.5
     """
     from finetune_api.errors import FineTuneError
 
@@ -64,40 +81,79 @@ def plan(
     memory_bytes = _gpu_bytes(gpu, gpu_memory)
     if fit and memory_bytes is None:
         raise output.fail("--fit needs the memory of a GPU: add --gpu NAME or --gpu-memory SIZE")
+    _check_time_options(gpu, rows, mean_row, price)
     resolved, name = _read_spec(file)
     try:
         shape, notes = _read_model(resolved.spec, model_config)
         plans = _plan_methods(resolved, shape, _methods(compare), memory_bytes, longest_row)
         proposals = _propose(resolved, shape, plans, memory_bytes, longest_row) if fit else []
+        times = _plan_times(resolved, shape, plans, gpu, (rows, mean_row), price)
     except FineTuneError as error:
         raise output.fail(f"{error.message}; {error.hint}" if error.hint else error.message) from error
     if output_format is not None:
-        write_data(_as_data(name, plans, memory_bytes, proposals), output_format)
+        write_data(_as_data(name, plans, times, memory_bytes, proposals), output_format)
     else:
-        output.write("\n".join([*_describe(name, resolved.spec, shape), "", *_table(plans, memory_bytes, gpu)]))
+        output.write("\n".join([*_describe(name, resolved.spec, shape), "", *_table(plans, times, memory_bytes, gpu)]))
         if proposals:
             output.write("\n".join(["", *proposals]))
+    if times:
+        notes = [*notes, TIME_NOTE]
     output.print_notes(dict.fromkeys([*notes, *(sentence for one in plans.values() for sentence in one.assumptions)]))
     if memory_bytes is not None and not any(one.fits(memory_bytes) for one in plans.values()):
         raise output.CommandExit(output.ERROR)
 
 
 def _gpu_bytes(gpu: str | None, gpu_memory: str | None) -> int | None:
-    from finetune_api.memory.plan import GPUS
+    from finetune_api.gpus import GPU_TYPES
     from finetune_api.quantities import SIZE_KIND, parse_amount, quantity_problem
 
     if gpu is not None and gpu_memory is not None:
         raise output.fail("--gpu and --gpu-memory exclude each other: remove one of the two")
-    if gpu is not None and gpu.lower() not in GPUS:
-        raise output.fail(f"--gpu {gpu}: this type is not known; write one of {', '.join(GPUS)}, or --gpu-memory SIZE")
+    if gpu is not None and gpu.lower() not in GPU_TYPES:
+        raise output.fail(f"--gpu {gpu}: this type is not known; write one of {', '.join(GPU_TYPES)}, or --gpu-memory SIZE")
     if gpu is not None:
-        return GPUS[gpu.lower()]
+        return GPU_TYPES[gpu.lower()].memory_bytes
     if gpu_memory is None:
         return None
     problem = quantity_problem(gpu_memory, SIZE_KIND)
     if problem is not None:
         raise output.fail(f"--gpu-memory: {'; '.join(problem)}")
     return int(parse_amount(gpu_memory))
+
+
+def _check_time_options(gpu: str | None, rows: int | None, mean_row: int | None, price: float | None) -> None:
+    if (rows is None) != (mean_row is None):
+        raise output.fail("--rows and --mean-row plan the time together: give both, or none")
+    if rows is not None and gpu is None:
+        raise output.fail("--rows and --mean-row need the type of the GPUs: add --gpu NAME")
+    if price is not None and rows is None:
+        raise output.fail("--price needs the planned time: add --gpu, --rows and --mean-row")
+
+
+def _plan_times(
+    resolved: ResolvedSpec, shape: ModelShape, plans: dict[str, JobPlan], gpu: str | None, data: tuple[int | None, int | None], price: float | None
+) -> Times:
+    """Plan the time and the cost with each method. Empty without a GPU type and data. `data`: rows, and mean tokens of a row."""
+    from finetune_api.errors import ConfigError
+    from finetune_api.gpus import GPU_TYPES
+    from finetune_api.memory.plan import change_spec
+    from finetune_api.rules import world_size
+    from finetune_api.time_plan import DataSize, plan_cost, plan_time, plan_work
+
+    rows, mean_row = data
+    if gpu is None or rows is None or mean_row is None:
+        return {}
+    times = {}
+    for method, one in plans.items():
+        spec = change_spec(resolved.spec, {"method.type": method}) if len(plans) > 1 else resolved.spec
+        row_tokens = min(mean_row, spec.dataset.max_sequence_length or mean_row)
+        work = plan_work(spec, shape, DataSize(rows, rows * row_tokens), one.recomputed_layers / max(one.layers, 1))
+        if work is None:
+            raise ConfigError("TimeNotPlanned", "the time of this objective cannot be planned", hint="remove --rows, --mean-row and --price")
+        gpus = world_size(spec)
+        time = plan_time(work, GPU_TYPES[gpu.lower()], gpus)
+        times[method] = (time, plan_cost(time, gpus, price, "") if price is not None else None)
+    return times
 
 
 def _read_spec(file: Path) -> tuple[ResolvedSpec, str]:
@@ -197,8 +253,8 @@ def _describe(name: str, spec: FineTuneJobSpec, shape: ModelShape) -> list[str]:
     ]
 
 
-def _table(plans: dict[str, JobPlan], memory_bytes: int | None, gpu: str | None) -> list[str]:
-    """Parts, expected peak and upper bound of each plan, for each rank."""
+def _table(plans: dict[str, JobPlan], times: Times, memory_bytes: int | None, gpu: str | None) -> list[str]:
+    """Parts, expected peak and upper bound of each plan, for each rank, and its time and cost."""
     rows: list[tuple[str, list[str]]] = [("", list(plans))]
     parts = next(iter(plans.values())).memory.parts
     for part in type(parts).model_fields:
@@ -211,11 +267,30 @@ def _table(plans: dict[str, JobPlan], memory_bytes: int | None, gpu: str | None)
         rows.append((f"memory of {gpu or 'the GPU'}", [_gigabytes(memory_bytes)] * len(plans)))
         rows.append(("fits", ["yes" if one.fits(memory_bytes) else "no" for one in plans.values()]))
     rows.append(("recomputed layers", [f"{one.recomputed_layers} of {one.layers}" for one in plans.values()]))
+    rows += _time_rows(times)
     width, columns = max(len(label) for label, _ in rows), max(len(cell) for _, cells in rows for cell in cells)
     return [f"{label:<{width}}  {'  '.join(f'{cell:>{columns}}' for cell in cells)}".rstrip() for label, cells in rows]
 
 
-def _as_data(name: str, plans: dict[str, JobPlan], memory_bytes: int | None, proposals: list[str]) -> dict[str, Any]:
+def _time_rows(times: Times) -> list[tuple[str, list[str]]]:
+    if not times:
+        return []
+    durations, costs = [time for time, _ in times.values()], [cost for _, cost in times.values() if cost is not None]
+    rows = [
+        ("expected time", [_hours(one.expected_seconds) for one in durations]),
+        ("time, bounds", [f"{_hours(one.lower_seconds)} - {_hours(one.upper_seconds)}" for one in durations]),
+    ]
+    if costs:
+        rows += [("expected cost", [f"{one.expected:.2f}" for one in costs]), ("cost, bounds", [f"{one.lower:.2f} - {one.upper:.2f}" for one in costs])]
+    return rows
+
+
+def _hours(seconds: int) -> str:
+    minutes = -(-seconds // 60)
+    return f"{minutes // 60}h{minutes % 60:02}m"
+
+
+def _as_data(name: str, plans: dict[str, JobPlan], times: Times, memory_bytes: int | None, proposals: list[str]) -> dict[str, Any]:
     data: dict[str, Any] = {"name": name, "plans": []}
     for method, one in plans.items():
         entry: dict[str, Any] = {
@@ -223,6 +298,9 @@ def _as_data(name: str, plans: dict[str, JobPlan], memory_bytes: int | None, pro
         }  # fmt: skip
         if memory_bytes is not None:
             entry |= {"gpuBytes": memory_bytes, "fits": one.fits(memory_bytes)}
+        if method in times:
+            time, cost = times[method]
+            entry |= {"time": time.to_wire()} | ({"cost": cost.to_wire()} if cost is not None else {})
         data["plans"].append(entry)
     return data | ({"proposals": proposals} if proposals else {})
 

@@ -33,16 +33,6 @@ BATCH_PATHS = ("training.batchSizePerDevice", "training.gradientAccumulationStep
 LARGEST_BATCH = 1024
 
 
-GPUS = {
-    name: int(mebibytes * 2**20)
-    for name, mebibytes in {
-        "t4-16gb": 15360, "v100-16gb": 16384, "v100-32gb": 32768, "a10-24gb": 23028, "l4-24gb": 23034, "rtx4090-24gb": 24564, "a100-40gb": 40960,
-        "a40-48gb": 46068, "l40s-48gb": 46068, "a100-80gb": 81920, "h100-80gb": 81559, "gh200-96gb": 97871, "h200-141gb": 143771, "b200-180gb": 183359,
-    }.items()
-}  # fmt: skip
-"""Bytes of memory of common GPUs, as `nvidia-smi` reports it."""
-
-
 @dataclass(frozen=True)
 class JobPlan:
     """A memory plan with what it assumes."""

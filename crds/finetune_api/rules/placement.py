@@ -7,6 +7,7 @@ import re
 from finetune_api.names import Env
 from finetune_api.patterns import FORMS, LABEL_VALUE
 from finetune_api.rules.base import ExecutionTarget, Findings, rule
+from finetune_api.rules.derived_values import gpus_per_node
 from finetune_api.spec import FineTuneJobSpec
 
 KEY_PATTERN = re.compile(r"([a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?")
@@ -25,6 +26,12 @@ def check_environment(spec: FineTuneJobSpec, target: ExecutionTarget) -> Finding
                 f"the operator sets {variable.name}",
                 f"remove {variable.name}; write credentials into storage.credentialsSecretRef and model.tokenSecretRef",
             )
+
+
+@rule("MaxCostWithoutGpus")
+def check_max_cost(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
+    if spec.policy.max_cost is not None and gpus_per_node(spec) == 0:
+        yield "policy.maxCost", "maxCost has no effect, because only GPU-hours have a price and resources.gpusPerNode is 0", "remove policy.maxCost"
 
 
 @rule("EnvironmentContradiction")

@@ -333,6 +333,13 @@ class Policy(Group):
         default_text="Jobs and Pods are kept",
         example=3600,
     )
+    max_cost: Annotated[float, Field(gt=0, le=1e9)] | None = spec_field(
+        "Maximum cost of the GPU-hours of all attempts, in the currency of the operator's configuration. A prepared job whose planned cost is surely "
+        "higher does not start. A running job that has spent this amount saves a checkpoint and fails. The node pool needs a price.",
+        default_text="no limit",
+        example=250.5,
+        since="0.2.0",
+    )
     retries: Annotated[int, Field(ge=0, le=1000)] | None = spec_field(
         "Maximum number of consecutive failed attempts without progress. After one more failed attempt without progress, the job fails.", default=3, example=5
     )

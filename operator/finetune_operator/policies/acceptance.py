@@ -93,6 +93,7 @@ def accept(
     placement_conflicts = list(placement_problems(spec, pool, config))
     refusal = (
         _refuse_conflicts(placement_conflicts, first_attempt)
+        or (_refuse_unknown_price(spec, pool) if first_attempt is None else None)
         or _refuse_storage(resolved_spec, first_attempt)
         or _refuse_size(resolved_spec, first_attempt)
     )
@@ -136,6 +137,15 @@ def _refuse_conflicts(placement_conflicts: list[str], first_attempt: FirstAttemp
     if not placement_conflicts or first_attempt is not None:
         return None
     return RefusedSpec(Reason.REJECTED, clean("; ".join(placement_conflicts)), "remove the value, or choose another pool")
+
+
+def _refuse_unknown_price(spec: FineTuneJobSpec, pool: NodePool | None) -> RefusedSpec | None:
+    """Make a job with `policy.maxCost` wait if its GPUs have no price. A started job keeps the price that it started with."""
+    if spec.policy.max_cost is None or (pool is not None and pool.price_per_gpu_hour is not None):
+        return None
+    place = f"node pool {pool.name} has no pricePerGpuHour" if pool is not None else "the job uses no node pool, so its GPUs have no price"
+    hint = "remove policy.maxCost, or name a pool with a price in resources.nodePool"
+    return RefusedSpec(Reason.PRICE_UNKNOWN, f"spec.policy.maxCost is {spec.policy.max_cost:g}, but {place}", hint, is_final=False)
 
 
 def _refuse_storage(resolved_spec: ResolvedSpec, first_attempt: FirstAttempt | None) -> RefusedSpec | None:

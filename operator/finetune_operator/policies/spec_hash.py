@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 MUTABLE_FIELDS = (
-    "suspend", "cancel", "policy.activeDeadlineSeconds", "policy.ttlSecondsAfterFinished", "placement.queueName",
+    "suspend", "cancel", "policy.activeDeadlineSeconds", "policy.ttlSecondsAfterFinished", "policy.maxCost", "placement.queueName",
 )  # fmt: skip
 """Fields of the spec that may change after creation."""
 

@@ -350,7 +350,8 @@ class Kubelet:
         """End the container with this exit code and termination message."""
         text = raw or (message.to_json() if message else "")
         terminated = {"exitCode": code, "reason": reason or ("Completed" if code == 0 else "Error"), "message": text}
-        terminated |= {"finishedAt": _now(), "startedAt": _now()}
+        state = ((pod.get("status") or {}).get("containerStatuses") or [{}])[0].get("state") or {}
+        terminated |= {"finishedAt": _now(), "startedAt": (state.get("running") or {}).get("startedAt") or _now()}
         await self.write(pod, {
             "phase": "Succeeded" if code == 0 else "Failed",
             "containerStatuses": [_container_status({"terminated": terminated}, False)],

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from finetune_api.defaults import ResolvedSpec, resolve_defaults
 from finetune_api.errors import ConfigError, FineTuneError
+from finetune_api.gpus import GPU_TYPES
 from finetune_api.memory.architecture import ModelShape, model_shape, read_model_shape, stored_bytes
 from finetune_api.memory.description import Facts, describe_step
 from finetune_api.memory.heads import LossHead
@@ -16,7 +17,6 @@ from finetune_api.memory.layers import Batch, Kernels, TrainedWeights
 from finetune_api.memory.optimizers import ADAFACTOR, ADAMW_8BIT, ADAMW_FUSED, SGD, Optimizer
 from finetune_api.memory.plan import (
     FRAGMENTATION,
-    GPUS,
     UPPER_MARGIN,
     WORKSPACE_BYTES,
     change_spec,
@@ -45,7 +45,7 @@ LLAMA_1B = model_shape(TINY | {
 LLAMA_8B = model_shape(TINY | {
     "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256,
 })  # fmt: skip
-H200_BYTES, H100_BYTES, L4_BYTES = (GPUS[name] for name in ("h200-141gb", "h100-80gb", "l4-24gb"))
+H200_BYTES, H100_BYTES, L4_BYTES = (GPU_TYPES[name].memory_bytes for name in ("h200-141gb", "h100-80gb", "l4-24gb"))
 
 
 def resolve(**groups: dict[str, Any]) -> ResolvedSpec:

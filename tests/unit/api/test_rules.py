@@ -352,6 +352,7 @@ PROBLEM_CASES: list[tuple[str, dict[str, Any], str]] = [
     ("SourceInvalid", {"checkpoint": {"resume": "checkpoints/step-100"}}, "checkpoint.resume"),
     ("OutputPathInvalid", {"output": {"dir": "s3://bucket/out"}}, "output.dir"),
     ("VolumeContradiction", {"placement": {"volumes": [{"name": "x"}]}}, "placement.volumes[0]"),
+    ("MaxCostWithoutGpus", {"policy": {"maxCost": 5}, "resources": {"gpusPerNode": 0}}, "policy.maxCost"),
     ("VolumeContradiction", {"placement": {"volumes": [{"name": "x", "secret": "a", "configMap": "b"}]}}, "placement.volumes[0]"),
     (
         "EnvironmentContradiction",

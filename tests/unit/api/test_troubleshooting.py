@@ -38,7 +38,7 @@ COMPUTED_CODES: dict[tuple[str, str], set[str]] = {
     ("tree.py", "UPLOAD_INCOMPLETE"): {"UploadIncomplete"},
 }
 """Calls of error classes whose code is not a literal, and the codes that the scan of the source text therefore cannot see."""
-CODES_OF_PODS = {"OOMKilled", "Evicted", Reason.DEADLINE_EXCEEDED.value, "StagingDiskFull", "RankFailed"}
+CODES_OF_PODS = {"OOMKilled", "Evicted", Reason.DEADLINE_EXCEEDED.value, Reason.BUDGET_EXCEEDED.value, "StagingDiskFull", "RankFailed"}
 """Codes that the operator takes from constants or from Kubernetes, and two codes whose call has another form."""
 
 

@@ -98,3 +98,39 @@ def test_a_manifest_with_errors_is_refused(run_command: RunCommand, write_file: 
     job = write_file("job.yaml", GPU_JOB.replace("batchSizePerDevice: 4", "batchSizePerDevice: 0"))
     code, _, stderr = run_command("plan", "-f", job, "--model-config", model)
     assert (code, "spec.training.batchSizePerDevice" in stderr) == (1, True)
+
+
+def test_time_and_cost_are_planned(run_command: RunCommand, job: Path, model: Path) -> None:
+    options = ("--gpu", "h100-80gb", "--rows", 50_000, "--mean-row", 300, "--price", 2.5)
+    code, stdout, stderr = run_command("plan", "-f", job, "--model-config", model, *options)
+    cells = {line[: line.index("  ")]: line.split("   ")[-1].strip() for line in stdout.splitlines()[3:]}
+    assert code == 0
+    assert (cells["expected time"], cells["time, bounds"]) == ("0h13m", "0h08m - 0h36m")
+    assert (cells["expected cost"], cells["cost, bounds"]) == ("0.52", "0.32 - 1.48")
+    assert "its bounds are not calibrated for this GPU" in stderr
+
+    code, stdout, _ = run_command("plan", "-f", job, "--model-config", model, *options, "--compare", "lora,full", "-o", "json")
+    lora, full = json.loads(stdout)["plans"]
+    assert (code, lora["time"]["calibrated"], lora["cost"]["expected"]) == (0, False, 0.52)
+    assert lora["time"]["expectedSeconds"] < full["time"]["expectedSeconds"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--rows", 5), "--rows and --mean-row plan the time together: give both, or none"),
+        (("--rows", 5, "--mean-row", 5), "--rows and --mean-row need the type of the GPUs: add --gpu NAME"),
+        (("--price", 5), "--price needs the planned time: add --gpu, --rows and --mean-row"),
+    ],
+)
+def test_options_of_the_time_depend_on_each_other(
+    run_command: RunCommand, job: Path, model: Path, options: tuple[object, ...], message: str
+) -> None:
+    code, _, stderr = run_command("plan", "-f", job, "--model-config", model, *options)
+    assert code != 0 and message in stderr
+
+
+def test_the_time_of_another_objective_is_not_planned(run_command: RunCommand, write_file: WriteFile, model: Path) -> None:
+    job = write_file("job.yaml", GPU_JOB + "  trainer: {type: dpo}\n")
+    code, _, stderr = run_command("plan", "-f", job, "--model-config", model, "--gpu", "l4-24gb", "--rows", 5, "--mean-row", 5)
+    assert code == 1 and "trainer.type is dpo" in stderr

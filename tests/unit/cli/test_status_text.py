@@ -65,3 +65,11 @@ def test_status_shows_reason_checkpoint_step_and_model_name(status: dict[str, An
     job = {"metadata": {"name": "bot", "namespace": "team"}, "spec": {"model": {"source": "s3://models/tiny"}}}
     text = describe_job({**job, "status": status}).splitlines()
     assert [line for line in lines if line not in text] == []
+
+
+def test_cost_and_largest_parts_of_the_time_are_shown() -> None:
+    goodput = {"wallSeconds": 1000, "parts": {"steps": 800, "loading": 150, "podStart": 45, "other": 5}}
+    cost = {"gpuHours": 2.5, "amount": 7.5, "display": "7.50 EUR"}
+    text = describe_job({"metadata": {"name": "bot"}, "status": {"goodput": goodput, "cost": cost}}).splitlines()
+    assert "time      1,000 s: steps 80%, loading 15%, podStart 4%" in text
+    assert "cost      7.50 EUR for 2.5 GPU-hours" in text

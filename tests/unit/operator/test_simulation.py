@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 from finetune_api.names import Condition, Phase, Reason
 from finetune_api.spec import FineTuneJobSpec
 from finetune_operator.decide import decide
@@ -21,7 +22,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from tests.unit.operator.samples import CONFIG, UID, accept_spec
+from tests.unit.operator.samples import CONFIG, T0, UID, accept_spec
 from tests.unit.operator.world import FOREIGN_JOB, SimulatedCluster, effective_batch
 
 EXIT_CODES = st.sampled_from([0, 1, 64, 65, 69, 70, 71, 71, 72, 72, 73, 74, 75, 76, 77, 137, 143])
@@ -283,6 +284,22 @@ class JobEvents(RuleBasedStateMachine):
     def only_running_time_counts(self) -> None:
         status = self.world.status
         assert (status.active_seconds or 0) <= self.world.running_seconds + ROUNDING_SECONDS * (len(status.attempts) + 1), status.to_wire()
+
+    @invariant()
+    def parts_of_the_time_sum_to_the_time(self) -> None:
+        goodput = self.world.status.goodput
+        if goodput is None:
+            return
+        parts = goodput.parts.seconds()
+        assert min(parts.values(), default=0.0) >= 0
+        assert sum(parts.values()) == pytest.approx(goodput.wall_seconds, abs=0.01)
+        assert sum(goodput.earlier.values() if goodput.earlier else []) + sum(entry.wall_seconds for entry in goodput.attempts) == pytest.approx(
+            goodput.wall_seconds, abs=0.01
+        )
+        last = self.world.status.attempts[-1] if self.world.status.attempts else None
+        if last is not None and last.end_time is not None and goodput.attempts[-1].number == last.number:
+            assert goodput.wall_seconds == pytest.approx(max(0.0, between(T0, last.end_time)), abs=1.0)
+        assert goodput.wall_seconds <= between(T0, self.world.now) + 1.0
 
     @invariant()
     def adaptations_have_an_end(self) -> None:

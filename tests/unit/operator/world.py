@@ -172,7 +172,7 @@ class SimulatedCluster:
         """Start all pending pods; they become ready."""
         for p in list(self.pods.values()):
             if p.phase == "Pending" and not p.is_deleted and p.deletion_timestamp is None:
-                self.pods[p.uid] = replace(p, phase="Running", is_ready=True)
+                self.pods[p.uid] = replace(p, phase="Running", is_ready=True, scheduled_at=self.now, running_since=self.now)
 
     def running_pods(self) -> list[PodView]:
         """Running pods on nodes that are not lost."""
@@ -188,7 +188,7 @@ class SimulatedCluster:
             self.reported_checkpoints |= {(checkpoint.step, self.attempt_of(checkpoint)) for checkpoint in message.checkpoints}
         ended_pod = end_pod(p, code, message)
         assert ended_pod.terminated is not None
-        self.pods[p.uid] = replace(ended_pod, terminated=replace(ended_pod.terminated, finished_at=self.now))
+        self.pods[p.uid] = replace(ended_pod, terminated=replace(ended_pod.terminated, started_at=p.running_since, finished_at=self.now))
         if code not in EXIT_POLICIES or EXIT_POLICIES[code].retry_policy is RetryPolicy.COUNTED:
             self.may_count.add(p.attempt)
 
@@ -267,7 +267,8 @@ class SimulatedCluster:
         for p in self.running_pods():
             if p.completion_index == 0 and p.uid in self.steps and p.job_uid in self.jobs:
                 step, start, known = self.steps[p.uid], self.start_steps[p.uid], self._checkpoints()
-                received = report(attempt=p.attempt, stage=Stage.TRAINING, resumedFromStep=start, health={})
+                seconds = (self.now - (p.running_since or self.now)).total_seconds()
+                received = report(attempt=p.attempt, stage=Stage.TRAINING, resumedFromStep=start, health={}, timeUse={"steps": seconds})
                 received = received.model_copy(
                     update={"progress": Progress(step=step, update_time=self.now), "checkpoints": known}
                 )

@@ -12,7 +12,7 @@ from finetune_api.spec import FineTuneJobSpec
 
 torch = pytest.importorskip("torch")
 from finetune_trainer.channel import Channel  # noqa: E402 - the module needs torch
-from finetune_trainer.memory_plan import MeasuredMemory, plan_run  # noqa: E402 - the module needs torch
+from finetune_trainer.memory_plan import MeasuredMemory, plan_run, plan_work_of_run  # noqa: E402 - the module needs torch
 from transformers import AutoConfig  # noqa: E402 - the module needs torch
 
 KNOWN = {"attention": "varlen", "longest_tokens": 512, "uses_liger": True, "recomputes": True, "kept_layer_tokens": None}
@@ -51,6 +51,14 @@ def test_the_plan_of_a_configuration_of_transformers_has_its_sizes() -> None:
 def test_a_run_that_the_plan_does_not_know_has_none() -> None:
     assert plan_run(run_of(trainer={"type": "dpo"}), config_of(), **KNOWN) is None
     assert plan_run(run_of(), AutoConfig.for_model("gpt2"), **KNOWN) is None
+
+
+def test_the_work_of_a_run_follows_from_its_counts() -> None:
+    counts = {"rows": {"train": 160}, "tokens": {"train": {"tokens": 16_000}}}
+    work = plan_work_of_run(run_of(), config_of(), counts, None)
+    assert work is not None and (work.steps, work.tokens) == (3 * 160 // 16, 3 * 16_000)
+    assert plan_work_of_run(run_of(), config_of(), {"rows": {"train": 160}}, None) is None
+    assert plan_work_of_run(run_of(), AutoConfig.for_model("gpt2"), counts, None) is None
 
 
 def test_the_measured_peak_contains_memory_outside_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,7 +42,8 @@ def create_callbacks(run: RunConfig, channel: Channel, inputs: Inputs) -> list[T
     gang_store: GangStore = TcpGangStore(run.world.rendezvous_id) if channel.world_size > 1 else SingleRankStore()
     agree_on_start(channel, gang_store, inputs.restore.step if inputs.restore else 0)
     agreement = StopAgreement(channel, gang_store)
-    return [ProgressReporter(channel), CheckpointStager(channel, agreement, _agree_on_incarnation(channel, gang_store), resume_path(inputs))]
+    stager = CheckpointStager(channel, agreement, _agree_on_incarnation(channel, gang_store), resume_path(inputs))
+    return [ProgressReporter(channel), stager, PauseReporter(channel, stager)]
 
 
 def resume_path(inputs: Inputs) -> Path | None:
@@ -167,6 +168,8 @@ class CheckpointStager(TrainerCallback):
         self._last_size = 0
         """Size of the last checkpoint on this pod's disk."""
         self._save_started = 0.0
+        self.wait_seconds = 0.0
+        """Seconds for which training waited at the last due checkpoint until the checkpoint before it was written."""
 
     def on_trainer_created(self, trainer: Any) -> None:
         """Keep a reference to the Trainer, because transformers does not pass its running sums to callbacks. Let it write checkpoints in the background."""
@@ -206,6 +209,7 @@ class CheckpointStager(TrainerCallback):
             return
         self._save_started = time.monotonic()
         self._wait_for_last_checkpoint()
+        self.wait_seconds = time.monotonic() - self._save_started
         if not space.has_disk_space(args, self._channel.world_size, self._last_size, model):
             control.should_save = False
             self._channel.send_message(
@@ -264,6 +268,34 @@ class CheckpointStager(TrainerCallback):
         if self._channel.local_rank == 0:
             self._last_size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         self._channel.report_staged_files(step, folder, **facts)
+
+
+class PauseReporter(TrainerCallback):
+    """Reports for how long training waited for evaluations and checkpoints. The Trainer must call it after `CheckpointStager`."""
+
+    def __init__(self, channel: Channel, stager: CheckpointStager) -> None:
+        self._channel, self._stager = channel, stager
+        self._since = time.monotonic()
+        """The end of the last step, epoch, evaluation or checkpoint."""
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._since = time.monotonic()
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._since = time.monotonic()
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._report("evaluation", 0.0)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._report("saving", self._stager.wait_seconds)
+        self._stager.wait_seconds = 0.0
+
+    def _report(self, part: str, further_seconds: float) -> None:
+        now = time.monotonic()
+        if self._channel.local_rank == 0:
+            self._channel.report_pause(part, now - self._since + further_seconds)
+        self._since = now
 
 
 def _waits_for_epoch_end(args: TrainingArguments, state: TrainerState) -> bool:

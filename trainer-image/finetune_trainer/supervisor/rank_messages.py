@@ -71,6 +71,8 @@ class RankMessages:
                 state.merge_resolved(ResolvedConfig.model_validate(message["value"]))
             case "plan":
                 state.merge_plan(RunPlan.model_validate(message["value"]))
+            case "pause":
+                state.record_pause(str(message["part"]), float(message["seconds"]))
             case "log":
                 self._metric_log.append(message["step"], message["values"])
             case "skipped":

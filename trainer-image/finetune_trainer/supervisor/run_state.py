@@ -19,6 +19,9 @@ from finetune_api.errors import FineTuneError
 from finetune_api.pod import HealthReport, ProgressReport, RunConfig
 from finetune_api.status import Checkpoint, EvaluationResult, Metrics, Output, Progress, ResolvedConfig, RunPlan, Stage
 
+from finetune_trainer.supervisor.pod_time import compute_time_use
+from finetune_trainer.supervisor.remaining_time import RemainingTime
+
 log = logging.getLogger(__name__)
 RECENT_STEPS = 50
 NEWEST_CHECKPOINTS = 5
@@ -27,7 +30,8 @@ NEWEST_CHECKPOINTS = 5
 class RunState:
     """The progress, metrics, checkpoints and health of one pod's run."""
 
-    def __init__(self) -> None:
+    def __init__(self, process_seconds: float = 0.0) -> None:
+        """`process_seconds`: seconds since the start of this process. They belong to the stage `starting`."""
         self._lock = threading.RLock()
         self._run: RunConfig | None = None
         self._stage = Stage.STARTING
@@ -43,8 +47,12 @@ class RunState:
         self._recent_step_seconds: deque[float] = deque(maxlen=RECENT_STEPS)
         self._step_time: float | None = None
         self._activity_time: float | None = None
-        self._stage_since = time.monotonic()
+        self._stage_since = time.monotonic() - process_seconds
         self._timings: dict[str, float] = {}
+        self._pauses: dict[str, float] = {}
+        """Seconds of pauses in training, by part of `TimeUse`."""
+        self._first_step_seconds: float | None = None
+        self._remaining_time = RemainingTime()
         self._health = HealthReport()
         self.resumed_from_step: int | None = None
         self.counters: dict[str, float] = {}
@@ -69,6 +77,18 @@ class RunState:
         with self._lock:
             self._timings[name] = self._timings.get(name, 0.0) + seconds
 
+    def record_pause(self, part: str, seconds: float) -> None:
+        """Record a pause in training: `evaluation` or `saving`. A pause after a stop request belongs to the time of stopping."""
+        with self._lock:
+            if self._stage is Stage.TRAINING:
+                self._pauses[part] = self._pauses.get(part, 0.0) + seconds
+                self._remaining_time.record_pause(part, self.step, seconds)
+
+    def set_expected_step_seconds(self, seconds: float | None) -> None:
+        """Set the duration of a step that the earlier attempts suggest. It is used until enough steps of this attempt are measured."""
+        with self._lock:
+            self._remaining_time.expected_step_seconds = seconds
+
     def increment_counter(self, name: str, by: float = 1) -> None:
         """Add to a counter of `/metrics`."""
         with self._lock:
@@ -86,7 +106,10 @@ class RunState:
             step_before = self._progress.step or 0
             if self._step_time is not None and step == step_before + 1:
                 self._recent_step_seconds.append(now - self._step_time)
+            if self._first_step_seconds is None and self._stage is Stage.TRAINING:
+                self._first_step_seconds = max(0.0, self._stage_seconds()[Stage.TRAINING] - sum(self._pauses.values()))
             self._step_time = now
+            self._remaining_time.record_step(step, now)
             if step > step_before:
                 self._update_progress({"step": step})
 
@@ -215,7 +238,7 @@ class RunState:
     def report(self) -> ProgressReport:
         """Return the response of `/progress`."""
         with self._lock:
-            stage_seconds = self._timings.get(self._stage.value, 0.0) + time.monotonic() - self._stage_since
+            timings = self._stage_seconds()
             newest = self.checkpoints
             return ProgressReport(
                 attempt=self._run.attempt if self._run else 1,
@@ -232,10 +255,13 @@ class RunState:
                 plan=self._plan,
                 resolved=self._resolved.model_copy(update={"notes": list(self._notes) or None}),
                 health=self._health_with_ages(),
-                timings={
-                    name: round(seconds, 3) for name, seconds in (self._timings | {self._stage.value: stage_seconds}).items()
-                },
+                timings={name: round(seconds, 3) for name, seconds in timings.items()},
+                time_use=compute_time_use(timings, self._pauses, self._first_step_seconds),
             )
+
+    def _stage_seconds(self) -> dict[str, float]:
+        """Return the timings until now."""
+        return self._timings | {self._stage.value: self._timings.get(self._stage.value, 0.0) + time.monotonic() - self._stage_since}
 
     def _health_with_ages(self) -> HealthReport:
         since_step, since_heartbeat = self.seconds_since_step(), self.seconds_since_heartbeat()
@@ -256,9 +282,9 @@ class RunState:
         if step is not None and total:
             percent = min(100, 100 * step // total)
             update |= {"percent": percent, "display": f"{step}/{total} ({percent}%)"}
-            median = self.median_step_seconds()
-            if median is not None:
-                seconds_left = round(median * max(0, total - step))
+            estimate = self._remaining_time.estimate(step, total)
+            if estimate is not None:
+                seconds_left = round(estimate)
                 update |= {"seconds_remaining": seconds_left, "eta": format_duration(seconds_left)}
         return self._progress.model_copy(update=update)
 

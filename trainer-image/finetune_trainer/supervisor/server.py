@@ -221,6 +221,9 @@ def format_metrics(run_state: RunState) -> str:
             lines += [f"# HELP {METRIC_PREFIX}_{name} {text}", f"# TYPE {METRIC_PREFIX}_{name} gauge", f"{METRIC_PREFIX}_{name} {value:g}"]
     for name, value in sorted(run_state.counters.items()):
         lines += [f"# TYPE {METRIC_PREFIX}_{name}_total counter", f"{METRIC_PREFIX}_{name}_total {value:g}"]
+    if report.time_use is not None:
+        lines += [f"# HELP {METRIC_PREFIX}_time_seconds Seconds since the start of the container, by use.", f"# TYPE {METRIC_PREFIX}_time_seconds gauge"]
+        lines += [f'{METRIC_PREFIX}_time_seconds{{part="{part}"}} {seconds:g}' for part, seconds in report.time_use.seconds().items()]
     lines += [
         f"# HELP {METRIC_PREFIX}_stage Current stage of the pod.",
         f"# TYPE {METRIC_PREFIX}_stage gauge",

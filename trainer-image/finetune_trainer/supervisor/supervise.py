@@ -54,6 +54,7 @@ from finetune_trainer.supervisor.metric_log import MetricLog
 from finetune_trainer.supervisor.prepare import Preparation, sweep_leftovers, with_restored_checkpoint
 from finetune_trainer.supervisor.rank_channel import RankChannel
 from finetune_trainer.supervisor.rank_messages import RankMessages
+from finetune_trainer.supervisor.remaining_time import expected_step_seconds
 from finetune_trainer.supervisor.run_report import ReportWriter
 from finetune_trainer.supervisor.run_results import RunResults
 from finetune_trainer.supervisor.run_state import RunState, store_quietly
@@ -92,7 +93,7 @@ class Supervisor:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._state = RunState()
+        self._state = RunState(processes.process_seconds())
         self._facts = AttemptFacts()
         self._must_end = threading.Event()
         self._failure_lock = threading.Lock()
@@ -243,7 +244,10 @@ class Supervisor:
                 store_quietly(self._state, FILES_OF_RESULTS, self._results.record_start)
             restore_result = preparation.restore(tree, facts)
             self._facts.start_step = restore_result.step
-            self._start_tracking(entries_of_checkpoint(restore_result), facts)
+            earlier_entries = entries_of_checkpoint(restore_result)
+            if restore_result.manifest is not None:
+                self._state.set_expected_step_seconds(expected_step_seconds(earlier_entries, restore_result.manifest.facts, facts))
+            self._start_tracking(earlier_entries, facts)
             self._record_start(preparation.data_summary)
             self._start_uploader(run, tree, facts, restore_result)
             self._state.enter_stage(Stage.LOADING)

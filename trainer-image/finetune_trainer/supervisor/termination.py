@@ -26,7 +26,7 @@ def termination_message(
         "committed_step": newest.step if newest else None, "checkpoint": newest.uri if newest else None,
         "latest_checkpoint": newest.uri if newest else None, "resumed_from_step": report.resumed_from_step,
         "progress": report.progress, "metrics": report.metrics, "checkpoints": report.checkpoints, "resolved": report.resolved,
-        "plan": report.plan,
+        "plan": report.plan, "time_use": report.time_use,
         "output": output, "evaluation": report.evaluation, "stage": exit_decision.stage,
     }  # fmt: skip
     if exit_decision.code == ExitCode.OK:

@@ -331,3 +331,21 @@ def test_pods_that_restored_different_steps_do_not_start(tmp_path: Path) -> None
         subject.agree_on_start(Channel.create_recording(tmp_path, world_size=2), shared, 10)
     assert caught.value.code == "StartsDiffer" and "[5, 10]" in caught.value.message
     subject.agree_on_start(Channel.create_recording(tmp_path, world_size=2), shared, 5)
+
+
+def test_pauses_are_measured_from_the_end_of_the_last_step_evaluation_or_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = FakeTrainingLoop(tmp_path)
+    now = [100.0]
+    monkeypatch.setattr(subject.time, "monotonic", lambda: now[0])
+    reporter = subject.PauseReporter(run.channel, run.stager)
+    callbacks = (reporter.on_step_end, reporter.on_evaluate, reporter.on_save, reporter.on_epoch_end, reporter.on_evaluate)
+    run.stager.wait_seconds = 2.0
+    for callback, seconds in zip(callbacks, (9.0, 5.0, 3.0, 4.0, 1.0), strict=True):
+        now[0] += seconds
+        callback(run.args, run.state, run.control)
+    pauses = [(message["part"], message["seconds"]) for message in run.channel.sent if message["kind"] == "pause"]
+    assert pauses == [("evaluation", 5.0), ("saving", 5.0), ("evaluation", 1.0)]
+    assert run.stager.wait_seconds == 0.0
+    other_rank = subject.PauseReporter(Channel.create_recording(tmp_path, local_rank=1), run.stager)
+    other_rank.on_evaluate(run.args, run.state, run.control)
+    assert other_rank._channel.sent == []

@@ -64,6 +64,13 @@ def test_an_unknown_stage_keeps_the_current_one_and_shows_the_detail(pod: Pod) -
     assert (report.stage, report.detail) == (Stage.TRAINING, "teacher 1 of 2")
 
 
+def test_pauses_are_taken_out_of_the_time_of_the_steps(pod: Pod) -> None:
+    pod.receive("stage", stage="training")
+    for part in ("evaluation", "saving", "evaluation"):
+        pod.receive("pause", part=part, seconds=1e-9)
+    assert pod.state._pauses == {"evaluation": 2e-9, "saving": 1e-9}
+
+
 def test_a_failure_with_unreadable_fields_still_names_the_cause() -> None:
     found = failure_from_message(
         {

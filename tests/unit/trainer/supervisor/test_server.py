@@ -79,12 +79,12 @@ def test_unknown_kubeflow_metrics_are_ignored() -> None:
 
 
 def test_metrics_have_the_prometheus_format() -> None:
-    state = RunState()
+    state = RunState(process_seconds=1e6)
     state.record_step(7)
     state.increment_counter("checkpoints", 2)
     lines = format_metrics(state).splitlines()
     assert "finetune_trainer_step 7" in lines and "finetune_trainer_checkpoints_total 2" in lines
-    assert 'finetune_trainer_stage{stage="starting"} 1' in lines
+    assert {'finetune_trainer_stage{stage="starting"} 1', 'finetune_trainer_time_seconds{part="starting"} 1e+06'} <= set(lines)
 
 
 def request(server: Server, path: str, body: bytes | None = None, length: int | None = None) -> tuple[int, bytes]:
@@ -193,7 +193,7 @@ def test_a_content_length_that_is_no_number_is_refused(server: Server, length: s
 
 def test_metrics_without_a_value_are_left_out() -> None:
     state = RunState()
-    assert [line for line in format_metrics(state).splitlines() if not line.startswith("#")] == [
+    assert [line for line in format_metrics(state).splitlines() if not line.startswith(("#", "finetune_trainer_time_seconds"))] == [
         "finetune_trainer_healthy 1", 'finetune_trainer_stage{stage="starting"} 1',
     ]  # fmt: skip
     state.record_checkpoint_problem("Reason", "why")

@@ -1,0 +1,46 @@
+"""Types of GPUs: memory, peak of dense 16-bit matrix products, and memory bandwidth, from the vendors' data sheets."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+MEBIBYTE = 2**20
+
+
+@dataclass(frozen=True)
+class GpuType:
+    """A type of GPU."""
+
+    memory_bytes: int
+    """Memory as `nvidia-smi` reports it."""
+    peak_flops: float
+    """Floating-point operations per second of dense bf16 (or fp16) matrix products."""
+    bandwidth: float
+    """Bytes per second of its memory."""
+    device_words: str
+    """Words in the name that the driver reports."""
+
+
+def _gpu(mebibytes: int, peak_teraflops: float, bandwidth_gigabytes: float, device_words: str) -> GpuType:
+    return GpuType(mebibytes * MEBIBYTE, peak_teraflops * 1e12, bandwidth_gigabytes * 1e9, device_words)
+
+
+GPU_TYPES = {
+    "t4-16gb": _gpu(15360, 65, 320, "T4"), "v100-16gb": _gpu(16384, 125, 900, "V100"), "v100-32gb": _gpu(32768, 125, 900, "V100"),
+    "a10-24gb": _gpu(23028, 125, 600, "A10"), "l4-24gb": _gpu(23034, 121, 300, "L4"), "rtx4090-24gb": _gpu(24564, 165, 1008, "RTX 4090"),
+    "a100-40gb": _gpu(40960, 312, 1555, "A100"), "a40-48gb": _gpu(46068, 150, 696, "A40"), "l40s-48gb": _gpu(46068, 362, 864, "L40S"),
+    "a100-80gb": _gpu(81920, 312, 2039, "A100"), "h100-80gb": _gpu(81559, 989, 3350, "H100"), "gh200-96gb": _gpu(97871, 989, 4000, "GH200"),
+    "h200-141gb": _gpu(143771, 989, 4800, "H200"), "b200-180gb": _gpu(183359, 2250, 8000, "B200"),
+}  # fmt: skip
+"""Common GPUs, by the names that `finetune plan --gpu` and `nodePools[].gpuType` take."""
+
+SLOWER_DEVICES = re.compile(r"\b(MIG|RTX A\d+|Laptop|Max-Q|4090 D|H100 PCIe|H100 NVL|H200 NVL|A10G)\b")
+"""Matches the names of slower devices with the words of a type above."""
+
+
+def gpu_of_device(device: str) -> GpuType | None:
+    """Return the type of a GPU by the name that its driver reports, such as `NVIDIA H100 80GB HBM3`. None: the type is not known."""
+    if SLOWER_DEVICES.search(device):
+        return None
+    return next((gpu for gpu in GPU_TYPES.values() if re.search(rf"\b{gpu.device_words}\b", device)), None)
