@@ -1,8 +1,8 @@
 """Write the files that are generated from the models, or check that they are up to date.
 
-The generated files are the CRD, the reference pages, the chart's values schema, README and admission rules, and the chart's copy of the CRD. The chart needs
-a copy, because Helm cannot read files outside a chart. helm-docs writes the README from the comments of values.yaml. `make verify` runs this
-program with --check.
+The generated files are the CRD, the reference pages, the chart's values schema, README and admission rules, and the chart's copy of the CRD. The
+page about types of models is written from recorded runs. The chart needs a copy, because Helm cannot read files outside a chart. helm-docs writes the
+README from the comments of values.yaml. `make verify` runs this program with --check.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from chart_schema import make_values_schema
 from finetune_api.reference import build_pages
 from finetune_api.schema import crd_yaml
 from finetune_api.tenancy.admission import rule_expressions_yaml
+from models_page import models_page
 from tools import HELM_DOCS, build_tools
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,7 +39,7 @@ def chart_readme() -> str:
 def generate_files() -> dict[Path, str]:
     """Return the text of each generated file."""
     values = json.dumps(make_values_schema(), indent=2, ensure_ascii=False) + "\n"
-    reference_pages = {REFERENCE_FOLDER / name: text for name, text in build_pages().items()}
+    reference_pages = {REFERENCE_FOLDER / name: text for name, text in (build_pages() | {"models.md": models_page()}).items()}
     chart_files = {VALUES_SCHEMA: values, ADMISSION_RULES: rule_expressions_yaml(), CHART / "README.md": chart_readme()}
     return dict.fromkeys(CRD_FILES, crd_yaml()) | chart_files | reference_pages
 
@@ -51,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     outdated_files = [path for path, text in generate_files().items() if not path.exists() or path.read_text("utf-8") != text]
     for path in outdated_files:
         if arguments.check:
-            print(f"{path.relative_to(ROOT)} differs from the models: run `make generate`", file=sys.stderr)
+            print(f"{path.relative_to(ROOT)} is out of date: run `make generate`", file=sys.stderr)
         else:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(generate_files()[path], "utf-8")

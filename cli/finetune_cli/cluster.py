@@ -10,6 +10,7 @@ import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlencode
@@ -25,7 +26,6 @@ EVENTS_API_PATH = "/apis/events.k8s.io/v1"
 TABLE_CONTENT_TYPE = "application/json;as=Table;v=v1;g=meta.k8s.io"
 CALL_TIMEOUT_SECONDS = 30
 POD_TIMEOUT_SECONDS = 5
-HTTP_UNAUTHORIZED, HTTP_NOT_FOUND = 401, 404
 KIND_NAMES = (KIND.lower(), PLURAL, "ftj")
 NAMESPACE_NAME_PATTERN = re.compile(r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$")
 WATCH_SECONDS = 60
@@ -271,11 +271,11 @@ class Cluster:
             )
         except ValueError:
             message = ""
-        if status == HTTP_UNAUTHORIZED:
+        if status == HTTPStatus.UNAUTHORIZED:
             return ClusterError(
                 f"the API server at {host} does not accept the credentials of the kubeconfig: log in again", status
             )
-        if status == HTTP_NOT_FOUND and not message and path.startswith(JOBS_API_PATH):
+        if status == HTTPStatus.NOT_FOUND and not message and path.startswith(JOBS_API_PATH):
             hint = "install the operator's chart, or choose another cluster with --context"
             return ClusterError(f"the cluster at {host} has no CRD for {KIND} {API_VERSION}: {hint}")
         if not message:

@@ -6,6 +6,8 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import cached_property
+from http import HTTPStatus
 from typing import Any
 
 from finetune_api.defaults import PlatformDefaults, resolve_defaults
@@ -17,7 +19,6 @@ from finetune_cli.cluster import Cluster, ClusterError
 from finetune_cli.fields import fields, fields_below
 from finetune_cli.installation import (
     DEFAULT_GPU_RESOURCE,
-    HTTP_FORBIDDEN,
     Installation,
     InstallationMissing,
     Pool,
@@ -31,7 +32,6 @@ from finetune_cli.installation import (
 from finetune_cli.probe_job import ProbeEnd, ProbeResult, ProbeSettings, run_probe
 
 OLDEST_KUBERNETES = (1, 32)
-HTTP_NOT_FOUND = 404
 INSTALL_CURE = "install the chart of the operator, or choose another cluster with --context"
 ROLE_CURE = "ask the platform team for the role finetune-user of the command line's guide in this namespace"
 RIGHTS = (
@@ -81,8 +81,8 @@ class Doctor:
     spec: FineTuneJobSpec | None = None
     timeout_seconds: float = 300
     skipped: frozenset[CheckName] = frozenset()
-    installation: Installation | None = field(default=None, init=False)
     installation_problem: str = field(default="", init=False)
+    """Why `installation` is None."""
 
     def run(self) -> Iterator[CheckResult]:
         """Yield the result of each check that is not skipped. After an unreachable cluster or a missing CRD, the other checks are unknown."""
@@ -91,9 +91,10 @@ class Doctor:
             CheckName.RIGHTS: self._check_rights, CheckName.POOLS: self._check_pools,
         }  # fmt: skip
         for name, check in checks.items():
+            if name in self.skipped:
+                continue
             result = self._run_check(name, check)
-            if name not in self.skipped:
-                yield result
+            yield result
             if name is CheckName.CLUSTER and result.state is CheckState.FAILED:
                 return
         if not {CheckName.IMAGE, CheckName.STORAGE} <= self.skipped:
@@ -101,12 +102,10 @@ class Doctor:
 
     def _run_check(self, name: CheckName, check: Callable[[], CheckResult]) -> CheckResult:
         """Run a check. A refused request makes the result unknown, any other error of the API server makes it failed."""
-        if name in self.skipped and name is not CheckName.OPERATOR:
-            return CheckResult(name, CheckState.UNKNOWN, "skipped")
         try:
             return check()
         except ClusterError as error:
-            if error.code == HTTP_FORBIDDEN:
+            if error.code == HTTPStatus.FORBIDDEN:
                 return CheckResult(name, CheckState.UNKNOWN, str(error), "ask the platform team to run `finetune doctor`, or for this permission")
             return CheckResult(name, CheckState.FAILED, str(error), "check the address in the kubeconfig, the network and the proxy")
 
@@ -124,7 +123,7 @@ class Doctor:
         try:
             self.cluster.call_api("GET", f"/apis/{API_VERSION}")
         except ClusterError as error:
-            if error.code in (0, HTTP_NOT_FOUND):
+            if error.code in (0, HTTPStatus.NOT_FOUND):
                 return CheckResult(CheckName.CRD, CheckState.FAILED, f"the cluster has no CRD for {KIND} {API_VERSION}", INSTALL_CURE)
             raise
         served, known = self._served_fields(), {one.path for one in fields() if one.path.startswith("spec.")}
@@ -150,9 +149,6 @@ class Doctor:
         return set()
 
     def _check_operator(self) -> CheckResult:
-        self._read_installation()
-        if CheckName.OPERATOR in self.skipped:
-            return CheckResult(CheckName.OPERATOR, CheckState.UNKNOWN, "skipped")
         deployments = list_chart_objects(self.cluster, "deployments", "/apis/apps/v1", self.operator_namespace)
         namespace = self.installation.namespace if self.installation else None
         deployment = next((one for one in deployments if namespace in (None, one["metadata"]["namespace"])), None)
@@ -172,11 +168,14 @@ class Doctor:
             return CheckResult(CheckName.OPERATOR, CheckState.FAILED, self.installation_problem, "correct the chart's values, or name --operator-namespace")
         return CheckResult(CheckName.OPERATOR, CheckState.OK, f"{name}, release {version}, {ready} of {replicas} pods ready")
 
-    def _read_installation(self) -> None:
+    @cached_property
+    def installation(self) -> Installation | None:
+        """The configuration of the operator, read at the first use. None if it cannot be read."""
         try:
-            self.installation = find_installation(self.cluster, self.operator_namespace)
+            return find_installation(self.cluster, self.operator_namespace)
         except (ClusterError, InstallationMissing) as error:
             self.installation_problem = str(error)
+            return None
 
     def _check_rights(self) -> CheckResult:
         missing = [f"{verb} {resource}" for resource, verb in RIGHTS if not self.cluster.can_i(verb, resource)]
@@ -216,7 +215,7 @@ class Doctor:
             result = run_probe(self.cluster, settings, self.timeout_seconds)
         except ClusterError as error:
             state, cure = CheckState.FAILED, "correct the settings that the message names"
-            if error.code == HTTP_FORBIDDEN:
+            if error.code == HTTPStatus.FORBIDDEN:
                 state, cure = CheckState.UNKNOWN, f"ask for the rights to create and delete jobs in namespace {self.cluster.namespace}"
             yield from (CheckResult(check, state, str(error), cure) for check in (CheckName.IMAGE, CheckName.STORAGE))
             return

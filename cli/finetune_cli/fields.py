@@ -66,9 +66,19 @@ def kind_of(schema: dict[str, Any]) -> str:
     return " ".join(part for part in (str(schema.get("type", "object")), bounds) if part)
 
 
+def without_indexes(path: str) -> str:
+    """Return a path without the numbers of list items: `tolerations[].key` for `tolerations[2].key`."""
+    return re.sub(r"\[\d+\]", "[]", path)
+
+
+def field_at(path: str) -> Field | None:
+    """Return the field at a path below spec, which may have numbers of list items. None if there is no such field."""
+    return fields_by_path().get(f"spec.{without_indexes(path)}")
+
+
 def example_of(path: str) -> str:
     """Return the example in the description of a field below spec, or an empty string without an example."""
-    field = fields_by_path().get(re.sub(r"\[\d+\]", "[]", f"spec.{path}"))
+    field = field_at(path)
     match = re.search(r"Example: `(.*?)`\.?(?: Values:|$)", field.description) if field else None
     return match.group(1) if match else ""
 
@@ -78,7 +88,7 @@ def group_example(path: str) -> str:
 
     Returns an empty string if the field is not a group.
     """
-    pattern = re.sub(r"\[\d+\]", "[]", f"spec.{path}")
+    pattern = f"spec.{without_indexes(path)}"
     field = fields_by_path().get(pattern.removesuffix("[]"))
     if field is None or not (field.is_group or pattern.endswith("[]")):
         return ""

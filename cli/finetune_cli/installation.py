@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from http import HTTPStatus
 from typing import Any
 
 from finetune_api.base import LenientModel
@@ -21,7 +22,6 @@ SELECTOR = "app.kubernetes.io/part-of=finetune-operator"
 """Label of every object of the chart."""
 CONFIG_KEY = "config.yaml"
 DEFAULT_GPU_RESOURCE = "nvidia.com/gpu"
-HTTP_FORBIDDEN = 403
 
 
 class InstallationMissing(CommandError):
@@ -100,7 +100,7 @@ def list_chart_objects(cluster: Cluster, plural: str, api_path: str, namespace: 
         try:
             return list(cluster.call_api("GET", f"{api_path}/{plural}", query).get("items") or [])
         except ClusterError as error:
-            if error.code != HTTP_FORBIDDEN:
+            if error.code != HTTPStatus.FORBIDDEN:
                 raise
     return list(cluster.call_api("GET", f"{api_path}/namespaces/{namespace or DEFAULT_NAMESPACE}/{plural}", query).get("items") or [])
 

@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -24,7 +25,6 @@ from finetune_cli.transfers import write_whole_file
 
 ENDPOINT_VARIABLES = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
 """Variables with the address of the S3 server, which boto3 reads."""
-HTTP_NOT_FOUND = 404
 CREDENTIALS_HINT = "export AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
 
 
@@ -124,7 +124,7 @@ class JobStorage:
             try:
                 response = self.client.head_object(Bucket=self.bucket, Key=self.full_key(key))
             except ClientError as error:
-                if error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") == HTTP_NOT_FOUND:
+                if error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") == HTTPStatus.NOT_FOUND:
                     return None
                 # The response to HEAD has no body. The response to GET says whether the keys are wrong, or a right is missing.
                 self.client.get_object(Bucket=self.bucket, Key=self.full_key(key), Range="bytes=0-0")

@@ -12,7 +12,7 @@ from finetune_api.aliases import VALUE_ALIASES, normalise
 from finetune_api.rules import ALL_MODULES, optimizer_hint
 from finetune_api.source_mistakes import explain_mistake
 
-from finetune_cli.fields import Field, example_of, fields_by_path, group_example
+from finetune_cli.fields import example_of, field_at, group_example, without_indexes
 from finetune_cli.redaction import contains_secret
 
 SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
@@ -72,10 +72,6 @@ def hint_for_value(error_type: str, value: Any, path: str, context: Mapping[str,
     return field_example_hint(path) if error_type == "value_error" else ""
 
 
-def _field(path: str) -> Field | None:
-    return fields_by_path().get("spec." + re.sub(r"\[\d+\]", "[]", path))
-
-
 def _name_of(path: str) -> str:
     return path.rpartition(".")[2]
 
@@ -87,7 +83,7 @@ def _in_yaml(value: Any) -> str:
 
 def _hint_to_remove(path: str) -> str:
     """Return the hint to remove a field, with its default if the field has one."""
-    field = _field(path)
+    field = field_at(path)
     match = re.search(r"Default: (.*?)\.(?: Example|$)", field.description) if field else None
     name = _name_of(path)
     return f"remove {name} to use the default: {match[1]}" if match and match[1] != "none" else f"remove {name}"
@@ -98,18 +94,18 @@ def _hint_to_remove(path: str) -> str:
 
 def _hint_for_group(value: Any, path: str) -> str:
     """Return the group to write instead of a text: `storage: {uri: s3://bucket/x}` for `storage: s3://bucket/x`."""
-    name, example, pattern = _name_of(path), group_example_hint(path), re.sub(r"\[\d+\]", "[]", path)
-    field = _field(path)
+    name, example, pattern = _name_of(path), group_example_hint(path), without_indexes(path)
+    field = field_at(path)
     if field is not None and field.kind.startswith("map of"):
         return _hint_for_map(value, path)
-    if isinstance(value, bool) and _field(f"{path}.enabled") is not None:
+    if isinstance(value, bool) and field_at(f"{path}.enabled") is not None:
         return f"write {name}: {{enabled: {text_of(value)}}}"
     if isinstance(value, int | float) and not isinstance(value, bool) and pattern in FIELD_OF_GROUP_FOR_NUMBER:
         return f"write {name}: {{{FIELD_OF_GROUP_FOR_NUMBER[pattern]}: {value}}}"
     if not isinstance(value, str) or contains_secret(value):
         return example
     key, colon, rest = value.partition(":")
-    if colon and rest and not rest.startswith("//") and _field(f"{path}.{key}") is not None:
+    if colon and rest and not rest.startswith("//") and field_at(f"{path}.{key}") is not None:
         return f"write a space after the colon: {name}: {{{key}: {_in_yaml(rest)}}}"
     if name.endswith("Ref"):
         return example.replace(f"name: {example_of(f'{path}.name')}", f"name: {_in_yaml(value)}", 1)
@@ -131,7 +127,7 @@ def _hint_for_map(value: Any, path: str) -> str:
 
 def _hint_for_list(value: Any, path: str) -> str:
     """Return the list to write instead of a single value: `targetModules: [q_proj, v_proj]` for `q_proj,v_proj`."""
-    name, field = _name_of(path), _field(path)
+    name, field = _name_of(path), field_at(path)
     kind = field.kind if field else ""
     if isinstance(value, str) and value.lower() in WORDS_FOR_NOTHING:
         return f"remove {name}"
@@ -176,13 +172,13 @@ def _hint_for_word(value: Any, path: str) -> str:
 
 def _words_of(path: str) -> tuple[str, ...]:
     """Return the allowed words of a field or list item."""
-    field = _field(path) or _field(path.rpartition("[")[0])
+    field = field_at(path) or field_at(path.rpartition("[")[0])
     return field.words if field else ()
 
 
 def _known_word(text: str, path: str) -> str:
     """Return the allowed word for another spelling or for a usual name of a value. Return an empty string for an unknown text."""
-    pattern = re.sub(r"\[\d+\]", "[]", path).removesuffix("[]")
+    pattern = without_indexes(path).removesuffix("[]")
     spelling = normalise(text).removeprefix("torch.")
     by_spelling = {normalise(word): word for word in _words_of(path)}
     aliases = next((words for field, words in VALUE_ALIASES.items() if pattern.endswith(field)), {})
@@ -192,7 +188,7 @@ def _known_word(text: str, path: str) -> str:
 def _field_with_word(text: str) -> str:
     """Return the field for which a text is an allowed word. The user has mixed up these fields."""
     for path in ("method.type", "trainer.type", "distributed.strategy", "training.scheduler", "dataset.format"):
-        field = _field(path)
+        field = field_at(path)
         if field is not None and text.lower() in (word.lower() for word in field.words):
             return path
     return ""
@@ -250,7 +246,7 @@ def _hint_for_pattern(value: str, path: str) -> str:
 
 
 def _hint_for_number(value: Any, path: str) -> str:
-    name, field = _name_of(path), _field(path)
+    name, field = _name_of(path), field_at(path)
     is_integer = field is not None and field.kind.startswith("integer")
     if isinstance(value, float):
         return _hint_for_fraction(value, path)

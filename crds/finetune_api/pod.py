@@ -17,6 +17,7 @@ from pydantic import AliasChoices, Field, SerializerFunctionWrapHandler, model_s
 
 from finetune_api.base import ReportModel, WireModel, fields_with_since, remove_path, version_key
 from finetune_api.names import CONTRACT_VERSION, MAX_TERMINATION_BYTES, OLDEST_TRAINER, FailureClass, Origin
+from finetune_api.redaction import redact_all
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.enums import AddressingStyle, EncryptionType
 from finetune_api.status import (
@@ -281,6 +282,10 @@ class StorageCheckResult(ReportModel):
     message: str = Field(default="", description="What failed; for a success, what the store supports.")
     hint: str = Field(default="", description="What to do.")
 
+    def to_json(self) -> str:
+        """Return the result as JSON of at most 4096 bytes, the kubelet's limit, without secrets."""
+        return _termination_json(self.to_wire())
+
 
 class TerminationMessage(ReportModel):
     """The termination message: one JSON object below 4 KiB."""
@@ -315,18 +320,24 @@ class TerminationMessage(ReportModel):
     time_use: TimeUse | None = Field(default=None, description="What the time since the start of this pod's container was used for.")
 
     def to_json(self) -> str:
-        """Return the message as JSON of at most 4096 bytes, the kubelet's limit. Optional fields are dropped first, then long texts are cut."""
-        value = self.to_wire()
-        for drop_part in _DROPPED_PARTS:
-            if len(_compact_json(value)) <= MAX_TERMINATION_BYTES:
-                break
-            drop_part(value)
-        for key in ("hint", "message"):
-            excess = len(_compact_json(value)) - MAX_TERMINATION_BYTES
-            if excess > 0 and isinstance(value.get(key), str):
-                text = value[key].encode(errors="replace")
-                value[key] = text[: max(0, len(text) - excess - 16)].decode(errors="ignore") + " ..."
-        return _compact_json(value).decode()
+        """Return the message as JSON of at most 4096 bytes, the kubelet's limit, without secrets. Optional fields are dropped first, then long texts cut."""
+        return _termination_json(self.to_wire(), _DROPPED_PARTS)
+
+
+def _termination_json(value: dict[str, Any], droppable_parts: tuple[Callable[[dict[str, Any]], None], ...] = ()) -> str:
+    """Replace the secrets in the texts, drop parts and cut the texts until the JSON fits. Everyone who may read a pod can read its termination message."""
+    texts = {key: redact_all(value[key], "[redacted]") for key in ("hint", "message") if isinstance(value.get(key), str)}
+    value |= texts
+    for drop_part in droppable_parts:
+        if len(_compact_json(value)) <= MAX_TERMINATION_BYTES:
+            break
+        drop_part(value)
+    for key in sorted(texts, key=lambda one: len(texts[one]), reverse=True):  # The longest text first, so that a short hint stays whole.
+        excess = len(_compact_json(value)) - MAX_TERMINATION_BYTES
+        if excess > 0:
+            text = texts[key].encode(errors="replace")
+            value[key] = text[: max(0, len(text) - excess - 16)].decode(errors="ignore") + " ..."
+    return _compact_json(value).decode()
 
 
 def _drop_texts_of_passed_gates(message: dict[str, Any]) -> None:

@@ -63,13 +63,15 @@ class Result:
     """Class, code, message, hint and exitCode of the failure. An unclassified failure also has a traceback."""
 
 
-def run_python_of_tests(arguments: Sequence[str], environment: Mapping[str, str], output: IO[bytes], timeout: float) -> int:
-    """Run Python in the environment of the tests, with the trainer of this checkout. Returns the exit code."""
+def python_of_tests(arguments: Sequence[str], environment: Mapping[str, str]) -> dict[str, Any]:
+    """Arguments of `subprocess.run` for Python in the environment of the tests, with the trainer of this checkout."""
     path = os.pathsep.join(str(CHECKOUT_FOLDER / part) for part in ("crds", "trainer-image", "."))
-    return subprocess.run(
-        [sys.executable, *arguments], env={**os.environ, **environment, "PYTHONPATH": path}, stdout=output, stderr=subprocess.STDOUT, timeout=timeout,
-        cwd=CHECKOUT_FOLDER,
-    ).returncode  # fmt: skip
+    return {"args": [sys.executable, *arguments], "env": {**os.environ, **environment, "PYTHONPATH": path}, "cwd": CHECKOUT_FOLDER}
+
+
+def run_python_of_tests(arguments: Sequence[str], environment: Mapping[str, str], output: IO[bytes], timeout: float) -> int:
+    """Run Python in the environment of the tests. Returns the exit code."""
+    return subprocess.run(**python_of_tests(arguments, environment), stdout=output, stderr=subprocess.STDOUT, timeout=timeout).returncode
 
 
 def launch_cells(

@@ -101,6 +101,8 @@ FAMILIES = {
     "idefics3": idefics("Idefics3ImageProcessor"),
     "smolvlm": idefics("SmolVLMImageProcessor"),
 }  # fmt: skip
+SIMILAR_FAMILIES = ("qwen2_5_vl", "smolvlm")
+"""Families whose layers and processors are also those of another family. Trained by `make test-faults`."""
 
 
 def make_vision_model(folder: Path, name: str, *, seed: int = 0) -> Path:

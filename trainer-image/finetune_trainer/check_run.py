@@ -8,21 +8,18 @@ user's making has the same code as in a training pod. If a library cannot build 
 from __future__ import annotations
 
 import logging
-import traceback
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from finetune_api import rules
 from finetune_api.errors import ConfigError, InternalError
-from finetune_api.names import ExitCode
 from finetune_api.pod import RunConfig
 from finetune_api.status import DataReport, ResolvedConfig, RunPlan, Stage
 
 from finetune_trainer import imports
 from finetune_trainer.channel import Channel
-from finetune_trainer.failure import classify_wrapped_error
+from finetune_trainer.child_main import run_child_main
 from finetune_trainer.inputs import Inputs
 from finetune_trainer.objective import load_objective, module_of
-from finetune_trainer.processes import begin_child, end_child
 from finetune_trainer.settings import Settings, load_run
 
 if TYPE_CHECKING:
@@ -33,25 +30,17 @@ METHODS_WITHOUT_SKELETON = ("spectrum",)
 """Methods that choose the trained layers by the values of the weights."""
 
 
-def main() -> int:
+def main() -> NoReturn:
     """Run the checks, report a failure, and end the process."""
-    begin_child("check")
-    end_child(_run_and_report(Channel.from_env()))
+    run_child_main("check", _check_with_inputs)
 
 
-def _run_and_report(channel: Channel) -> int:
-    try:
-        run, _ = load_run(Settings.from_env())
-        inputs = Inputs.read(channel.work)
-        if inputs is None:
-            raise InternalError("InputsMissing", "the inputs were not downloaded before the check began")
-        check(run, channel, inputs)
-        return ExitCode.OK
-    except BaseException as error:
-        failure, _ = classify_wrapped_error(error)
-        traceback.print_exc()
-        channel.report_failure(failure)
-        return int(failure.exit_code)
+def _check_with_inputs(channel: Channel) -> None:
+    run, _ = load_run(Settings.from_env())
+    inputs = Inputs.read(channel.work)
+    if inputs is None:
+        raise InternalError("InputsMissing", "the inputs were not downloaded before the check began")
+    check(run, channel, inputs)
 
 
 def check(run: RunConfig, channel: Channel, inputs: Inputs) -> None:
@@ -139,10 +128,10 @@ def _check_method(run: RunConfig, channel: Channel, inputs: Inputs, context: Any
 def _build_skeleton(run: RunConfig, config: Any, kind: str) -> Any:
     """Build the model without values from its configuration."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSequenceClassification
 
-    loader = AutoModelForImageTextToText if rules.is_vision_language(run.spec) else AutoModelForCausalLM
+    from finetune_trainer.model import model_class
+
     if kind == "reward":
-        loader, config.num_labels = AutoModelForSequenceClassification, 1
+        config.num_labels = 1
     with torch.device("meta"):
-        return loader.from_config(config, trust_remote_code=bool(run.spec.model.trust_remote_code), attn_implementation="eager")
+        return model_class(run, kind).from_config(config, trust_remote_code=bool(run.spec.model.trust_remote_code), attn_implementation="eager")

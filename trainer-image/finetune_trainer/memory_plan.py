@@ -64,14 +64,18 @@ def plan_work_of_run(run: RunConfig, config: Any, counts: Mapping[str, Any], tra
 
 
 class MeasuredMemory(TrainerCallback):
-    """Reports the peak of the memory that this rank's GPU used, with each log call."""
+    """Reports the peak of the memory that the GPU of local rank 0 used, at the log calls after which the peak is higher than before."""
 
     def __init__(self, channel: Channel, device: torch.device) -> None:
-        self._channel, self._device = channel, device
+        self._channel, self._device, self._peak_bytes = channel, device, 0
 
     def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Report the peak so far."""
+        """Report the peak so far, unless it is reported already."""
+        if self._channel.local_rank != 0:  # The supervisor uses the plan of local rank 0 only.
+            return
         free, total = torch.cuda.mem_get_info(self._device)
         outside_torch = max(0, total - free - torch.cuda.memory_reserved(self._device))
         peak = torch.cuda.max_memory_reserved(self._device) + outside_torch
-        self._channel.report_plan(RunPlan(measured=MeasuredRun(memory_bytes=peak)))
+        if peak > self._peak_bytes:
+            self._peak_bytes = peak
+            self._channel.report_plan(RunPlan(measured=MeasuredRun(memory_bytes=peak)))

@@ -110,6 +110,15 @@ def load_config(run: RunConfig, inputs: Inputs) -> Any:
         raise _unreadable_error("ModelUnreadable", "model", spec.source, inputs.model, error, run) from error
 
 
+def model_class(run: RunConfig, kind: str) -> Any:
+    """Return the class of transformers that builds or loads the base model. `kind`: see `load_model`. A model of kind `reward` needs `num_labels` 1."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSequenceClassification
+
+    if kind == "reward":
+        return AutoModelForSequenceClassification
+    return AutoModelForImageTextToText if is_vision_language(run.spec) else AutoModelForCausalLM
+
+
 def load_model(
     run: RunConfig,
     inputs: Inputs,
@@ -129,8 +138,6 @@ def load_model(
 
     Errors: NotFoundError ModelUnreadable, ModelIncomplete (class Model); ConfigError QuantizedBase.
     """
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSequenceClassification
-
     from finetune_trainer import attention
     from finetune_trainer.library_internals import connect_backbone
 
@@ -147,11 +154,10 @@ def load_model(
         options["device_map"] = "auto"
     if quantization is not None:
         options |= {"quantization_config": quantization, "device_map": {"": str(hardware.device)}}
-    loader = AutoModelForImageTextToText if is_vision_language(run.spec) else AutoModelForCausalLM
     if kind == "reward":
-        loader, options["num_labels"] = AutoModelForSequenceClassification, 1
+        options["num_labels"] = 1
     try:
-        model, loading_info = loader.from_pretrained(inputs.model, output_loading_info=True, **options)
+        model, loading_info = model_class(run, kind).from_pretrained(inputs.model, output_loading_info=True, **options)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise _unreadable_error("ModelUnreadable", "model", spec.source, inputs.model, error, run) from error
     _check_complete(loading_info, run, expected_missing=("score.weight", "score.bias") if kind == "reward" else ())

@@ -135,7 +135,7 @@ class TrainingSession:
         """
         from transformers import PrinterCallback, set_seed
 
-        from finetune_trainer import model, vocabulary
+        from finetune_trainer import distributed, model, vocabulary
         from finetune_trainer.data.prepare import late_defaults
         from finetune_trainer.method.registry import create_method
 
@@ -144,8 +144,10 @@ class TrainingSession:
         data, self.facts = self.objective.load_data(context)
         self.late_defaults = late_defaults(self.run, tokenizer, context.max_positions)
         self.training_rows, self.test_rows, self.datasets = data.train, data.test, (data.test, data.validation, data.train)
-        if data.test is not None and self.channel.rank == 0:
-            self._write_test_split()
+        if data.test is not None:
+            with distributed.local_rank_0_first():
+                if self.channel.rank == 0:
+                    self._write_test_split()
         self._emit_notes(*notes, *self.facts.notes)
         kept_layer_tokens = self._choose_checkpointing(args)
         set_seed(args.seed)
@@ -176,18 +178,21 @@ class TrainingSession:
         """Yield the inputs to load the model from, and notes. With FSDP, the ranks of a pod share 32-bit weights that one rank has converted."""
         import torch
 
-        from finetune_trainer import shared_weights
+        from finetune_trainer.distributed import local_rank_0_first
+        from finetune_trainer.shared_weights import float32_weights
+        from finetune_trainer.verification.weight_files import has_16_bit_weights
 
         is_needed = (
             self.strategy.name == "fsdp" and self.channel.world_size > 1 and self.hardware.dtype is torch.float32 and rules.base_bits(self.run.spec) is None
-            and getattr(self.config, "quantization_config", None) is None and shared_weights.has_16_bit_weights(self.inputs.model)
+            and getattr(self.config, "quantization_config", None) is None and has_16_bit_weights(self.inputs.model)
         )  # fmt: skip
         if not is_needed:
             yield self.inputs, []
             return
-        with shared_weights.float32_weights(
-            self.inputs.model, self.channel.work, converts=self.channel.local_rank == 0, wait_for_ranks=torch.distributed.barrier
-        ) as (folder, notes):
+        with float32_weights(
+            self.inputs.model, self.channel.work, converts=self.channel.local_rank == 0, local_rank_0_first=local_rank_0_first(),
+            wait_for_ranks=torch.distributed.barrier,
+        ) as (folder, notes):  # fmt: skip
             yield self.inputs.model_copy(update={"model": folder}), notes
 
     def _choose_arguments(self, tokenizer: Any, callbacks: list[Any]) -> tuple[TrainingContext, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -58,12 +59,12 @@ def pools(
 def _usages(cluster: Cluster, listed: list[Pool]) -> dict[str, PoolUsage]:
     """Return the usage of each pool by name. Without the permission to list nodes and pods, print a note and return no usage."""
     from finetune_cli.cluster import ClusterError
-    from finetune_cli.installation import HTTP_FORBIDDEN, list_active_pods, list_nodes, usage_of_pool
+    from finetune_cli.installation import list_active_pods, list_nodes, usage_of_pool
 
     try:
         nodes, active_pods = list_nodes(cluster), list_active_pods(cluster)
     except ClusterError as error:
-        if error.code != HTTP_FORBIDDEN:
+        if error.code != HTTPStatus.FORBIDDEN:
             raise
         output.print_notes(["nodes and free GPUs are unknown: you may not list the nodes and pods of the cluster"])
         return {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
     from finetune_cli.cluster import Cluster
     from finetune_cli.job_storage import StoredObject
 
-HTTP_NOT_FOUND = 404
 
 
 def purge(
@@ -72,7 +72,7 @@ def _finished_job(cluster: Cluster, name: str, uid: str | None) -> dict[str, Any
     try:
         job = cluster.get_job(name)
     except ClusterError as error:
-        if error.code != HTTP_NOT_FOUND or uid is None:
+        if error.code != HTTPStatus.NOT_FOUND or uid is None:
             raise
         job = {"spec": {}}
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
     from finetune_cli.cluster import Cluster
     from finetune_cli.manifests import Manifest
 
-HTTP_CONFLICT = 409
 
 
 def submit(
@@ -96,7 +96,7 @@ def _submit_manifest(cluster: Cluster, manifest: Manifest, dry_run: bool) -> Non
         else:
             target.apply_object(manifest.value, dry_run=dry_run)
     except ClusterError as error:
-        is_name_taken = error.code == HTTP_CONFLICT and manifest.is_job
+        is_name_taken = error.code == HTTPStatus.CONFLICT and manifest.is_job
         hint = (
             f"; use another name, or create a new job from the existing one with `finetune rerun {name}`"
             if is_name_taken

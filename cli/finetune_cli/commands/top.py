@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
 HEADER = ["NAME", "PHASE", "PROGRESS", "TOKENS/S", "ETA", "POD", "NODE", "GPUS", "GPU%", "GPU MEMORY", "MEMORY"]
 PARALLEL_REQUESTS = 8
-HTTP_FORBIDDEN, HTTP_NOT_FOUND = 403, 404
 NO_RIGHT_NOTE = "GPUs and memory are unknown: you may not get pods/proxy in this namespace"
 OLD_IMAGE_NOTE = "GPUs and memory of some pods are unknown: their trainer image is older than 0.2.0"
 
@@ -108,7 +108,7 @@ def _read_row(cluster: Cluster, job: dict[str, Any], pod: dict[str, Any]) -> Pod
     try:
         report = cluster.read_from_pod(pod["metadata"]["namespace"], pod["metadata"]["name"], Path.USAGE)
     except ClusterError as error:
-        known = {HTTP_FORBIDDEN: NO_RIGHT_NOTE, HTTP_NOT_FOUND: OLD_IMAGE_NOTE}
+        known = {HTTPStatus.FORBIDDEN: NO_RIGHT_NOTE, HTTPStatus.NOT_FOUND: OLD_IMAGE_NOTE}
         return PodRow(job, pod, None, known.get(error.code, f"{pod['metadata']['name']}: {error}"))
     return PodRow(job, pod, PodUsage.model_validate(report))
 

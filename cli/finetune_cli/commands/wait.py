@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
     from finetune_cli.cluster import Cluster
     from finetune_cli.wait_goals import ConditionGoal, Existence, JsonPathGoal, RunningGoal
 
-HTTP_NOT_FOUND = 404
 
 
 def wait(
@@ -73,7 +73,7 @@ def _wait_for_existence(cluster: Cluster, name: str, goal: Existence, deadline: 
         for _ in cluster.watch_job(name, deadline):
             pass
     except ClusterError as error:
-        if error.code != HTTP_NOT_FOUND:
+        if error.code != HTTPStatus.NOT_FOUND:
             raise
         return "deleted"
     return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,97 +9,17 @@ import pytest
 import torch
 from finetune_api.errors import ConfigError
 from finetune_trainer.verification.artefact_checks import find_fault
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
+from tests.support.families import DENSE_LAYERS, FAMILIES, ROWS, make_family
 from tests.support.learning import merge_mappings, run_training
-from tests.support.tiny import make_tokenizer
 
 pytestmark = pytest.mark.pod
-ROWS = [{"text": "The quick brown fox jumps over the lazy dog. " * (1 + number % 4)} for number in range(10)]
-SIZES: dict[str, Any] = {
-    "vocab_size": 448, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-}  # fmt: skip
-HEADS = {"head_dim": 16}
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
-LOCAL_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
-ROUTED_EXPERTS = {
-    "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
-}  # fmt: skip
-MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_n_groups": 1}
-
-
-@dataclass(frozen=True)
-class Family:
-    """A type of model: the sizes of a tiny configuration, and the trainer's notes about this type."""
-
-    sizes: dict[str, Any] = field(default_factory=dict)
-    has_sdpa: bool = True
-    experts: str | None = None
-    """Path of the experts' parameters in a layer."""
-    left_out: tuple[str, ...] = ()
-    """Linear layers without an adapter."""
-    is_slow: bool = False
-    """Whether the family is only trained by `make test-faults`."""
-
-
-DENSE_LAYERS = ("down_proj", "gate_proj", "up_proj")
-FAMILIES = {
-    "mistral": Family(is_slow=True),
-    "qwen2": Family(is_slow=True),
-    "qwen3": Family(HEADS, is_slow=True),
-    "gemma": Family(HEADS, is_slow=True),
-    "gemma2": Family(HEADS | {"query_pre_attn_scalar": 16}, has_sdpa=False),
-    "gemma3_text": Family(HEADS | {"query_pre_attn_scalar": 16, "sliding_window": 32}),
-    "phi3": Family(is_slow=True),
-    "granite": Family(is_slow=True),
-    "olmo2": Family(is_slow=True),
-    "smollm3": Family(is_slow=True),
-    "glm4": Family(HEADS, is_slow=True),
-    "cohere2": Family(HEADS | {"sliding_window": 32}, is_slow=True),
-    "gpt_neox": Family(is_slow=True),
-    "nemotron": Family(HEADS, is_slow=True),
-    "mixtral": Family(LOCAL_EXPERTS, experts="mlp.experts"),
-    "qwen2_moe": Family(EXPERTS | {"shared_expert_intermediate_size": 64}, experts="mlp.experts", is_slow=True),
-    "qwen3_moe": Family(HEADS | EXPERTS, experts="mlp.experts"),
-    "gpt_oss": Family(HEADS | LOCAL_EXPERTS | {"sliding_window": 32}, has_sdpa=False, experts="mlp.experts"),
-    "deepseek_v3": Family(
-        ROUTED_EXPERTS
-        | {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16, "num_key_value_heads": 4},
-        experts="mlp.experts", left_out=DENSE_LAYERS,
-    ),
-    "glm4_moe": Family(HEADS | ROUTED_EXPERTS, experts="mlp.experts", left_out=DENSE_LAYERS, is_slow=True),
-    "qwen3_next": Family(
-        HEADS | EXPERTS | {
-            "num_hidden_layers": 4, "shared_expert_intermediate_size": 64, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
-            "linear_key_head_dim": 16, "linear_value_head_dim": 16,
-        }, experts="mlp.experts", left_out=DENSE_LAYERS, is_slow=True,
-    ),
-    "llama4_text": Family(
-        HEADS | {"num_local_experts": 4, "num_experts_per_tok": 1, "intermediate_size_mlp": 128}, experts="feed_forward.experts", left_out=("router",)
-    ),
-    "granitemoehybrid": Family(
-        LOCAL_EXPERTS | MAMBA | {"shared_intermediate_size": 64, "layer_types": ["mamba", "attention"]}, experts="block_sparse_moe.experts"
-    ),
-    "mamba2": Family({"num_heads": 8, "head_dim": 16, "state_size": 16, "n_groups": 1}, has_sdpa=False, left_out=("out_proj",)),
-    "falcon_h1": Family(HEADS | MAMBA | {"mamba_d_ssm": 128}, left_out=("out_proj",), is_slow=True),
-    "bamba": Family(MAMBA | {"attn_layer_indices": [1]}, is_slow=True),
-    "lfm2": Family({"full_attn_idxs": [1], "block_ff_dim": 128}, is_slow=True),
-}  # fmt: skip
 WITH_EXPERTS = [name for name, family in FAMILIES.items() if family.experts]
 
 
 def cases(names: Any) -> list[Any]:
     return [pytest.param(name, marks=[pytest.mark.faults] if FAMILIES[name].is_slow else []) for name in names]
-
-
-def make_family(folder: Path, name: str) -> Path:
-    """Write a tiny model of the family with random weights."""
-    tokenizer = make_tokenizer(folder)
-    torch.manual_seed(0)
-    tokens = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": tokenizer.bos_token_id}
-    AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **SIZES | FAMILIES[name].sizes, **tokens)).save_pretrained(folder)
-    return folder
 
 
 def train(folder: Path, name: str, method: dict[str, Any], spec: dict[str, Any] | None = None) -> Any:
@@ -174,6 +93,19 @@ def test_modules_that_cannot_have_an_adapter_are_refused(name: str, lora: dict[s
     with pytest.raises(ConfigError) as caught:
         train(tmp_path, name, {"type": "lora", "lora": lora})
     assert caught.value.code == code and text in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("mamba2", "attention eager lets them attend to each other"),
+        pytest.param("lfm2", "can't keep packed sequences apart without `causal_conv1d`", marks=pytest.mark.faults),
+    ],
+)
+def test_packing_is_refused_if_the_layers_do_not_keep_documents_apart(name: str, text: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        train(tmp_path, name, {"type": "lora"}, {"dataset": {"packing": True, "maxSequenceLength": 128}})
+    assert caught.value.code == "PackingLeaks" and f"a model of type {name}: " in caught.value.message and text in caught.value.message
 
 
 def test_sdpa_is_refused_for_a_type_of_model_without_it(tmp_path: Path) -> None:

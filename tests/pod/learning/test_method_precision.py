@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from finetune_api.errors import InternalError
+from finetune_api.errors import ConfigError
 
 from tests.support.learning import TEN_ROWS, merge_mappings, run_training
 from tests.support.preferences import PREFERENCE_PAIRS, PROMPTS
@@ -52,7 +52,7 @@ def test_a_packing_leak_is_found_in_16_bits(model: Path, tmp_path: Path, monkeyp
     from transformers import masking_utils
 
     monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda position_ids: None)
-    with pytest.raises(InternalError) as caught:
+    with pytest.raises(ConfigError) as caught:
         run_training(tmp_path, model, merge_mappings(SIXTEEN_BIT_SPEC, {"dataset": {"packing": True}}))
     assert caught.value.code == "PackingLeaks"
 

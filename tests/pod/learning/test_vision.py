@@ -19,16 +19,14 @@ from PIL import Image
 
 from tests.support.learning import RunOutcome, make_run, merge_mappings, train_here
 from tests.support.tiny import make_tiny_model
-from tests.support.vision import COLOURS, FAMILIES, data_uri, image_rows, make_vision_model, png
+from tests.support.vision import COLOURS, FAMILIES, SIMILAR_FAMILIES, data_uri, image_rows, make_vision_model, png
 
 pytestmark = pytest.mark.pod
 BASE: dict[str, Any] = {"model": {"modality": "visionLanguage"}, "output": {"verify": True}, "training": {"learningRate": 1e-2, "maxSteps": 4}}
-SLOW_FAMILIES = ("qwen2_5_vl", "smolvlm")
-"""Families whose layers and processors are also those of another family. Trained by `make test-faults`."""
 
 
 def families() -> list[Any]:
-    return [pytest.param(name, marks=[pytest.mark.faults] if name in SLOW_FAMILIES else []) for name in FAMILIES]
+    return [pytest.param(name, marks=[pytest.mark.faults] if name in SIMILAR_FAMILIES else []) for name in FAMILIES]
 
 
 def slow(*values: Any) -> Any:

@@ -61,10 +61,16 @@ def test_the_work_of_a_run_follows_from_its_counts() -> None:
     assert plan_work_of_run(run_of(), AutoConfig.for_model("gpt2"), counts, None) is None
 
 
-def test_the_measured_peak_contains_memory_outside_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (30, 100))
+@pytest.mark.parametrize(("local_rank", "reported"), [(0, [75, 80]), (1, [])], ids=["local rank 0", "another rank"])
+def test_the_measured_peak_contains_memory_outside_torch_and_is_reported_when_it_grows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, local_rank: int, reported: list[int]
+) -> None:
+    free, reserved_peaks = iter([30, 30, 32, 30]), iter([65, 65, 66, 70])
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (next(free), 100))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 60)
-    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 65)
-    channel = Channel.create_recording(tmp_path)
-    MeasuredMemory(channel, torch.device("cuda", 0)).on_log(None, None, None)
-    assert channel.sent[-1]["value"] == {"measured": {"memoryBytes": 75}}
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: next(reserved_peaks))
+    channel = Channel.create_recording(tmp_path, local_rank=local_rank)
+    callback = MeasuredMemory(channel, torch.device("cuda", 0))
+    for _ in range(4):
+        callback.on_log(None, None, None)
+    assert [message["value"]["measured"]["memoryBytes"] for message in channel.sent] == reported

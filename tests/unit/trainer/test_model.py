@@ -8,7 +8,7 @@ import pytest
 import torch
 from finetune_api.errors import ConfigError
 from finetune_trainer.hardware import Hardware
-from finetune_trainer.model import load_model
+from finetune_trainer.model import load_model, model_class
 from transformers import LlamaConfig
 
 from tests.support.learning import make_run
@@ -25,6 +25,18 @@ def test_a_base_stored_by_bitsandbytes_needs_the_bits_in_the_spec(bits: int, tmp
         load_model(run, inputs, Hardware(torch.device("cpu"), "cpu", torch.float32, False, False, "sdpa"))
     assert caught.value.code == "QuantizedBase"
     assert f"model: {{quantization: {{bits: {bits}}}}}" in (caught.value.hint or "")
+
+
+@pytest.mark.parametrize(
+    ("modality", "kind", "expected"),
+    [
+        ("text", "causal", "AutoModelForCausalLM"), ("visionLanguage", "causal", "AutoModelForImageTextToText"),
+        ("text", "reward", "AutoModelForSequenceClassification"),
+    ],
+)  # fmt: skip
+def test_the_class_follows_from_the_modality_and_the_kind_of_model(tmp_path: Path, modality: str, kind: str, expected: str) -> None:
+    run, _ = make_run(tmp_path, tmp_path / "model", spec={"model": {"modality": modality}})
+    assert model_class(run, kind).__name__ == expected
 
 
 def test_gradients_of_a_4_bit_base_are_the_same_after_an_evaluation(tmp_path: Path) -> None:

@@ -36,8 +36,8 @@ class GangStore(Protocol):
     def set(self, key: str, value: str) -> None:
         """Write a key."""
 
-    def has(self, key: str) -> bool:
-        """Whether a key exists, without waiting."""
+    def has(self, *keys: str) -> bool:
+        """Whether all keys exist, without waiting."""
 
     def get_all(self, keys: Iterable[str], seconds: float) -> list[str]:
         """Return the values of all keys. Waits for missing keys, and raises an error after `seconds`."""
@@ -52,8 +52,8 @@ class SingleRankStore:
     def set(self, key: str, value: str) -> None:
         self._values[key] = value
 
-    def has(self, key: str) -> bool:
-        return key in self._values
+    def has(self, *keys: str) -> bool:
+        return self._values.keys() >= set(keys)
 
     def get_all(self, keys: Iterable[str], seconds: float) -> list[str]:
         return [self._values[key] for key in keys]
@@ -72,8 +72,8 @@ class TcpGangStore:
     def set(self, key: str, value: str) -> None:
         self._store.set(key, value)
 
-    def has(self, key: str) -> bool:
-        return bool(self._store.check([key]))
+    def has(self, *keys: str) -> bool:
+        return bool(self._store.check(list(keys)))
 
     def get_all(self, keys: Iterable[str], seconds: float) -> list[str]:
         names = list(keys)

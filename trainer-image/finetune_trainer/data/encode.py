@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,10 +16,11 @@ from typing import Any
 import numpy
 from finetune_api.errors import DataError
 from finetune_api.pod import RunConfig
+from finetune_api.rules import value_or_default
 from finetune_api.spec.enums import BadRows
 
 from finetune_trainer.data.batches import BatchEncoder, EncodedBatch, Outcome, RejectedRow
-from finetune_trainer.data.load import DEFAULT_MAX_BAD_ROW_RATIO, DataSummary, RowReader
+from finetune_trainer.data.load import DataSummary, RowReader
 from finetune_trainer.data.parallel import encode_rows, usable_cpus
 from finetune_trainer.data.rows import Example
 from finetune_trainer.data.shards import ShardReader, ShardWriter
@@ -102,13 +103,12 @@ def encode_sources(
             facts.marks.append(is_marked(example))
             yield raw.location, example
 
-    bad_rows = BadRowPolicy(run)
     processes = run.spec.dataset.num_proc or usable_cpus()
     try:
-        with ShardWriter(folder, "rows") as writer:
+        with ShardWriter(folder, "rows", is_hashed=False) as writer:
             for batch in encode_rows(rows(), make_encoder(reader.summary), processes=processes, rows_without_workers=rows_without_workers):
-                for row in () if bad_rows.skips else batch.rejected.values():
-                    bad_rows(row)
+                if batch.rejected and not skips_bad_rows(run):
+                    raise bad_row_error(next(iter(batch.rejected.values())))
                 facts.add(batch)
                 if batch.kept_rows.num_rows:
                     writer.add(batch.kept_rows)
@@ -128,40 +128,30 @@ def _select(name: str, numbers: Numbers, facts: RowFacts) -> EncodedSplit:
     )
 
 
-class BadRowPolicy:
-    """Applies `dataset.badRows` to rows that can be read, but not rendered or tokenised. `rows`: all rows of the split."""
-
-    def __init__(self, run: RunConfig, rows: int = 0):
-        self.spec, self.rows = run.spec.dataset, rows
-        self.skips = self.spec.bad_rows is BadRows.SKIP
-        self.first: RejectedRow | None = None
-        self.count = 0
-
-    def __call__(self, row: RejectedRow) -> None:
-        """Count a bad row. Errors: DataError with the row's code if bad rows are not skipped, else TooManyBadRows above the allowed share."""
-        if not self.skips:
-            raise DataError(
-                row.code, f"{row.location}: {row.message}", hint=f"{row.hint}; or `dataset.badRows: skip` to leave such rows out"
-            )
-        self.count += 1
-        self.first = self.first or row
-        limit = DEFAULT_MAX_BAD_ROW_RATIO if self.spec.max_bad_row_ratio is None else self.spec.max_bad_row_ratio
-        if self.count > limit * self.rows:
-            raise DataError(
-                "TooManyBadRows", f"more than {limit:.1%} of {self.rows} rows cannot be used; the first: {self.first.location}: {self.first.message}",
-                hint=f"{row.hint}; or raise dataset.maxBadRowRatio",
-            )  # fmt: skip
-
-    def notes(self, split: str) -> list[str]:
-        """Return a sentence for the status if rows were left out, else an empty list."""
-        if self.first is None:
-            return []
-        return [f"{split}: {self.count} rows were left out; the first: {self.first.location}: {self.first.message}"]
+def skips_bad_rows(run: RunConfig) -> bool:
+    """Whether rows that cannot be used are left out. Otherwise the first of them ends the job."""
+    return run.spec.dataset.bad_rows is BadRows.SKIP
 
 
-def require_few_bad_rows(run: RunConfig, split: EncodedSplit) -> list[str]:
-    """Notes about the rejected rows of a split. Errors: DataError TooManyBadRows."""
-    policy = BadRowPolicy(run, len(split))
-    for row in split.rejected:
-        policy(row)
-    return policy.notes(split.name)
+def bad_row_error(row: RejectedRow) -> DataError:
+    """Return the error that ends a job because of a row that can be read, but not rendered or tokenised."""
+    return DataError(row.code, f"{row.location}: {row.message}", hint=f"{row.hint}; or `dataset.badRows: skip` to leave such rows out")
+
+
+def require_few_bad_rows(run: RunConfig, rejected: Sequence[RejectedRow], rows: int, split: str) -> list[str]:
+    """Return a sentence about the rejected rows of a split with `rows` rows; an empty list if there are none.
+
+    Errors: DataError with the code of the first rejected row if bad rows are not skipped; TooManyBadRows above the allowed share.
+    """
+    if not rejected:
+        return []
+    first = rejected[0]
+    if not skips_bad_rows(run):
+        raise bad_row_error(first)
+    limit = value_or_default(run.spec.dataset, "max_bad_row_ratio")
+    if len(rejected) > limit * rows:
+        raise DataError(
+            "TooManyBadRows", f"{len(rejected)} of {rows} rows cannot be used, more than {limit:.1%}; the first: {first.location}: {first.message}",
+            hint=f"{first.hint}; or raise dataset.maxBadRowRatio",
+        )  # fmt: skip
+    return [f"{split}: {len(rejected)} rows were left out; the first: {first.location}: {first.message}"]

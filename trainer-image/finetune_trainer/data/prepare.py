@@ -228,7 +228,7 @@ def _describe_splits(
             notes.append(
                 "prompt and completion are joined without a chat template; dataset.useChatTemplate: true renders them as turns"
             )
-        notes += require_few_bad_rows(run, split)
+        notes += require_few_bad_rows(run, split.rejected, len(split), split.name)
         report = reports[split.name] = _report_on(split, options)
         notes += [f"{split.name}: {note}" for note in report.notes(options)]
         positions, lengths = split.positions[split.is_kept], split.lengths[split.is_kept]

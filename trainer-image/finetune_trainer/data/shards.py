@@ -40,7 +40,6 @@ class ColumnType(StrEnum):
     """A list of token ids, labels or lengths: 32-bit integers."""
     FLAG = "flag"
     TEXT = "text"
-    BYTES = "bytes"
     IMAGES = "images"
     """A list of objects with `path` or `bytes`."""
 
@@ -67,7 +66,6 @@ def make_schema(columns: Columns) -> pyarrow.Schema:
 
     types = {
         ColumnType.TOKENS: pyarrow.list_(pyarrow.int32()), ColumnType.FLAG: pyarrow.bool_(), ColumnType.TEXT: pyarrow.string(),
-        ColumnType.BYTES: pyarrow.binary(),
         ColumnType.IMAGES: pyarrow.list_(pyarrow.struct({"path": pyarrow.string(), "bytes": pyarrow.binary()})),
     }  # fmt: skip
     return pyarrow.schema([(name, types[kind]) for name, kind in columns.items()])
@@ -81,16 +79,18 @@ def make_batch(columns: Columns, values: Mapping[str, Sequence[Any]]) -> pyarrow
     return pyarrow.record_batch([pyarrow.array(values[field.name], field.type) for field in schema], schema=schema)
 
 
-class _HashedFile:
-    """A file object that counts and hashes the bytes that are written."""
+class _CountedFile:
+    """A file object that counts the bytes that are written, and hashes them if `is_hashed`."""
 
-    def __init__(self, path: Path):
-        self._file, self._hash, self.size, self.closed = path.open("wb"), hashlib.sha256(), 0, False
+    def __init__(self, path: Path, is_hashed: bool):
+        self._file, self.size, self.closed = path.open("wb"), 0, False
+        self._hash = hashlib.sha256() if is_hashed else None
 
     def write(self, data: Any) -> int:
         """Write bytes, or an Arrow buffer."""
         view = memoryview(data)
-        self._hash.update(view)
+        if self._hash is not None:
+            self._hash.update(view)
         self.size += view.nbytes
         return self._file.write(view)
 
@@ -103,7 +103,8 @@ class _HashedFile:
 
     @property
     def sha256(self) -> str:
-        return self._hash.hexdigest()
+        """The hash in hex; empty if the bytes are not hashed."""
+        return self._hash.hexdigest() if self._hash is not None else ""
 
 
 @dataclass
@@ -112,11 +113,13 @@ class ShardWriter:
 
     folder: Path
     name: str
+    is_hashed: bool = True
+    """Whether the manifest gets the sha256 of each shard. Shards that are soon deleted need none."""
     rows: int = 0
     tokens: int = 0
     lengths: Counter[int] = field(default_factory=Counter)
     files: list[FileEntry] = field(default_factory=list)
-    _file: _HashedFile | None = None
+    _file: _CountedFile | None = None
     _stream: Any = None
 
     def __enter__(self) -> ShardWriter:
@@ -132,7 +135,7 @@ class ShardWriter:
         import pyarrow
 
         if self._file is None:
-            self._file = _HashedFile(self.folder / self._path)
+            self._file = _CountedFile(self.folder / self._path, self.is_hashed)
             self._stream = pyarrow.ipc.new_stream(pyarrow.PythonFile(self._file, "w"), batch.schema)
         self._stream.write_batch(batch)
         self._count(batch)

@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from finetune_api.errors import ConfigError
 from finetune_api.pod import RunConfig
 from finetune_api.spec.enums import MethodType, OutputKind, SpectrumMetric
 
+from finetune_trainer.distributed import local_rank_0_first
 from finetune_trainer.hardware import trains_on_quantized_base, uses_gpu
 from finetune_trainer.inputs import Inputs
 from finetune_trainer.library_internals import accept_quantized_model
@@ -139,7 +139,7 @@ def select_modules(run: RunConfig, inputs: Inputs, model: Any) -> ModuleSelectio
     metric = (spec.metric if spec else None) or SpectrumMetric.MARCHENKO_PASTUR
     threshold = 0.5 if spec is None or spec.snr_threshold is None else spec.snr_threshold
     file = inputs.output_dir.parent / f"spectrum-{CACHE_VERSION}-{metric}-{_as_file_name(inputs.model_revision)}.json"
-    with PartialState().local_main_process_first():
+    with local_rank_0_first():
         scan = _cached_scan(file, model, metric, torch.device("cuda") if uses_gpu(run) else torch.device("cpu"))
     by_layer = metric is SpectrumMetric.MEAN_OVER_STD
     selected = _best_layers(scan, threshold) if by_layer else _best_of_each_type(scan, 1 - threshold)

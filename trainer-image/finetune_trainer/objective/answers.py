@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
-from accelerate import PartialState
 from finetune_api.errors import ConfigError, DataError
 from finetune_api.spec.enums import DatasetFormat, OverflowPolicy, TrainerType
 
@@ -35,6 +34,7 @@ from finetune_trainer.data.rows import IGNORED_LABEL, Conversation, Example, Lab
 from finetune_trainer.data.shards import ColumnType
 from finetune_trainer.data.template import Rendered, RenderOptions, render
 from finetune_trainer.data.tokenise import TokeniseOptions, encode
+from finetune_trainer.distributed import local_rank_0_first
 from finetune_trainer.objective.base import DataFacts, TrainingContext
 
 NO_LIMIT = 1 << 30
@@ -155,7 +155,7 @@ def load_rows(context: TrainingContext, layout: RowLayout) -> tuple[Splits, Data
     is_templated = use_chat_template(context.run, context.inputs, context.tokenizer)
     limits = length_limits(context)
     digest = inputs_digest(context.run, context.inputs, context.tokenizer, limits.max_row_length)
-    with PartialState().local_main_process_first():
+    with local_rank_0_first():
         prepared = find_prepared(context.token_cache, digest) or _write_splits(context, layout, is_templated, limits, digest)
     splits, summary = splits_of(prepared), prepared.manifest.summary
     report = {"rows": summary["rows"], "tokens": summary["tokens"]}
@@ -190,7 +190,7 @@ def _count_rows(context: TrainingContext, encoded: EncodedRows, limits: LengthLi
     notes = list(encoded.summary.notes)
     counts: dict[str, RowCounts] = {}
     for split in encoded.splits:
-        notes += require_few_bad_rows(context.run, split)
+        notes += require_few_bad_rows(context.run, split.rejected, len(split), split.name)
         counts[split.name] = _counts_of(split, limits)
         if split.is_marked:
             notes.append(

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from finetune_api.errors import InternalError
+from finetune_api.errors import ConfigError, InternalError
 from finetune_api.pod import RunConfig
 from finetune_api.rules import metrics_after_training, value_or_default
 from finetune_api.spec.enums import EvaluationMetric, MethodType, TrainerType
@@ -22,6 +22,7 @@ from finetune_trainer.arguments import shared_arguments
 from finetune_trainer.attention import uses_padding_free_batches
 from finetune_trainer.data.prepare import PreparedData, prepare
 from finetune_trainer.data.vision import IMAGE_SOURCES, VisionCollator
+from finetune_trainer.distributed import local_rank_0_first
 from finetune_trainer.engine import GuardedTrainer
 from finetune_trainer.evaluation.token_metrics import IGNORED_LABEL, OutputHead, TokenCounts, shifted_predictions
 from finetune_trainer.library_internals import attention_implementation
@@ -207,11 +208,9 @@ class SftObjective(Objective[PreparedData, SFTConfig]):
 
     def load_data(self, context: TrainingContext) -> tuple[PreparedData, DataFacts]:
         """Load the token sequences. One rank per node prepares them."""
-        from accelerate import PartialState
-
         data = prepare(
             context.run, context.inputs, context.tokenizer, max_positions=context.max_positions, cache=context.token_cache,
-            one_rank_first=PartialState().local_main_process_first(), vision=context.vision,
+            one_rank_first=local_rank_0_first(), vision=context.vision,
         )  # fmt: skip
         reports = {name: vars(report) for name, report in data.reports.items()}
         longest = packed_length(context.run) or data.reports["train"].longest
@@ -268,7 +267,7 @@ class SftObjective(Objective[PreparedData, SFTConfig]):
         return asked and not trainer.is_fsdp_enabled and not is_deepspeed_zero3_enabled()
 
     def verify_trainer(self, trainer: Any) -> None:
-        """Check that packed documents, or the rows of a padding-free batch, are isolated. Errors: InternalError PackingLeaks."""
+        """Check that packed documents, or the rows of a padding-free batch, are isolated. Errors: PackingLeaks."""
         if trainer.args.packing or trainer.args.padding_free:
             require_isolated_documents(trainer)
 
@@ -283,6 +282,10 @@ def _as_arrays(rows: Dataset) -> Dataset:
     return rows.with_format("numpy", columns=[name for name in rows.column_names if name != IMAGE_SOURCES], output_all_columns=True)
 
 
+NO_PACKING = "packed sequences apart"
+"""Part of the message with which transformers refuses packed rows for layers with convolutions, if a package is missing."""
+
+
 @torch.no_grad()
 def require_isolated_documents(trainer: Any) -> None:
     """Check that this model and attention kernel do not let packed documents, or the rows of a padding-free batch, attend to each other.
@@ -291,7 +294,7 @@ def require_isolated_documents(trainer: Any) -> None:
     separate document, then while they are part of the same document. It compares how much the scores change. All four sequences have the
     same shape, so that 16-bit kernels round alike. With DeepSpeed, the model is called as in training, because ZeRO stage 3 gathers
     parameters in the order of the first call. Otherwise the head computes logits: with torch 2.11, FSDP fails in the backward pass if the
-    head was never called. Errors: InternalError PackingLeaks.
+    head was never called. Errors: PackingLeaks: a ConfigError for packing, which the user chose, and an InternalError for padding-free batches.
     """
     model, size = trainer.model, min(trainer.model.config.get_text_config().vocab_size, 200)
     first, second = ([index % size for index in range(start, start + 16)] for start in (10, 40))
@@ -314,17 +317,22 @@ def require_isolated_documents(trainer: Any) -> None:
 
     was_training = model.training
     model.eval()
-    as_two_documents, as_one_document = (
-        measure_score_change([len(first), len(second)]), measure_score_change([len(first) + len(second)])
-    )  # fmt: skip
+    try:
+        as_two_documents = measure_score_change([len(first), len(second)])
+        as_one_document = measure_score_change([len(first) + len(second)])
+    except ValueError as error:
+        if NO_PACKING not in str(error):
+            raise
+        problem = str(error).partition(". ")[0]  # The rest of the message says what to install, but users cannot change the image.
+    else:
+        problem = "" if as_two_documents <= 0.1 * as_one_document else f"attention {attention_implementation(model)} lets them attend to each other"
     model.train(was_training)
-    if as_two_documents > 0.1 * as_one_document:
-        documents, hint = "packed documents", "set dataset.packing: false, or choose another model.attention"
-        if trainer.args.padding_free:
-            documents, hint = "the rows of a padding-free batch", "set model.attention: sdpa for padded batches"
-        raise InternalError(
-            "PackingLeaks", f"{documents} attend to each other with attention {attention_implementation(model)}", hint=hint
-        )
+    if problem and trainer.args.padding_free:
+        hint = "set model.attention: sdpa for padded batches"
+        raise InternalError("PackingLeaks", f"the rows of a padding-free batch cannot be kept apart: {problem}", hint=hint)
+    if problem:
+        hint = "set dataset.packing: false, or choose another model.attention"
+        raise ConfigError("PackingLeaks", f"packed documents cannot be kept apart in a model of type {trainer.model.config.model_type}: {problem}", hint=hint)
 
 
 OBJECTIVE = SftObjective()

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from finetune_trainer.verification.weight_files import DamagedFileError, read_folder, weight_bytes
+from finetune_trainer.verification.weight_files import ITEM_BYTES, DamagedFileError, read_folder
 
 MEMORY_FACTOR = 1.2
 """Memory that a model needs for short rows, divided by the size of its weights."""
-_BYTES_PER_VALUE = {"F32": 4, "F64": 8, "F16": 2, "BF16": 2}
 
 
 def needed_bytes(folder: Path, bytes_per_value: int) -> int | None:
@@ -17,7 +16,7 @@ def needed_bytes(folder: Path, bytes_per_value: int) -> int | None:
         tensors = read_folder(folder)
     except (DamagedFileError, OSError):
         return None
-    values = sum(weight_bytes({name: tensor}) // _BYTES_PER_VALUE.get(tensor.dtype, 1) for name, tensor in tensors.items())
+    values = sum(tensor.size // ITEM_BYTES.get(tensor.dtype, 1) for tensor in tensors.values())
     return int(values * bytes_per_value * MEMORY_FACTOR)
 
 

@@ -12,7 +12,7 @@ from finetune_api.spec.enums import OverflowPolicy
 
 from finetune_trainer.artefact.end_tokens import answers_of_labels, trained_end_tokens
 from finetune_trainer.data.batches import Outcome, RejectedRow
-from finetune_trainer.data.encode import BadRowPolicy
+from finetune_trainer.data.encode import require_few_bad_rows
 from finetune_trainer.data.load import LoadedData
 from finetune_trainer.data.rows import (
     Completion,
@@ -112,16 +112,17 @@ class TokenRows:
 def tokenise_answered(run: RunConfig, rows: Sequence[tuple[RawRow, Example]], render_options: RenderOptions, options: TokeniseOptions) -> TokenRows:
     """Tokenise the examples that contain an answer, as in training. Rows that are too long are cut. Errors: DataError."""
     answered = [(row.location, converted) for row, example in rows if (converted := as_answered(example)) is not None]
-    bad_rows, result, answerless = BadRowPolicy(run, len(answered)), TokenRows(), 0
+    rejected, result, answerless = list[RejectedRow](), TokenRows(), 0
     for row in SupervisedEncoder(render_options, options)(answered):
         fitted = row if isinstance(row, RejectedRow) else fit_row(row, replace(options, overflow=OverflowPolicy.TRUNCATE))
         if isinstance(fitted, RejectedRow):
-            bad_rows(fitted)
+            rejected.append(fitted)
         elif fitted.outcome is Outcome.ANSWERLESS:
             answerless += 1
         else:
             result.input_ids.append(fitted.ids)
             result.labels.append(fitted.labels)
+    require_few_bad_rows(run, rejected, len(answered), "test")
     if not result.input_ids:
         raise no_row_left(0, answerless, options.max_length)
     return result

@@ -36,7 +36,7 @@ from finetune_trainer.verification import compare
 from finetune_trainer.verification.artefact_checks import find_fault
 from finetune_trainer.verification.compare import MERGED
 from finetune_trainer.verification.reference import FILE_NAME, ReferenceValues
-from finetune_trainer.verification.weight_files import read_folder
+from finetune_trainer.verification.weight_files import has_16_bit_weights
 
 log = logging.getLogger(__name__)
 CPU_ATTENTION = ("sdpa", "eager")
@@ -264,11 +264,6 @@ def choose_device_map(folder: Path, bytes_per_value: int, device: str, free_byte
 def _is_quantized(reference: ReferenceValues) -> bool:
     """Whether the training quantised the base model with bitsandbytes."""
     return (reference.quantization or {}).get("quant_method") == "bitsandbytes"
-
-
-def has_16_bit_weights(folder: Path) -> bool:
-    """Whether a model's weights are stored in 16 bits."""
-    return any(tensor.dtype in ("F16", "BF16") for tensor in read_folder(folder).values())
 
 
 def _load_processor(folder: Path, model_folder: Path, tokenizer: Any) -> VisionProcessor:

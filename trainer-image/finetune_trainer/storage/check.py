@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from finetune_api.errors import FineTuneError
-from finetune_api.names import MAX_TERMINATION_BYTES, TERMINATION_LOG, Env, ExitCode
+from finetune_api.names import TERMINATION_LOG, Env, ExitCode
 from finetune_api.pod import StorageCheckResult, StoreTarget
 
 from finetune_trainer.storage.preflight import preflight
@@ -39,7 +39,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _report(result: StorageCheckResult) -> None:
-    text = result.model_dump_json(by_alias=True)
+    text = result.to_json()
     print(text, flush=True)
     with contextlib.suppress(OSError):  # outside of a pod there is no such file
-        Path(os.environ.get(Env.TERMINATION_LOG, TERMINATION_LOG)).write_text(text[:MAX_TERMINATION_BYTES], encoding="utf-8")
+        Path(os.environ.get(Env.TERMINATION_LOG, TERMINATION_LOG)).write_text(text, encoding="utf-8")

@@ -59,6 +59,11 @@ class SourceKind:
     skipped_endings: tuple[str, ...] = ()
     """Files with these endings are not downloaded."""
 
+    @property
+    def is_model(self) -> bool:
+        """Whether the source is a model, also if its weights are left out."""
+        return self.repo_type == "model"
+
     def skips(self, name: str) -> bool:
         """Whether the file with this name or key is not downloaded."""
         return name.lower().endswith(self.skipped_endings) if self.skipped_endings else False
@@ -205,7 +210,7 @@ class Fetcher:
     # ---- S3 ----
 
     def _open_store(self, bucket: str, kind: SourceKind, **options: float) -> S3Store:
-        own_store = self.run.model_store if kind.code == MODEL_SOURCE.code else self.run.dataset_store
+        own_store = self.run.model_store if kind.is_model else self.run.dataset_store
         base = own_store or (self.run.storage if self.run.storage.uri.startswith("s3://") else StoreTarget(uri=""))
         return S3Store(base.model_copy(update={"uri": f"s3://{bucket}"}), **options)  # type: ignore[arg-type] # mixed numbers
 
@@ -260,7 +265,7 @@ class Fetcher:
         try:
             return (
                 self._fetch_committed_model(source, path, target, kind)
-                if kind.code == MODEL_SOURCE.code
+                if kind.is_model
                 else self._fetch_web_file(source, path, target, kind)
             )
         except FineTuneError as error:
@@ -325,7 +330,7 @@ class Fetcher:
 
     def _open_web_store(self, uri: str, kind: SourceKind) -> WebStore:
         """Open a web store with the CA bundle of the configured connection."""
-        store = (self.run.model_store if kind.code == MODEL_SOURCE.code else self.run.dataset_store) or self.run.storage
+        store = (self.run.model_store if kind.is_model else self.run.dataset_store) or self.run.storage
         return WebStore(StoreTarget(uri=uri, ca_bundle=store.ca_bundle))
 
     def _fetch_hub(self, source: HubSource, path: str, target: Path, kind: SourceKind) -> FetchedSource:

@@ -55,6 +55,7 @@ from finetune_trainer.supervisor.hub import push_to_hub
 from finetune_trainer.supervisor.interruptible import StoppedError, run_until
 from finetune_trainer.supervisor.merged_model import commit_merged_model, committed_merged_model, fetch_merged_model
 from finetune_trainer.supervisor.oci_artefact import store_oci_artefact
+from finetune_trainer.supervisor.rank_messages import apply_report
 from finetune_trainer.supervisor.reference_values import copy_reference_values
 from finetune_trainer.supervisor.run_results import RunResults
 from finetune_trainer.supervisor.run_state import RunState, store_quietly
@@ -371,11 +372,7 @@ class LaterStages:
 
     def _handle_message(self, message: dict[str, Any]) -> None:
         self._state.record_activity()
-        match message.get("kind"):
-            case "stage":
-                self._state.enter_stage(Stage(message["stage"]), message.get("detail"))
-            case "note":
-                self._state.add_note(str(message["text"]))
+        apply_report(self._state, message)
 
     # ---- stops ----
 

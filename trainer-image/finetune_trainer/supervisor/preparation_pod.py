@@ -18,7 +18,7 @@ from finetune_api.base import ReportModel
 from finetune_api.existing_result import RunResult
 from finetune_api.names import ExitCode
 from finetune_api.pod import RunConfig, TerminationMessage
-from finetune_api.status import DataReport, ResolvedConfig, RunPlan, Stage
+from finetune_api.status import DataReport, ResolvedConfig
 
 from finetune_trainer import processes
 from finetune_trainer.failure import RankFailure, as_failure
@@ -31,6 +31,7 @@ from finetune_trainer.supervisor.fetch import MODEL_WITHOUT_WEIGHTS
 from finetune_trainer.supervisor.file_digests import FileDigests
 from finetune_trainer.supervisor.interruptible import StoppedError, run_until
 from finetune_trainer.supervisor.prepare import Preparation
+from finetune_trainer.supervisor.rank_messages import apply_report
 from finetune_trainer.supervisor.run_state import RunState
 from finetune_trainer.supervisor.server import Server
 from finetune_trainer.supervisor.termination import termination_message, write_termination_message
@@ -127,14 +128,10 @@ class PreparationPod:
 
     def _handle_message(self, message: dict[str, Any]) -> None:
         match message.get("kind"):
-            case "stage":
-                self._state.enter_stage(Stage(message["stage"]), message.get("detail"))
-            case "note":
-                self._state.add_note(str(message["text"]))
-            case "plan":
-                self._state.merge_plan(RunPlan.model_validate(message["value"]))
             case "checked":
                 self._result = CheckResult.model_validate(message["value"])
+            case _:
+                apply_report(self._state, message)
 
 
 def _with_adopted_result(message: TerminationMessage, result: RunResult) -> TerminationMessage:

@@ -36,7 +36,7 @@ class RankMessages:
             self._state.record_activity()
         match kind:
             case "note":
-                self._state.add_note(str(message["text"]))
+                apply_report(self._state, message)
             case "staged":
                 self._staging.add_rank_files(message)
             case "finished":
@@ -60,20 +60,32 @@ class RankMessages:
         match message.get("kind"):
             case "heartbeat":
                 state.record_step(int(message["step"]))
-            case "stage":
-                stage = message["stage"]
-                state.enter_stage(Stage(stage) if stage in list(Stage) else state.current_stage, message.get("detail"))
             case "progress":
                 state.merge_progress(Progress.model_validate(message["value"]))
             case "metrics":
                 state.merge_metrics(Metrics.model_validate(message["value"]))
             case "resolved":
                 state.merge_resolved(ResolvedConfig.model_validate(message["value"]))
-            case "plan":
-                state.merge_plan(RunPlan.model_validate(message["value"]))
             case "pause":
                 state.record_pause(str(message["part"]), float(message["seconds"]))
             case "log":
                 self._metric_log.append(message["step"], message["values"])
             case "skipped":
                 self._staging.skip_checkpoint(str(message["reason"]), str(message["sentence"]))
+            case _:
+                apply_report(state, message)
+
+
+def apply_report(run_state: RunState, message: dict[str, Any]) -> None:
+    """Apply a report that every process of a pod may send: its stage, a note or a plan. Messages of other kinds are ignored.
+
+    An unknown stage, as from the module of a later release, keeps the current stage.
+    """
+    match message.get("kind"):
+        case "stage":
+            stage = message.get("stage")
+            run_state.enter_stage(Stage(stage) if stage in list(Stage) else run_state.current_stage, message.get("detail"))
+        case "note":
+            run_state.add_note(str(message["text"]))
+        case "plan":
+            run_state.merge_plan(RunPlan.model_validate(message["value"]))

@@ -9,7 +9,6 @@ from typing import Any
 
 from finetune_api.names import ExitCode, FailureClass
 from finetune_api.pod import ProgressReport, TerminationMessage
-from finetune_api.redaction import redact_all
 from finetune_api.status import Output
 
 from finetune_trainer.supervisor.exit_decision import ExitDecision
@@ -52,13 +51,7 @@ def write_termination_message(message: TerminationMessage, path: Path) -> None:
     """Write the message to the container's termination log, or print the message if the log cannot be written (local runs)."""
     if message.message:
         log.error("%s: %s%s", message.code, message.message, f" ({message.hint})" if message.hint else "")
-    message = message.model_copy(update={"message": _without_secrets(message.message), "hint": _without_secrets(message.hint)})
     try:
         path.write_text(message.to_json())
     except OSError:
         print(message.to_json(), flush=True)
-
-
-def _without_secrets(text: str | None) -> str | None:
-    """Everyone who may read the pod can read its termination message."""
-    return None if text is None else redact_all(text, "[redacted]")

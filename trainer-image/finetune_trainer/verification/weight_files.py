@@ -11,6 +11,7 @@ from typing import Any
 LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+SIXTEEN_BIT_FORMATS = ("F16", "BF16")
 EXPONENT_MASKS = {"F64": 0x7FF0000000000000, "F32": 0x7F800000, "F16": 0x7C00, "BF16": 0x7F80}
 """Bit mask of the exponent. A number is infinite or NaN if and only if all bits of its exponent are set."""
 CHUNK_ITEMS = 1 << 22
@@ -107,6 +108,6 @@ def read_folder(folder: Path, single: str = "model.safetensors") -> dict[str, St
     return tensors
 
 
-def weight_bytes(tensors: dict[str, StoredTensor]) -> int:
-    """The size of all tensors in bytes."""
-    return sum(tensor.size for tensor in tensors.values())
+def has_16_bit_weights(folder: Path) -> bool:
+    """Whether a model has weights that are stored in 16 bits. Errors: those of `read_folder`."""
+    return any(tensor.dtype in SIXTEEN_BIT_FORMATS for tensor in read_folder(folder).values())

@@ -8,11 +8,12 @@ import threading
 from pathlib import Path
 
 import pytest
-from finetune_api.errors import FineTuneError
-from finetune_api.names import FailureClass
+from finetune_api.errors import FineTuneError, StorageError
+from finetune_api.names import MAX_TERMINATION_BYTES, FailureClass
 from finetune_api.pod import StorageCheckResult, StoreTarget
 from finetune_api.spec.enums import AddressingStyle
 from finetune_trainer.__main__ import main as trainer_main
+from finetune_trainer.storage import check
 from finetune_trainer.storage.preflight import preflight
 from stub_s3 import serve_error
 
@@ -139,3 +140,22 @@ def test_check_storage_reports_its_result_as_termination_message(
     assert (result.ok, result.code, "a web server can only be read" in result.message, result.hint[:6]) == (False, "StorageUriInvalid", True, "write ")
     assert trainer_main(["check-storage"]) == 64
     assert "give one StoreTarget as JSON" in capsys.readouterr().err
+
+
+def test_check_storage_writes_no_secret_and_at_most_4096_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An error text of a store may contain a signed address, and characters of several bytes."""
+    monkeypatch.setenv("FINETUNE_TERMINATION_LOG", str(tmp_path / "message"))
+
+    def fail(_target: StoreTarget) -> None:
+        raise StorageError("StorageFailed", "https://user:very-secret-word@host/ " + "\N{SNOWMAN}" * 5000, hint="password=very-secret-word")
+
+    monkeypatch.setattr(check, "preflight", fail)
+    assert trainer_main(["check-storage", StoreTarget(uri="s3://bucket/root").model_dump_json(by_alias=True)]) == 69
+    written, printed = (tmp_path / "message").read_bytes(), capsys.readouterr().out.splitlines()[-1]
+    assert written.decode() == printed, "the doctor reads the log if there is no termination message"
+    result = StorageCheckResult.model_validate_json(written)
+    assert result.message.startswith("https://[redacted]@host/ \N{SNOWMAN}") and result.message.endswith("\N{SNOWMAN} ...")
+    assert (result.ok, result.code, result.hint) == (False, "StorageFailed", "password=[redacted]")
+    assert MAX_TERMINATION_BYTES - 32 < len(written) <= MAX_TERMINATION_BYTES

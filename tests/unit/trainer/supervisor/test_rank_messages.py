@@ -10,7 +10,7 @@ from finetune_api.status import Stage
 from finetune_trainer.failure import failure_from_message
 from finetune_trainer.supervisor.exit_decision import AttemptFacts
 from finetune_trainer.supervisor.metric_log import MetricLog
-from finetune_trainer.supervisor.rank_messages import RankMessages
+from finetune_trainer.supervisor.rank_messages import RankMessages, apply_report
 from finetune_trainer.supervisor.run_state import RunState
 from finetune_trainer.supervisor.server import format_metrics
 from finetune_trainer.supervisor.staging import Staging
@@ -69,6 +69,18 @@ def test_pauses_are_taken_out_of_the_time_of_the_steps(pod: Pod) -> None:
     for part in ("evaluation", "saving", "evaluation"):
         pod.receive("pause", part=part, seconds=1e-9)
     assert pod.state._pauses == {"evaluation": 2e-9, "saving": 1e-9}
+
+
+def test_the_reports_that_every_process_may_send_are_applied() -> None:
+    state = RunState()
+    for message in (
+        {"kind": "stage", "stage": "merging", "detail": "1 of 2 layers"}, {"kind": "note", "text": "a note"}, {"kind": "note", "text": "a note"},
+        {"kind": "plan", "value": {"measured": {"memoryBytes": 5}, "ofALaterVersion": 1}}, {"kind": "ofALaterVersion"}, {},
+    ):  # fmt: skip
+        apply_report(state, message)
+    report = state.report()
+    assert (report.stage, report.detail, report.resolved.notes) == (Stage.MERGING, "1 of 2 layers", ["a note"])
+    assert report.plan is not None and report.plan.to_wire() == {"measured": {"memoryBytes": 5}}
 
 
 def test_a_failure_with_unreadable_fields_still_names_the_cause() -> None:

@@ -1,0 +1,58 @@
+"""Writes the reference page about types of models from the recorded runs of `tests/support/model_matrix.py`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+RECORD = Path(__file__).resolve().parent.parent / "tests/support/model_matrix.json"
+METHODS = tuple(f"{method}{packing}" for method in ("full", "lora", "lora, 8-bit base", "qlora") for packing in ("", ", packed"))
+"""Columns of each table: method and quantisation, without and with packing."""
+WORKS, NOT_TRIED = "yes", "–"
+HEADER = """# Types of models
+
+Tiny models of these types were trained with each combination of method, quantisation, strategy and packing that is marked in the tables. The runs had the
+library versions {versions}, and used CPUs: one for `one rank`, else two ranks.
+
+| mark | meaning |
+|---|---|
+| • | The combination trained and saved an artefact. |
+| number | The combination was refused before training, or failed, with the message below. |
+| – | The combination was not tried with this type. |
+
+[What works together](matrix.md) shows more methods, and all objectives and strategies, with one type of model.
+`python -m tests.support.model_matrix` records the runs, `tests/pod/strategies/test_model_matrix.py` compares the record with new runs, and `make generate`
+writes this page from the record.
+"""
+
+
+def models_page() -> str:
+    """Return the text of the page."""
+    record: dict[str, Any] = json.loads(RECORD.read_text("utf-8"))
+    reasons: list[str] = []
+    verdicts: dict[str, dict[str, dict[str, str]]] = record["verdicts"]
+    names = list(dict.fromkeys(name for families in verdicts.values() for name in families))
+    sections = [_table(strategy, {name: families.get(name, {}) for name in names}, reasons) for strategy, families in verdicts.items()]
+    notes = "\n".join(f"{number}. {reason}" for number, reason in enumerate(reasons, 1)) or "No combination."
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    return "\n".join([HEADER.format(versions=versions), "\n\n".join(sections), "\n## Refused or failed\n", notes, ""])
+
+
+def _table(strategy: str, families: dict[str, dict[str, str]], reasons: list[str]) -> str:
+    """Return the table of a strategy. New reasons are appended to `reasons`."""
+    lines = [f"## {strategy}", "", f"| type | {' | '.join(METHODS)} |", f"|---|{'---|' * len(METHODS)}"]
+    for family, verdicts in families.items():
+        unknown = verdicts.keys() - set(METHODS)
+        if unknown:
+            raise ValueError(f"{RECORD.name} has a verdict on {', '.join(sorted(unknown))}, which has no column")
+        lines.append(f"| `{family}` | {' | '.join(_mark(verdicts.get(method), reasons) for method in METHODS)} |")
+    return "\n".join(lines)
+
+
+def _mark(verdict: str | None, reasons: list[str]) -> str:
+    if verdict is None or verdict == WORKS:
+        return NOT_TRIED if verdict is None else "•"
+    if verdict not in reasons:
+        reasons.append(verdict)
+    return str(reasons.index(verdict) + 1)

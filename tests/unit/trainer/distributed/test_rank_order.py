@@ -1,0 +1,143 @@
+"""Local rank 0 of each node works before the other ranks, without a time limit."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import pytest
+
+torch = pytest.importorskip("torch")
+from finetune_api.errors import PeerError  # noqa: E402 - torch first: without it there is nothing to test
+from finetune_trainer.checkpoint.stop import SingleRankStore, TcpGangStore  # noqa: E402 - likewise
+from finetune_trainer.distributed import rank_order  # noqa: E402 - likewise
+from finetune_trainer.distributed.rank_order import RankPosition, local_rank_0_first, order_ranks  # noqa: E402 - likewise
+
+TWO_NODES = [RankPosition(rank, rank % 2, 4, 2) for rank in range(4)]
+
+
+class Clock:
+    """A clock that only `pause` moves. `pauses`: the seconds of each pause."""
+
+    def __init__(self) -> None:
+        self.time, self.pauses = 0.0, 0
+
+    def now(self) -> float:
+        return self.time
+
+    def pause(self, seconds: float) -> None:
+        self.time += seconds
+        self.pauses += 1
+
+
+class Store(SingleRankStore):
+    """A store whose working rank 0 writes that it is alive, until `last_sign` seconds, and is done at `done_at`."""
+
+    def __init__(self, clock: Clock, last_sign: float, done_at: float) -> None:
+        super().__init__()
+        self.clock, self.last_sign, self.done_at = clock, last_sign, done_at
+
+    def has(self, *keys: str) -> bool:
+        self.set("alive-0", str(min(self.clock.time, self.last_sign) // 30))
+        if self.clock.time >= self.done_at:
+            self.set("done-0", "1")
+        return super().has(*keys)
+
+
+def test_no_rank_leaves_the_block_before_the_working_ranks_of_all_nodes_are_done() -> None:
+    store, order, entered = SingleRankStore(), [], {rank: threading.Event() for rank in range(4)}
+    may_end = {0: threading.Event(), 2: threading.Event()}
+    paused = [threading.Event() for _ in range(4)]
+
+    def run(position: RankPosition) -> None:
+        def pause(_seconds: float) -> None:
+            paused[position.rank].set()
+            paused[position.rank].wait(0.001)
+
+        with order_ranks(store, position, pause):
+            order.append(f"{position.rank} begins")
+            entered[position.rank].set()
+            if position.local_rank == 0:
+                assert may_end[position.rank].wait(30)
+        order.append(f"{position.rank} leaves")
+
+    threads = [threading.Thread(target=run, args=(position,)) for position in TWO_NODES]
+    for thread in threads:
+        thread.start()
+    assert entered[0].wait(30) and entered[2].wait(30) and paused[1].wait(30) and paused[3].wait(30)
+    may_end[0].set()
+    assert paused[0].wait(30), "rank 0 waits for the working rank of the other node"
+    assert sorted(order) == ["0 begins", "2 begins"]
+    may_end[2].set()
+    for thread in threads:
+        thread.join(30)
+    assert sorted(order) == sorted(f"{rank} {what}" for rank in range(4) for what in ("begins", "leaves"))
+
+
+def test_a_wait_lasts_as_long_as_the_working_rank_is_alive() -> None:
+    clock = Clock()
+    with order_ranks(Store(clock, last_sign=1e9, done_at=7200), RankPosition(1, 1, 2, 2), clock.pause, clock.now):
+        assert clock.time == 7200
+
+
+def test_a_working_rank_that_is_no_longer_alive_is_lost() -> None:
+    clock = Clock()
+    with pytest.raises(PeerError) as caught, order_ranks(Store(clock, last_sign=300, done_at=1e9), RankPosition(1, 1, 2, 2), clock.pause, clock.now):
+        pytest.fail("the block must not run")
+    assert caught.value.code == "PeerLost" and "rank 0" in caught.value.message
+    assert 300 + rank_order.LOST_SECONDS < clock.time <= 300 + rank_order.LOST_SECONDS + 3 * rank_order.ALIVE_SECONDS
+
+
+def test_a_failure_of_the_working_rank_ends_the_wait_of_the_others() -> None:
+    store, clock = SingleRankStore(), Clock()
+    with pytest.raises(ValueError, match="bad row"), order_ranks(store, RankPosition(0, 0, 4, 2)):
+        raise ValueError("bad row")
+    for other in (RankPosition(1, 1, 4, 2), RankPosition(2, 0, 4, 2)):
+        with pytest.raises(PeerError, match="rank 0 failed") as caught, order_ranks(store, other, clock.pause, clock.now):
+            assert other.local_rank == 0, "rank 2 works itself before it waits"
+        assert (caught.value.code, clock.pauses) == ("PeerLost", 0)
+
+
+def test_a_single_rank_uses_no_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    with local_rank_0_first():
+        pass
+    assert RankPosition.from_env() == RankPosition(0, 0, 1, 1)
+
+
+@contextmanager
+def agent_store() -> Iterator[int]:
+    """The store of the agent of two ranks. Yields its port."""
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    yield store.port
+
+
+def run_rank(rank: int, port: int) -> None:
+    """One of two ranks of a process group whose collectives fail after a millisecond. Rank 0 works until rank 1 waits."""
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }  # fmt: skip
+    torch.distributed.init_process_group("gloo")
+    torch.distributed.distributed_c10d._set_pg_timeout(timedelta(milliseconds=1))
+    store = TcpGangStore("test")
+
+    def pause(_seconds: float) -> None:
+        store.set("rank 1 waits", "1")
+
+    with local_rank_0_first(pause):
+        if rank == 0:
+            store.get_all(["rank 1 waits"], 120)
+            store.set("result", "of rank 0")
+        assert store.get_all(["result"], 0.001) == ["of rank 0"]
+    os._exit(0)  # the connection of the process group is not needed any more
+
+
+def test_the_wait_is_longer_than_the_timeout_of_the_process_group() -> None:
+    """The other rank would fail in a collective, such as accelerate's `local_main_process_first`."""
+    with agent_store() as port:
+        torch.multiprocessing.spawn(run_rank, (port,), nprocs=2)

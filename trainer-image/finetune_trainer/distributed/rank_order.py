@@ -1,0 +1,134 @@
+"""Lets local rank 0 of each node do long work, such as tokenising, before the other ranks, without a time limit.
+
+The other ranks cannot wait in a collective: it fails after the timeout of the process group (30 minutes), and large data sets take longer. They
+wait for keys in the store of the gang instead. The working ranks write there that they are alive, that they are done, or that they failed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from finetune_api.errors import PeerError
+
+from finetune_trainer.checkpoint.stop import GangStore, TcpGangStore
+
+POLL_SECONDS = 0.5
+ALIVE_SECONDS = 30.0
+"""How often a working rank writes that it is alive, and how often the other ranks look."""
+LOST_SECONDS = 600.0
+"""A working rank that has not written for this time is lost."""
+FAILED_KEY = "failed"
+_uses = itertools.count()
+"""Numbers the uses of `local_rank_0_first` in this process. All ranks use it in the same order, so the numbers are the same in all ranks."""
+
+
+@dataclass(frozen=True)
+class RankPosition:
+    """The numbers of a rank, as torchrun counts them. All nodes have the same number of ranks."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    local_world_size: int
+
+    @staticmethod
+    def from_env() -> RankPosition:
+        """Return the position of this process: a single rank without the variables of torchrun."""
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        rank, local_rank = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK"))
+        return RankPosition(rank, local_rank, world_size, int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size))))
+
+    @property
+    def working_ranks(self) -> range:
+        """Local rank 0 of each node."""
+        return range(0, self.world_size, self.local_world_size)
+
+
+@contextmanager
+def local_rank_0_first(pause: Callable[[float], None] = time.sleep) -> Iterator[None]:
+    """Run the block in local rank 0 of each node, then in the other ranks. All ranks of all nodes must enter the context.
+
+    The context ends in every rank only after the block has ended in local rank 0 of all nodes, so collectives may follow. `pause` waits for a
+    number of seconds. Errors: PeerError PeerLost.
+    """
+    position, number = RankPosition.from_env(), next(_uses)
+    if position.world_size == 1:
+        yield
+        return
+    with order_ranks(TcpGangStore(f"rank-order-{number}"), position, pause):
+        yield
+
+
+@contextmanager
+def order_ranks(
+    store: GangStore, position: RankPosition, pause: Callable[[float], None] = time.sleep, now: Callable[[], float] = time.monotonic
+) -> Iterator[None]:
+    """Order the ranks that share `store`: see `local_rank_0_first`. `now` returns the monotonic time in seconds."""
+    if position.local_rank != 0:
+        _wait_for_working_ranks(store, position.working_ranks, pause, now)
+        yield
+        return
+    try:
+        with _writes_that_it_is_alive(store, position.rank):
+            yield
+    except BaseException:
+        with contextlib.suppress(Exception):  # The failure matters more than a lost store.
+            store.set(FAILED_KEY, str(position.rank))
+        raise
+    store.set(_done_key(position.rank), "1")
+    _wait_for_working_ranks(store, position.working_ranks, pause, now)
+
+
+def _wait_for_working_ranks(store: GangStore, ranks: range, pause: Callable[[float], None], now: Callable[[], float]) -> None:
+    last_look, changes = now(), dict.fromkeys(ranks, ("", now()))
+    while not store.has(*map(_done_key, ranks)):
+        if store.has(FAILED_KEY):
+            failed = store.get_all([FAILED_KEY], ALIVE_SECONDS)[0]
+            raise PeerError("PeerLost", f"rank {failed} failed while this rank waited for it", hint="see the log of that rank")
+        pause(POLL_SECONDS)
+        if now() - last_look < ALIVE_SECONDS:
+            continue
+        last_look = now()
+        for rank in ranks:
+            written = store.get_all([_alive_key(rank)], ALIVE_SECONDS)[0] if store.has(_alive_key(rank)) else ""
+            if written != changes[rank][0]:
+                changes[rank] = (written, last_look)
+            elif last_look - changes[rank][1] > LOST_SECONDS and not store.has(_done_key(rank)):
+                raise PeerError(
+                    "PeerLost", f"rank {rank}, which prepares data for other ranks, has not reported for {LOST_SECONDS:g} s", hint="see the log of that rank"
+                )
+
+
+@contextmanager
+def _writes_that_it_is_alive(store: GangStore, rank: int) -> Iterator[None]:
+    ended = threading.Event()
+
+    def write() -> None:
+        with contextlib.suppress(Exception):  # The store was in the pod of rank 0, which has ended. This rank will end too.
+            for number in itertools.count(1):
+                store.set(_alive_key(rank), str(number))
+                if ended.wait(ALIVE_SECONDS):
+                    return
+
+    thread = threading.Thread(target=write, name="rank-order", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _done_key(rank: int) -> str:
+    return f"done-{rank}"
+
+
+def _alive_key(rank: int) -> str:
+    return f"alive-{rank}"
