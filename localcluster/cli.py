@@ -169,7 +169,7 @@ def node_start(node: str, name: NameOption = "default", state: StateOption = Non
 
 @images_app.command("build")
 def images_build(
-    which: Annotated[list[images.ImageName], typer.Argument(help="operator, trainer, s3, or all.")],
+    which: Annotated[list[images.ImageName], typer.Argument(help="operator, trainer, s3, cli, or all (operator, trainer and s3).")],
 ) -> None:
     """Build images as OCI layouts in the cache, and print the tag and folder of each."""
     for built_image in images.build_images(which, shown_step):

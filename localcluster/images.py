@@ -42,7 +42,9 @@ class ImageName(StrEnum):
     OPERATOR = "operator"
     TRAINER = "trainer"
     S3 = "s3"
+    CLI = "cli"
     ALL = "all"
+    """The images of the demo and the tests: operator, trainer and S3."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,7 @@ RECIPE_BY_IMAGE = {
     ImageName.OPERATOR: ImageRecipe("finetune-operator", "operator/Dockerfile"),
     # The image contains no C compiler: only Triton needs one, for kernels on GPUs, and a local cluster has no GPUs.
     ImageName.TRAINER: ImageRecipe("finetune-trainer", "trainer-image/Dockerfile", ("COMPILER=",), needed_disk_gb=30),
+    ImageName.CLI: ImageRecipe("finetune-cli", "cli/Dockerfile"),
 }
 
 

@@ -203,6 +203,23 @@ def network_policy_schema() -> Schema:
     })  # fmt: skip
 
 
+def openai_server_schema(settings: SettingsSchema) -> Schema:
+    """Schema of `openaiServer`. The server checks the spec of each model when it starts."""
+    model = closed_object_schema({"spec": OPEN_OBJECT}, ("spec",))
+    name = string_schema(pattern=rf"^{DNS_SUBDOMAIN}$", maxLength=253)
+    account = closed_object_schema({"namespace": name, "serviceAccounts": array_schema(name) | {"minItems": 1}}, ("namespace", "serviceAccounts"))
+    return closed_object_schema({
+        "enabled": BOOLEAN, "image": image_schema(), "replicas": {"type": "integer", "minimum": 0, "maximum": 10},
+        "models": {"type": "object", "additionalProperties": model}, "storage": settings.field_schema("storage"),
+        "maxFileBytes": {"type": "integer", "minimum": 1}, "keysSecret": OBJECT_NAME, "credentialsSecret": OBJECT_NAME, "accounts": array_schema(account),
+        "serviceAccountAnnotations": ANNOTATIONS_SCHEMA, "resources": container_resources_schema(),
+        "service": closed_object_schema({"port": PORT, "labels": LABELS_SCHEMA, "annotations": ANNOTATIONS_SCHEMA}),
+        "networkPolicy": closed_object_schema({
+            "enabled": BOOLEAN, "clients": array_schema(OPEN_OBJECT), "storagePorts": array_schema(PORT) | {"minItems": 1},
+        }),
+    })  # fmt: skip
+
+
 def operator_pod_schemas(settings: SettingsSchema) -> dict[str, Schema]:
     """Schemas of the values that become fields of the operator's pods."""
     toleration = settings.field_schema("nodePools")["items"]["properties"]["tolerations"]["items"]
@@ -253,6 +270,7 @@ def make_values_schema() -> Schema:
         **operator_pod_schemas(settings),
         "networkPolicy": network_policy_schema(),
         "metrics": metrics_schema(),
+        "openaiServer": openai_server_schema(settings),
         "tests": closed_object_schema({"enabled": BOOLEAN}),
         "commonLabels": LABELS_SCHEMA,
         "extraObjects": array_schema({"type": ["object", "string"]}),

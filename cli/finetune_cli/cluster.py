@@ -47,6 +47,8 @@ class Cluster:
 
     client: Any
     namespace: str
+    impersonated_user: str = ""
+    """User in whose name requests are sent (`Impersonate-User`). The API server checks that user's rights. Empty: the user of the credentials."""
 
     # --- FineTuneJobs
 
@@ -91,10 +93,10 @@ class Cluster:
             "GET", self._job_path(name) if name else self._jobs_path(all_namespaces), accept_type=TABLE_CONTENT_TYPE
         )
 
-    def list_jobs(self, *, all_namespaces: bool) -> list[KubeObject]:
+    def list_jobs(self, *, all_namespaces: bool, label_selector: str = "") -> list[KubeObject]:
         """Return the FineTuneJobs of this namespace, or of all namespaces."""
         path = self._jobs_path(all_namespaces)
-        items = self.call_api("GET", path).get("items") or []
+        items = self.call_api("GET", path, {"labelSelector": label_selector} if label_selector else None).get("items") or []
         return [{"apiVersion": API_VERSION, "kind": KIND, **item} for item in items]
 
     def wait_until_created(self, name: str, deadline: float | None) -> bool:
@@ -241,6 +243,8 @@ class Cluster:
         headers: dict[str, str] = {"Accept": accept_type, "User-Agent": FIELD_MANAGER}
         if body is not None:
             headers["Content-Type"] = content_type
+        if self.impersonated_user:
+            headers["Impersonate-User"] = self.impersonated_user
         self.client.update_params_for_auth(headers, [], ["BearerToken"], path, method, None)
         url = f"{self.client.configuration.host.rstrip('/')}{path}" + (f"?{urlencode(query)}" if query else "")
         timeout = urllib3.Timeout(connect=CALL_TIMEOUT_SECONDS, read=timeout_seconds)

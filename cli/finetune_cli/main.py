@@ -33,6 +33,7 @@ from finetune_cli.commands.replay import replay
 from finetune_cli.commands.report import report
 from finetune_cli.commands.rerun import rerun
 from finetune_cli.commands.run import run_command
+from finetune_cli.commands.serve_openai import serve_openai
 from finetune_cli.commands.sign import sign
 from finetune_cli.commands.status import status
 from finetune_cli.commands.submit import submit
@@ -83,6 +84,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "purge": purge,
     "ratings": ratings,
     "report": report,
+    "serve-openai": serve_openai,
     "support-bundle": support_bundle,
 }
 

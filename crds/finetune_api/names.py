@@ -55,6 +55,8 @@ class Label(StrEnum):
     """Number of the attempt; the first attempt has number 1. The Jobs and pods of a preparation have number 0."""
     QUEUE = "kueue.x-k8s.io/queue-name"
     """Kueue's queue label, set from `placement.queueName`."""
+    CREATED_BY = f"{GROUP}/created-by"
+    """On a FineTuneJob from `finetune serve-openai`: always `openai-server`. The server shows only jobs with this label."""
 
 
 class Annotation(StrEnum):
@@ -72,6 +74,8 @@ class Annotation(StrEnum):
     """On a FineTuneJob from `finetune rerun`: name and uid of the original job."""
     FROM_STEP = f"{GROUP}/from-step"
     """On a FineTuneJob from `finetune rerun`: optimizer step of the original job's checkpoint. The rerun starts from that checkpoint."""
+    OPENAI_REQUEST = f"{GROUP}/openai-request"
+    """On a FineTuneJob from `finetune serve-openai`: the client's request as JSON."""
 
 
 class Env(StrEnum):

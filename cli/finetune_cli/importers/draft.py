@@ -92,6 +92,10 @@ class Request:
     benchmarks: str | None = None
     """Folder with the data of the tool's benchmarks."""
     model_map: Mapping[str, str] = field(default_factory=dict)
+    base_learning_rate: float | None = None
+    """For openai: the learning rate that `learning_rate_multiplier` multiplies. None: the default of the objective."""
+    has_command_line: bool = True
+    """Whether hints may name options of `finetune import`. The OpenAI server's clients have no command line."""
     allowed_variables: frozenset[str] = frozenset()
     environment: Mapping[str, str] = field(default_factory=dict)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from finetune_cli.importers.converters import (
@@ -139,7 +139,7 @@ def combine_options(draft: JobDraft) -> None:
     _set_batch_size(draft)
     multiplier = draft.get("hyperparameters.learning_rate_multiplier")
     if multiplier is not None:
-        base = BASE_RATE[trainer]
+        base = draft.request.base_learning_rate or BASE_RATE[trainer]
         draft.assign(
             "training.learningRate", float(f"{base * multiplier:.6g}"), "hyperparameters.learning_rate_multiplier"
         )
@@ -216,28 +216,33 @@ def _set_data_source(draft: JobDraft, key: str, path: str, document: InputDocume
 
 def _check_rows(draft: JobDraft, document: InputDocument, trainer: str) -> None:
     """Check the keys of the rows, so that data for another method is refused before a GPU is allocated."""
+    # Not splitlines(): JSON strings may contain separators of Unicode, which also end a line there.
+    mistake = find_row_mistake(document.name, document.text.split("\n"), trainer)
+    if mistake is not None:
+        draft.mistakes.append(mistake)
+
+
+def find_row_mistake(file_name: str, lines: Iterable[str], trainer: str) -> Mistake | None:
+    """Return the mistake of the first line that is no row of JSON with the keys that sft or dpo needs, or None if there is no such line."""
     required_keys = ("input", "preferred_output", "non_preferred_output") if trainer == "dpo" else ("messages",)
-    for number_, line in enumerate(document.text.splitlines(), 1):
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
             reason = getattr(error, "msg", "the row holds a number that is too long, or is nested too deeply")
-            draft.mistakes.append(Mistake(f"{document.name}:{number_}", "", f"invalid JSON: {reason}"))
-            return
+            return Mistake(f"{file_name}:{number}", "", f"invalid JSON: {reason}")
         missing_keys = [key for key in required_keys if not isinstance(row, dict) or key not in row]
         if missing_keys:
             present_keys = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-            draft.mistakes.append(
-                Mistake(
-                    f"{document.name}:{number_}",
-                    ", ".join(missing_keys),
-                    f"the key is missing: this row has {present_keys}",
-                    f"rows of {trainer} hold {', '.join(required_keys)}",
-                )
+            return Mistake(
+                f"{file_name}:{number}",
+                ", ".join(missing_keys),
+                f"the key is missing: this row has {present_keys}",
+                f"rows of {trainer} hold {', '.join(required_keys)}",
             )
-            return
+    return None
 
 
 def _set_batch_size(draft: JobDraft) -> None:
@@ -256,7 +261,7 @@ def split_batch(draft: JobDraft, key: str, rows: int) -> None:
         draft.add_mistake(
             key,
             f"{rows} rows per step cannot be divided equally among {ranks} ranks",
-            f"write {allowed_sizes}, or change --gpus and --nodes",
+            f"write {allowed_sizes}" + (", or change --gpus and --nodes" if draft.request.has_command_line else ""),
         )
         return
     batch_per_device = next(size for size in (4, 3, 2, 1) if rows_per_rank % size == 0)

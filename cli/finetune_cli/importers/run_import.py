@@ -71,6 +71,11 @@ def run_import(request: Request, importers: dict[str, Importer]) -> ImportResult
     importer = choose_importer(documents, request, importers)
     if importer.choose_variant is not None:
         importer = importer.choose_variant(documents)
+    return import_documents(request, documents, importer)
+
+
+def import_documents(request: Request, documents: tuple[InputDocument, ...], importer: Importer) -> ImportResult:
+    """Import documents with this importer. Raises InvalidInput with all mistakes; secrets in their texts are redacted."""
     draft = JobDraft(request, importer.rows, job_name(request, documents), documents)
     _read_options(importer, draft)
     _check_required(draft)

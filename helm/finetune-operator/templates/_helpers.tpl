@@ -23,6 +23,33 @@ app.kubernetes.io/name: {{ printf "%s-test" (include "finetune-operator.name" . 
 app.kubernetes.io/instance: {{ .Release.Name }}
 {{- end -}}
 
+{{/* Labels of the pods of the OpenAI server. They differ from the operator's, so that its Service does not select these pods. */}}
+{{- define "finetune-operator.openaiSelectorLabels" -}}
+app.kubernetes.io/name: {{ printf "%s-openai" (include "finetune-operator.name" . | trunc 56) }}
+app.kubernetes.io/instance: {{ .Release.Name }}
+{{- end -}}
+
+{{/* Labels of the objects of the OpenAI server. Without `part-of`, because `finetune doctor` finds the operator's configuration by this label. */}}
+{{- define "finetune-operator.openaiLabels" -}}
+helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
+{{ include "finetune-operator.openaiSelectorLabels" . }}
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .Release.Service }}
+{{- with .Values.commonLabels }}
+{{ toYaml . }}
+{{- end }}
+{{- end -}}
+
+{{- define "finetune-operator.openaiName" -}}
+{{- printf "%s-openai" (include "finetune-operator.fullname" . | trunc 56 | trimSuffix "-") -}}
+{{- end -}}
+
+{{/* The configuration file of the OpenAI server. */}}
+{{- define "finetune-operator.openaiConfig" -}}
+{{- $server := .Values.openaiServer -}}
+{{- toYaml (dict "storage" ($server.storage | default .Values.storage) "models" $server.models "maxFileBytes" (int64 $server.maxFileBytes)) -}}
+{{- end -}}
+
 {{- define "finetune-operator.labels" -}}
 helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{ include "finetune-operator.selectorLabels" . }}
@@ -192,4 +219,23 @@ operatorLabels: {{ include "finetune-operator.selectorLabels" . | fromYaml | toJ
   resources: [networkpolicies]
   verbs: [get, create]
 {{- end }}
+{{- end -}}
+
+{{/* Egress rules of every NetworkPolicy of the chart. */}}
+{{- define "finetune-operator.apiServerEgress" -}}
+# The API server.
+- ports:
+    {{- range .Values.networkPolicy.apiServerPorts }}
+    - {protocol: TCP, port: {{ . }}}
+    {{- end }}
+  {{- with .Values.networkPolicy.apiServerCidrs }}
+  to:
+    {{- range . }}
+    - ipBlock: {cidr: {{ . | quote }}}
+    {{- end }}
+  {{- end }}
+# DNS.
+- ports:
+    - {protocol: UDP, port: 53}
+    - {protocol: TCP, port: 53}
 {{- end -}}

@@ -20,6 +20,9 @@
 {{- include "finetune-operator.validatePod" . -}}
 {{- include "finetune-operator.validateDisruptionBudget" . -}}
 {{- include "finetune-operator.validateMetrics" . -}}
+{{- if .Values.openaiServer.enabled -}}
+{{- include "finetune-operator.validateOpenaiServer" . -}}
+{{- end -}}
 {{- if .Values.checkOtherReleases -}}
 {{- include "finetune-operator.validateOtherReleases" . -}}
 {{- end -}}
@@ -59,6 +62,30 @@
 {{- end -}}
 {{- end -}}
 {{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "finetune-operator.validateOpenaiServer" -}}
+{{- $server := .Values.openaiServer -}}
+{{- $storage := $server.storage | default .Values.storage -}}
+{{- if not (hasPrefix "s3://" ($storage.uri | default "")) -}}
+{{- fail "openaiServer.enabled is true, but neither openaiServer.storage.uri nor storage.uri is an S3 address, so files of clients could not be stored: write s3://bucket/prefix" -}}
+{{- end -}}
+{{- if not $server.models -}}
+{{- fail "openaiServer.enabled is true and openaiServer.models is empty: write the name of each model and its spec" -}}
+{{- end -}}
+{{- if not $server.keysSecret -}}
+{{- fail "openaiServer.enabled is true and openaiServer.keysSecret is empty: write the name of the Secret with the table of API keys" -}}
+{{- end -}}
+{{- if not $server.accounts -}}
+{{- fail "openaiServer.enabled is true and openaiServer.accounts is empty, so the server could act as no ServiceAccount: write the ServiceAccounts of the table of API keys" -}}
+{{- end -}}
+{{- $namespaces := list -}}
+{{- range $server.accounts -}}
+{{- if has .namespace $namespaces -}}
+{{- fail (printf "openaiServer.accounts contains the namespace %s more than once: write all its ServiceAccounts into one entry" .namespace) -}}
+{{- end -}}
+{{- $namespaces = append $namespaces .namespace -}}
 {{- end -}}
 {{- end -}}
 

@@ -21,6 +21,7 @@ PATHS = {
     "ServiceAccount": "/api/v1/namespaces/default/serviceaccounts",
     "PersistentVolumeClaim": "/api/v1/namespaces/default/persistentvolumeclaims",
     "Role": "/apis/rbac.authorization.k8s.io/v1/namespaces/default/roles",
+    "RoleBinding": "/apis/rbac.authorization.k8s.io/v1/namespaces/default/rolebindings",
 }
 YAML_BLOCKS = [block for block in read_blocks() if block.language == "yaml" and not is_chart_values(block)]
 

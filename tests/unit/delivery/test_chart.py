@@ -10,8 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 import yaml
 from finetune_api import names
+from finetune_cli.main import app
+from finetune_cli.openai_server.config import load_config
+from finetune_cli.openai_server.job_requests import check_models
 from finetune_operator.settings import LogFormat, OperatorConfig, parse_config
 
 Objects = list[dict[str, Any]]
@@ -20,6 +24,12 @@ Render = Callable[..., Objects]
 NODE_POOL = {
     "name": "h100", "default": True, "nodeSelector": {"gpu": "h100"}, "gpusPerNode": 8, "gpuMemory": "80Gi",
     "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists"}],
+}  # fmt: skip
+
+OPENAI_SERVER = {
+    "enabled": True, "models": {"gpt-4o-mini": {"spec": {"model": {"source": "org/small"}}}}, "storage": {"uri": "s3://models/jobs"},
+    "keysSecret": "api-keys", "credentialsSecret": "s3-keys",
+    "accounts": [{"namespace": "team-a", "serviceAccounts": ["alice", "bob"]}, {"namespace": "team-b", "serviceAccounts": ["carol"]}],
 }  # fmt: skip
 
 
@@ -269,6 +279,13 @@ def test_wrong_value_is_refused_by_helm_with_its_key(template: Any, values: dict
         ({"podDisruptionBudget": {"enabled": True, "minAvailable": "100%"}, "replicas": 3}, "minAvailable is 100% and replicas is 3, so no node"),
         ({"metrics": {"serviceMonitor": {"enabled": True}, "podMonitor": {"enabled": True}}}, "Prometheus would count everything twice: enable only one"),
         ({"metrics": {"serviceMonitor": {"enabled": True}, "service": {"enabled": False}}}, "enable the Service, or use metrics.podMonitor"),
+        ({"openaiServer": {"enabled": True}}, "neither openaiServer.storage.uri nor storage.uri is an S3 address"),
+        ({"openaiServer": {"enabled": True, "storage": {"uri": "s3://b1b"}}}, "openaiServer.models is empty: write the name of each model and its spec"),
+        ({"openaiServer": {"enabled": True, "storage": {"uri": "s3://b1b"}, "models": {"m": {"spec": {}}}}}, "openaiServer.keysSecret is empty"),
+        ({"openaiServer": {"enabled": True, "storage": {"uri": "s3://b1b"}, "models": {"m": {"spec": {}}}, "keysSecret": "k"}},
+         "openaiServer.accounts is empty, so the server could act as no ServiceAccount"),
+        ({"openaiServer": OPENAI_SERVER | {"accounts": [{"namespace": "a", "serviceAccounts": ["x"]}] * 2}},
+         "accounts contains the namespace a more than once"),
         ({"metrics": {"prometheusRule": {"disabledAlerts": ["Nope"]}}},
          "disabledAlerts contains Nope, but the chart has no such alert: write one of FineTuneOperatorAbsent,"),
     ],
@@ -405,7 +422,7 @@ def test_every_value_is_documented(root: Path) -> None:
         for name, value in values.items():
             yield (*path, name)
             child = schema["properties"][name]
-            if isinstance(value, dict) and path + (name,) != ("resources",) and "properties" in child:
+            if isinstance(value, dict) and name != "resources" and "properties" in child:
                 yield from keys(value, child, (*path, name))
 
     documented = set(keys(yaml.safe_load(text), chart_schema.make_values_schema()))
@@ -546,3 +563,66 @@ def test_extra_objects_may_be_objects_or_templates(render: Render) -> None:
     objects = render(extraObjects=[{"apiVersion": "v1", "kind": "LimitRange", "metadata": {"name": "{{ .Release.Name }}-one"}}, template])
     assert only_object(objects, "LimitRange")["metadata"]["name"] == "rel-one"
     assert only_object(objects, "Secret")["metadata"]["name"] == "rel-two"
+
+
+# --- the OpenAI server ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def openai_objects(render: Render) -> Objects:
+    """The objects of the OpenAI server."""
+    values: dict[str, Any] = OPENAI_SERVER | {"networkPolicy": {"enabled": True, "clients": [{"podSelector": {}}], "storagePorts": [8333]}}
+    return [item for item in render(openaiServer=values) if item["metadata"]["name"] == "rel-finetune-operator-openai"]
+
+
+def test_openai_server_is_off_by_default(render: Render) -> None:
+    assert not [item for item in render() if "openai" in item["metadata"]["name"]]
+
+
+def test_openai_server_may_only_impersonate_the_listed_service_accounts(openai_objects: Objects) -> None:
+    roles = {item["metadata"]["namespace"]: item["rules"] for item in openai_objects if item["kind"] in ("Role", "ClusterRole")}
+
+    def rule(*names: str) -> list[dict[str, Any]]:
+        return [{"apiGroups": [""], "resources": ["serviceaccounts"], "resourceNames": list(names), "verbs": ["impersonate"]}]
+
+    assert roles == {"team-a": rule("alice", "bob"), "team-b": rule("carol")}
+    bindings = [item for item in openai_objects if item["kind"] == "RoleBinding"]
+    assert [item["metadata"]["namespace"] for item in bindings] == ["team-a", "team-b"]
+    assert all(item["subjects"] == [{"kind": "ServiceAccount", "name": "rel-finetune-operator-openai", "namespace": "ops"}] for item in bindings)
+
+
+def test_openai_server_reads_its_configuration_and_secrets(openai_objects: Objects, tmp_path: Path) -> None:
+    file = tmp_path / "server.yaml"
+    file.write_text(only_object(openai_objects, "ConfigMap")["data"]["server.yaml"], "utf-8")
+    loaded = load_config(file)
+    assert (loaded.storage.uri, loaded.max_file_bytes, list(loaded.models)) == ("s3://models/jobs", 512 << 20, ["gpt-4o-mini"])
+    assert check_models(loaded) == []
+    spec = pod_spec(openai_objects)
+    (container,) = spec["containers"]
+    root: Any = typer.main.get_command(app)
+    context = root.commands["serve-openai"].make_context("serve-openai", container["args"][1:], obj=[])
+    assert (context.params["host"], context.params["port"], str(context.params["keys"])) == ("0.0.0.0", 8080, "/etc/openai/keys/keys.yaml")
+    assert container["image"] == "example.org/finetune-cli:0.2.0"
+    assert container["envFrom"] == [{"secretRef": {"name": "s3-keys"}}]
+    assert [volume.get("secret") for volume in spec["volumes"]] == [None, {"secretName": "api-keys"}, None]
+    assert spec["serviceAccountName"] == "rel-finetune-operator-openai"
+    assert (container["securityContext"]["readOnlyRootFilesystem"], spec["securityContext"]["runAsNonRoot"]) == (True, True)
+
+
+def test_openai_server_has_services_and_policies_of_its_own(openai_objects: Objects, render: Render) -> None:
+    labels = only_object(openai_objects, "Deployment")["spec"]["template"]["metadata"]["labels"]
+    service = only_object(openai_objects, "Service")
+    operator_service = only_object(render(), "Service")
+    assert service["spec"]["selector"].items() <= labels.items()
+    assert not operator_service["spec"]["selector"].items() <= labels.items()
+    assert "app.kubernetes.io/part-of" not in only_object(openai_objects, "ConfigMap")["metadata"]["labels"]
+    policy = only_object(openai_objects, "NetworkPolicy")["spec"]
+    assert policy["ingress"] == [{"ports": [{"protocol": "TCP", "port": "http"}], "from": [{"podSelector": {}}]}]
+    assert [sorted(port["port"] for port in rule["ports"]) for rule in policy["egress"]] == [[443, 6443], [53, 53], [8333]]
+
+
+def test_openai_server_uses_the_storage_of_the_chart(render: Render) -> None:
+    values = {key: value for key, value in OPENAI_SERVER.items() if key != "storage"}
+    objects = render(openaiServer=values, storage={"uri": "s3://shared/jobs", "region": "eu-1"})
+    (config_map,) = [item for item in objects if item["kind"] == "ConfigMap" and "server.yaml" in item["data"]]
+    assert yaml.safe_load(config_map["data"]["server.yaml"])["storage"] == {"uri": "s3://shared/jobs", "region": "eu-1"}

@@ -17,7 +17,12 @@ VALUES = {
     "imageRegistry": "r.example.com", "replicas": 2, "crds": {"enabled": False}, "networkPolicy": {"enabled": True},
     "podDisruptionBudget": {"enabled": True},
     "metrics": {"serviceMonitor": {"enabled": True}, "prometheusRule": {"enabled": True}, "grafanaDashboard": {"enabled": True}},
+    "openaiServer": {
+        "enabled": True, "models": {"m": {"spec": {}}}, "storage": {"uri": "s3://models"}, "keysSecret": "keys", "credentialsSecret": "s3",
+        "accounts": [{"namespace": "team", "serviceAccounts": ["client"]}], "networkPolicy": {"enabled": True},
+    },
 }  # fmt: skip
+OPENAI_SERVER = "Deployment.ops.rel-finetune-operator-openai"
 OPERATOR, TEST_POD, TRAINING_JOB = "Deployment.ops.rel-finetune-operator", "Pod.ops.rel-finetune-operator-test", "Job.team.run-1"
 NO_CPU_LIMIT = "a CPU limit throttles a process even if the node has free CPUs; the CPU request guarantees the share"
 NO_DIGEST = "the digest depends on the user's build; image.digest and trainer.image.digest set it"
@@ -27,6 +32,12 @@ EXCEPTIONS = {
     ("CKV_K8S_43", OPERATOR): NO_DIGEST,
     ("CKV_K8S_15", OPERATOR): PULL_POLICY,
     ("CKV_K8S_38", OPERATOR): "the operator calls the API server, so it needs the token of its ServiceAccount",
+    ("CKV_K8S_11", OPENAI_SERVER): NO_CPU_LIMIT,
+    ("CKV_K8S_43", OPENAI_SERVER): NO_DIGEST,
+    ("CKV_K8S_15", OPENAI_SERVER): PULL_POLICY,
+    ("CKV_K8S_38", OPENAI_SERVER): "the server calls the API server, so it needs the token of its ServiceAccount",
+    ("CKV_K8S_35", OPENAI_SERVER): "the S3 client reads its keys from environment variables; without credentialsSecret, it uses workload identity",
+    ("CKV2_K8S_3", "RoleBinding.team.rel-finetune-operator-openai"): "the server acts only as the listed ServiceAccounts, so that RBAC limits each key",
     ("CKV_K8S_11", TEST_POD): NO_CPU_LIMIT,
     ("CKV_K8S_43", TEST_POD): NO_DIGEST,
     ("CKV_K8S_15", TEST_POD): PULL_POLICY,

@@ -26,8 +26,8 @@ BLOCKS = read_blocks()
 LANGUAGES = {"", "sh", "console", "yaml", "json", "python", "ini", "toml"}
 OFFLINE_COMMANDS = ("validate", "import", "init", "explain")
 """Commands of `finetune` that need no cluster. The tests run them."""
-OTHER_YAML = {"docs/guides/benchmarks.md": {"task"}}
-"""Pages with YAML that is neither for Kubernetes nor for the chart: a task of the lm-evaluation-harness."""
+OTHER_YAML = {"docs/guides/benchmarks.md": {"task"}, "docs/guides/openai.md": {"keys", "models"}}
+"""Pages with YAML that is neither for Kubernetes nor for the chart: a task of the lm-evaluation-harness, files of `finetune serve-openai`."""
 INCOMPLETE_FRAGMENTS = {"docs/guides/checkpoints.md": {"encryption"}}
 """Fragments of a group of the spec, which the text in front of them names."""
 

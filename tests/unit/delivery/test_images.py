@@ -56,6 +56,7 @@ def test_locks_have_hashes_and_no_addresses(root: Path, name: str) -> None:
     [
         ("operator/Dockerfile", "operator", "finetune_operator"),
         ("trainer-image/Dockerfile", "trainer", "finetune_trainer"),
+        ("cli/Dockerfile", "cli", "finetune_cli"),
     ],
 )
 def test_dockerfile_copies_only_lock_and_packages(root: Path, dockerfile: str, lock: str, module: str) -> None:

@@ -93,6 +93,15 @@ def test_programs_of_the_wheel_work(installed: Installed) -> None:
     assert (unreachable.returncode, unreachable.stdout.startswith("✗ cluster   no cluster: --kubeconfig none")) == (2, True), unreachable.stderr
 
 
+def test_openai_server_has_all_its_packages(installed: Installed) -> None:
+    """The image of the command line contains the same packages. The server imports all of them before it connects to the cluster."""
+    text = (ROOT / "docs/guides/openai.md").read_text("utf-8")
+    for name, content in re.findall(r"```yaml title=\"(.*?)\"\n(.*?)```", text, re.DOTALL):
+        (installed.folder / name).write_text(content, "utf-8")
+    done = installed.run("finetune", "serve-openai", "--config", "server.yaml", "--keys", "keys.yaml", "--kubeconfig", "none")
+    assert (done.returncode, done.stderr) == (1, "error: no cluster: --kubeconfig none: there is no such file\n")
+
+
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_shell_completion_is_printed(installed: Installed, shell: str) -> None:
     done = installed.run("finetune", "--show-completion", shell, _TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION="1")

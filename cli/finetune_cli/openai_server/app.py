@@ -1,0 +1,227 @@
+"""The HTTP server: paths, API keys, uploads, and the form of failures. Requests to Kubernetes and S3 run in threads, because their clients block."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import signal
+import tempfile
+from collections.abc import Awaitable, Callable
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from aiohttp import BodyPartReader, web
+
+from finetune_cli.cluster import ClusterError
+from finetune_cli.job_storage import StorageError
+from finetune_cli.openai_server.failures import RequestFailure, bad_request, failure_of_cluster, failure_of_storage
+from finetune_cli.openai_server.keys import Account, KeyTable
+from finetune_cli.openai_server.service import PURPOSE, FineTuningService
+
+logger = logging.getLogger(__name__)
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+ACCOUNT: web.RequestKey[Account] = web.RequestKey("account", Account)
+MAX_BODY_BYTES = 1 << 20
+MAX_FIELD_BYTES = 1 << 10
+HEALTH_PATH = "/healthz"
+UPLOAD_HINT = "send multipart/form-data with the fields purpose and file"
+
+
+def create_app(service: FineTuningService, keys: KeyTable) -> web.Application:
+    """Return the web application."""
+    handlers = Handlers(service)
+    app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[_answer_failures, _require_key(keys)])
+    job = "/v1/fine_tuning/jobs/{id}"
+    app.add_routes([
+        web.get(HEALTH_PATH, _get_health),
+        web.post("/v1/fine_tuning/jobs", handlers.create_job),
+        web.get("/v1/fine_tuning/jobs", handlers.call_with_query(service.list_jobs)),
+        web.get(job, handlers.call(service.get_job)),
+        web.post(f"{job}/cancel", handlers.change_job({"cancel": True})),
+        web.post(f"{job}/pause", handlers.change_job({"suspend": True})),
+        web.post(f"{job}/resume", handlers.change_job({"suspend": False})),
+        web.get(f"{job}/events", handlers.call_with_query(service.list_events)),
+        web.get(f"{job}/checkpoints", handlers.call_with_query(service.list_checkpoints)),
+        web.post("/v1/files", handlers.create_file),
+        web.get("/v1/files", handlers.call_with_query(service.list_files)),
+        web.get("/v1/files/{id}", handlers.call(service.get_file)),
+        web.get("/v1/files/{id}/content", handlers.read_file),
+        web.delete("/v1/files/{id}", handlers.call(service.delete_file)),
+    ])  # fmt: skip
+    return app
+
+
+class Handlers:
+    """The handlers of the paths."""
+
+    def __init__(self, service: FineTuningService):
+        self._service = service
+
+    def call(self, function: Callable[[Account, str], Any]) -> Handler:
+        """Return a handler that calls a function with the account and the id in the path."""
+
+        async def handle(request: web.Request) -> web.Response:
+            return web.json_response(await asyncio.to_thread(function, request[ACCOUNT], request.match_info["id"]))
+
+        return handle
+
+    def call_with_query(self, function: Callable[..., Any]) -> Handler:
+        """Return a handler that calls a function with the account, the id in the path if there is one, and the query."""
+
+        async def handle(request: web.Request) -> web.Response:
+            return web.json_response(await asyncio.to_thread(function, request[ACCOUNT], *request.match_info.values(), dict(request.query)))
+
+        return handle
+
+    def change_job(self, change: dict[str, bool]) -> Handler:
+        """Return a handler that sets fields of a job's spec."""
+        return self.call(lambda account, job_id: self._service.change_job(account, job_id, change))
+
+    async def create_job(self, request: web.Request) -> web.Response:
+        try:
+            body = json.loads(await request.text())
+        except (ValueError, RecursionError):
+            raise bad_request("the body of the request is not valid JSON", None, "invalid_json") from None
+        return web.json_response(await asyncio.to_thread(self._service.create_job, request[ACCOUNT], body))
+
+    async def create_file(self, request: web.Request) -> web.Response:
+        account = request[ACCOUNT]
+        await asyncio.to_thread(self._service.check_upload, account)
+        if not request.content_type.startswith("multipart/"):
+            raise bad_request(f"this is not an upload: {UPLOAD_HINT}", None, "invalid_upload")
+        with tempfile.TemporaryDirectory(prefix="upload-") as folder:
+            path = Path(folder) / "rows.jsonl"
+            name = await self._receive_upload(request, path)
+            return web.json_response(await asyncio.to_thread(self._service.add_file, account, name, path))
+
+    async def _receive_upload(self, request: web.Request, path: Path) -> str:
+        """Write the uploaded file to `path`, and return its name. Errors: RequestFailure."""
+        name, purpose = None, None
+        try:
+            async for part in await request.multipart():
+                if not isinstance(part, BodyPartReader) or part.name not in ("purpose", "file"):
+                    label = str(getattr(part, "name", None))
+                    raise bad_request(f"the field {label} is not possible: {UPLOAD_HINT}", label, "unknown_parameter")
+                if (purpose if part.name == "purpose" else name) is not None:
+                    raise bad_request(f"the field {part.name} is given more than once: send one file in each request", part.name)
+                if part.name == "purpose":
+                    purpose = (await part.read_chunk(MAX_FIELD_BYTES)).decode(errors="replace")
+                else:
+                    name = part.filename or ""
+                    await self._write_part(part, path)
+        except ValueError as error:
+            raise bad_request(f"the multipart body is damaged: {error}", None, "invalid_upload") from None
+        if name is None or not name:
+            raise bad_request("the file is missing: send it in the field file, with its name", "file", "missing_required_parameter")
+        if purpose != PURPOSE:
+            raise bad_request(f"purpose {purpose} is not possible: this server stores only files for training; write {PURPOSE}", "purpose")
+        return name
+
+    async def _write_part(self, part: BodyPartReader, path: Path) -> None:
+        size = 0
+        with path.open("wb") as file:
+            while chunk := await part.read_chunk(1 << 18):
+                size += len(chunk)
+                if size > self._service.max_file_bytes:
+                    limit = f"{self._service.max_file_bytes / (1 << 20):g} MiB"
+                    raise RequestFailure(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"the file is larger than {limit}", code="file_too_large", param="file")
+                await asyncio.to_thread(file.write, chunk)
+
+    async def read_file(self, request: web.Request) -> web.StreamResponse:
+        content = await asyncio.to_thread(self._service.read_file, request[ACCOUNT], request.match_info["id"])
+        # The first chunk is read before the status is sent, so that a failure of the storage has the form of the API.
+        chunk = await asyncio.to_thread(next, content.chunks, b"")
+        disposition = f"attachment; filename*=UTF-8''{quote(content.name, safe='')}"
+        response = web.StreamResponse(headers={"Content-Type": "application/octet-stream", "Content-Disposition": disposition})
+        await response.prepare(request)
+        try:
+            while chunk:
+                await response.write(chunk)
+                chunk = await asyncio.to_thread(next, content.chunks, b"")
+        except StorageError as error:
+            # The status is sent already. Without the end of the body, the client notices that the content is incomplete.
+            logger.error("the content of a file could not be read to its end: %s", failure_of_storage(error).message)
+            if request.transport is not None:
+                request.transport.abort()
+            return response
+        await response.write_eof()
+        return response
+
+
+async def serve(app: web.Application, host: str, port: int, on_started: Callable[[str], None]) -> None:
+    """Serve until SIGTERM or SIGINT. `on_started` receives the address. Errors: OSError if the server cannot listen there."""
+    runner = web.AppRunner(app, access_log=None)
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, host, port).start()
+        stopped, loop = asyncio.Event(), asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stopped.set)
+        on_started(f"http://{f'[{host}]' if ':' in host else host}:{runner.addresses[0][1]}/v1")
+        await stopped.wait()
+    finally:
+        await runner.cleanup()
+
+
+async def _get_health(_: web.Request) -> web.Response:
+    return web.Response(text="ok\n")
+
+
+def _require_key(keys: KeyTable) -> Any:
+    """Return a middleware that finds the account of each request's API key."""
+
+    @web.middleware
+    async def find_account(request: web.Request, handler: Handler) -> web.StreamResponse:
+        if request.path == HEALTH_PATH:
+            return await handler(request)
+        scheme, _, key = request.headers.get("Authorization", "").partition(" ")
+        account = await asyncio.to_thread(keys.find, key.strip()) if scheme.lower() == "bearer" and key.strip() else None
+        if account is None:
+            message = "the API key is missing or not valid: send a key of this server in the header `Authorization: Bearer KEY`"
+            raise RequestFailure(HTTPStatus.UNAUTHORIZED, message, code="invalid_api_key")
+        request[ACCOUNT] = account
+        return await handler(request)
+
+    return find_account
+
+
+@web.middleware
+async def _answer_failures(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Turn every failure into the error object of the API, and log each request. The log has no API keys and no bodies."""
+    try:
+        response = await handler(request)
+    except RequestFailure as failure:
+        response = _failure_response(failure)
+    except ClusterError as error:
+        user = request[ACCOUNT].user if ACCOUNT in request else ""
+        response = _failure_response(failure_of_cluster(error, user))
+    except StorageError as error:
+        response = _failure_response(failure_of_storage(error))
+    except web.HTTPException as error:
+        status = HTTPStatus(error.status)
+        message = f"{request.method} {request.path}: {status.phrase.lower()}"
+        response = _failure_response(RequestFailure(status, message, code=status.phrase.lower().replace(" ", "_")))
+    except Exception as error:
+        response = _failure_response(_failure_of_bug(error))
+    account = f"{request[ACCOUNT].namespace}/{request[ACCOUNT].service_account}" if ACCOUNT in request else "-"
+    logger.info("%s %s %s %s", account, request.method, request.rel_url.raw_path, response.status)
+    return response
+
+
+def _failure_response(failure: RequestFailure) -> web.Response:
+    if failure.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+        logger.error("%s: %s", failure.code, failure.to_body()["error"]["message"])
+    return web.json_response(failure.to_body(), status=failure.status)
+
+
+def _failure_of_bug(error: Exception) -> RequestFailure:
+    """Log a bug by file and line, and return a failure without details. The exception's text is not logged, because it may hold a secret."""
+    import traceback
+
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    logger.error("bug: %s in %s:%s", type(error).__name__, Path(frame.filename).name, frame.lineno)
+    message = "this is a bug of the server: its administrator finds the place in the server's log"
+    return RequestFailure(HTTPStatus.INTERNAL_SERVER_ERROR, message, code="internal_error")

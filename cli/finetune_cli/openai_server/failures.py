@@ -1,0 +1,63 @@
+"""Failures of requests, with the status and the error object of the OpenAI API."""
+
+from __future__ import annotations
+
+import re
+from http import HTTPStatus
+from typing import Any
+
+from finetune_cli.cluster import ClusterError
+from finetune_cli.job_storage import ConnectionLost, StorageError
+from finetune_cli.redaction import redact_text
+
+
+class RequestFailure(Exception):
+    """A request cannot be answered. `param` names the wrong parameter, and `code` is for programs."""
+
+    def __init__(self, status: HTTPStatus, message: str, *, code: str, param: str | None = None):
+        super().__init__(message)
+        self.status, self.message, self.code, self.param = status, message, code, param
+
+    def to_body(self) -> dict[str, Any]:
+        """Return the JSON that the OpenAI API sends for a failure."""
+        kind = "server_error" if self.status >= HTTPStatus.INTERNAL_SERVER_ERROR else "invalid_request_error"
+        return {"error": {"message": redact_text(self.message), "type": kind, "param": self.param, "code": self.code}}
+
+
+def bad_request(message: str, param: str | None, code: str = "invalid_value") -> RequestFailure:
+    """Return the failure of a request with a wrong parameter."""
+    return RequestFailure(HTTPStatus.BAD_REQUEST, message, code=code, param=param)
+
+
+def not_found(kind: str, object_id: str, param: str) -> RequestFailure:
+    """Return the failure of a request for a job or file that does not exist in the namespace of the key."""
+    return RequestFailure(HTTPStatus.NOT_FOUND, f"there is no {kind} with the id {object_id}", code="not_found", param=param)
+
+
+def failure_of_cluster(error: ClusterError, user: str) -> RequestFailure:
+    """Return the failure for an error of the Kubernetes API. `user` is the ServiceAccount in whose name the request was sent."""
+    if error.code == HTTPStatus.FORBIDDEN and "impersonate" in str(error):
+        message = f"this server may not act as {user}: its administrator must grant it the verb `impersonate` on this ServiceAccount"
+        return RequestFailure(HTTPStatus.INTERNAL_SERVER_ERROR, message, code="impersonation_forbidden")
+    if error.code == HTTPStatus.UNAUTHORIZED:
+        message = "the cluster does not accept this server's credentials: its administrator must renew them"
+        return RequestFailure(HTTPStatus.INTERNAL_SERVER_ERROR, message, code="server_credentials")
+    if error.code in (HTTPStatus.BAD_REQUEST, HTTPStatus.UNPROCESSABLE_ENTITY):
+        return bad_request(_without_object_name(str(error)), None, "invalid_job")
+    codes = {HTTPStatus.FORBIDDEN: "forbidden", HTTPStatus.CONFLICT: "conflict", HTTPStatus.TOO_MANY_REQUESTS: "rate_limit_exceeded"}
+    for status, code in codes.items():
+        if error.code == status:
+            return RequestFailure(status, str(error), code=code)
+    return RequestFailure(HTTPStatus.SERVICE_UNAVAILABLE, f"the cluster did not answer: {error}", code="cluster_unavailable")
+
+
+def _without_object_name(message: str) -> str:
+    """Return a message of the API server without its start `FineTuneJob.… "name" is invalid: `, which clients of this API do not know."""
+    return re.sub(r'^\S+ "[^"]*" is invalid: ', "", message)
+
+
+def failure_of_storage(error: StorageError) -> RequestFailure:
+    """Return the failure for an error of S3."""
+    if isinstance(error, ConnectionLost):
+        return RequestFailure(HTTPStatus.SERVICE_UNAVAILABLE, f"the storage of this server cannot be reached: {error}", code="storage_unavailable")
+    return RequestFailure(HTTPStatus.INTERNAL_SERVER_ERROR, f"the storage of this server refused the request: {error}", code="storage_refused")

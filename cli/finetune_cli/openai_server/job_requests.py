@@ -1,0 +1,205 @@
+"""Turns a client's request for a fine-tuning job into a FineTuneJob.
+
+The hyperparameters, methods and integrations are read by the importer of `finetune import --from openai`, so that both have the same meaning.
+The configuration of the server gives every job the fields of its model. A value of the client replaces such a field, except below `resources`.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from finetune_api.names import API_VERSION, KIND, Annotation, Label
+
+from finetune_cli.fields import get_value
+from finetune_cli.importers import openai
+from finetune_cli.importers.draft import Importer, InputDocument, Request, ToolDefault
+from finetune_cli.importers.run_import import ImportResult, import_documents
+from finetune_cli.mistakes import InvalidInput, Mistake
+from finetune_cli.openai_server.config import ServedModel, ServerConfig, flatten_fields
+from finetune_cli.openai_server.failures import RequestFailure, bad_request
+from finetune_cli.openai_server.files import ClientFile
+from finetune_cli.provenance import AssignedValue, ValueOrigin
+from finetune_cli.redaction import contains_secret
+
+CREATED_BY = "openai-server"
+"""Value of the label `created-by` of every job that the server creates."""
+REQUEST_NAME = "request"
+MAX_METADATA, MAX_METADATA_KEY, MAX_METADATA_VALUE, MAX_SUFFIX = 16, 64, 512, 64
+"""Limits of the OpenAI API: pairs, characters of a key, characters of a value, characters of the suffix."""
+FILE_PARAMETERS = ("training_file", "validation_file")
+GRADERS_HINT = (
+    "this server has no graders: write method.type supervised or dpo, or ask its administrator for a FineTuneJob with trainer.type grpo and trainer.rewards"
+)
+
+FindFile = Callable[[str], ClientFile | None]
+"""Returns the file with an id in the namespace of the client."""
+
+
+def build_job(
+    body: Any,
+    config: ServerConfig,
+    job_id: str,
+    *,
+    find_file: FindFile,
+    read_first_lines: Callable[[ClientFile], list[str]],
+    uri_of: Callable[[ClientFile], str],
+) -> dict[str, Any]:
+    """Return the FineTuneJob for the JSON body of a request. Errors: RequestFailure with the wrong parameter, StorageError."""
+    request = {key: value for key, value in _as_object(body).items() if value is not None}
+    served = _served_model(request, config)
+    _check_method(request)
+    _check_texts(request)
+    files = _find_files(request, find_file)
+    for parameter, file in files.items():
+        _check_first_rows(parameter, file.name, read_first_lines(file), request)
+    if "seed" not in request and get_value(served.spec, "training.seed") is None:
+        request["seed"] = secrets.randbelow(1 << 31)
+    sources = {parameter: uri_of(file) for parameter, file in files.items()}
+    result = import_request(request | sources, config, served, job_id)
+    annotations = {Annotation.OPENAI_REQUEST.value: json.dumps(request, sort_keys=True, ensure_ascii=False), **result.annotations}
+    metadata = {"name": job_id, "labels": {Label.CREATED_BY.value: CREATED_BY}, "annotations": annotations}
+    return {"apiVersion": API_VERSION, "kind": KIND, "metadata": metadata, "spec": result.spec}
+
+
+def check_models(config: ServerConfig) -> list[Mistake]:
+    """Return the mistakes of the configuration that only appear in a complete job: each model is tried with a request without options.
+
+    The method dpo is tried only if the configuration has fields for it, because a model may be meant for supervised fine-tuning only.
+    """
+    mistakes = []
+    for name, served in config.models.items():
+        for method in ("supervised", "dpo") if get_value(served.spec, "trainer.dpo") else ("supervised",):
+            trial = {"model": name, "training_file": f"{config.storage.uri}/rows.jsonl", "method": {"type": method}}
+            try:
+                import_request(trial, config, served, "trial")
+            except RequestFailure as failure:
+                mistakes.append(Mistake("configuration", f"models.{name}", failure.message))
+    return mistakes
+
+
+def import_request(request: dict[str, Any], config: ServerConfig, served: ServedModel, job_id: str) -> ImportResult:
+    """Convert a request in which the files are S3 addresses. Errors: RequestFailure."""
+    text = json.dumps(request)
+    fields = dict(flatten_fields({**served.spec, "storage": config.storage.to_wire()}))
+    origin = ValueOrigin("configuration of the server")
+    options = Request(
+        files=(),
+        name=job_id,
+        overrides={path: AssignedValue(value, origin) for path, value in fields.items() if path.startswith("resources.")},
+        model_map={str(request["model"]): fields.pop("model.source")},
+        base_learning_rate=fields.get("training.learningRate"),
+        has_command_line=False,
+    )
+    try:
+        result = import_documents(options, (InputDocument(Path(REQUEST_NAME), text),), _importer_with(fields))
+    except InvalidInput as error:
+        raise _failure_of(error.mistakes) from None
+    for warning in result.warnings:
+        # The API's clients read no warnings, so an option that would have no effect is refused.
+        location, _, message = warning.partition(": ")
+        key = message.partition(": ")[0].partition(" has no effect")[0]
+        raise bad_request(f"{message}: remove it" if "no effect" in message else message or location, key if key in request else None)
+    return result
+
+
+def _importer_with(fields: dict[str, Any]) -> Importer:
+    """Return the importer of the API with the server's fields as its first defaults."""
+
+    def default_of(path: str, value: Any) -> ToolDefault:
+        if path.startswith("trainer.dpo."):
+            return ToolDefault(path, value, "configuration of the server", lambda draft: draft.value("trainer.type") == "dpo")
+        return ToolDefault(path, value, "configuration of the server")
+
+    defaults = tuple(default_of(path, value) for path, value in fields.items() if not path.startswith("resources."))
+    return replace(openai.IMPORTER, defaults=(*defaults, *openai.IMPORTER.defaults))
+
+
+def _as_object(body: Any) -> dict[str, Any]:
+    if not isinstance(body, dict):
+        raise bad_request("the body of the request is not a JSON object: write for example {\"model\": ..., \"training_file\": ...}", None, "invalid_json")
+    return body
+
+
+def _served_model(request: dict[str, Any], config: ServerConfig) -> ServedModel:
+    known = ", ".join(config.models)
+    name = request.get("model")
+    if not isinstance(name, str):
+        raise bad_request(f"model is missing: write one of {known}", "model", "missing_required_parameter")
+    served = config.models.get(name)
+    if served is None:
+        raise bad_request(f"this server does not fine-tune the model {name}: write one of {known}", "model", "model_not_available")
+    wants_tracker = bool(request.get("integrations"))
+    has_key = get_value(served.spec, "tracking.wandb.apiKeySecretRef") is not None
+    if wants_tracker and not has_key:
+        hint = "remove integrations, or ask its administrator for tracking.wandb.apiKeySecretRef"
+        raise bad_request(f"this server has no key for Weights & Biases for the model {name}: {hint}", "integrations")
+    return served
+
+
+def _check_method(request: dict[str, Any]) -> None:
+    method = request.get("method")
+    if method is None:
+        return
+    if not isinstance(method, dict) or "type" not in method:
+        raise bad_request('method is not an object with a type: write for example {"type": "supervised"}', "method")
+    kind = method["type"]
+    if kind == "reinforcement":
+        raise bad_request(f"reinforcement fine-tuning is not possible: {GRADERS_HINT}", "method.type", "unsupported_value")
+    for other in method:
+        if other not in ("type", kind):
+            raise bad_request(f"method.{other} has no effect, because method.type is {kind}: remove it", f"method.{other}")
+    hyperparameters = (method.get(kind) or {}).get("hyperparameters") if isinstance(method.get(kind) or {}, dict) else None
+    if kind == "supervised" and isinstance(hyperparameters, dict) and "beta" in hyperparameters:
+        raise bad_request("beta has no effect, because method.type is supervised: remove it", "method.supervised.hyperparameters.beta")
+
+
+def _check_texts(request: dict[str, Any]) -> None:
+    """Check suffix and metadata with the limits of the API."""
+    suffix = request.get("suffix")
+    if suffix is not None and (not isinstance(suffix, str) or not 0 < len(suffix) <= MAX_SUFFIX):
+        raise bad_request(f"suffix must be a text of 1 to {MAX_SUFFIX} characters", "suffix")
+    metadata = request.get("metadata", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise bad_request('metadata must be an object with texts: write for example {"team": "support"}', "metadata")
+    is_too_long = any(len(key) > MAX_METADATA_KEY or len(value) > MAX_METADATA_VALUE for key, value in metadata.items())
+    if len(metadata) > MAX_METADATA or is_too_long:
+        limits = f"at most {MAX_METADATA} pairs, with keys of {MAX_METADATA_KEY} and values of {MAX_METADATA_VALUE} characters"
+        raise bad_request(f"metadata is too large: write {limits}", "metadata")
+    if contains_secret(metadata):
+        # Everyone who may read the FineTuneJob can read its annotations.
+        raise bad_request("metadata contains a text that looks like a token or password: remove it", "metadata")
+
+
+def _find_files(request: dict[str, Any], find_file: FindFile) -> dict[str, ClientFile]:
+    files = {}
+    for parameter in FILE_PARAMETERS:
+        file_id = request.get(parameter)
+        if file_id is None and parameter == "training_file":
+            raise bad_request("training_file is missing: upload a file with /v1/files, and write its id", parameter, "missing_required_parameter")
+        if file_id is None:
+            continue
+        file = find_file(file_id) if isinstance(file_id, str) else None
+        if file is None:
+            message = f"there is no file with the id {file_id}: upload it with /v1/files, and write the id of the response"
+            raise bad_request(message, parameter, "file_not_found")
+        files[parameter] = file
+    return files
+
+
+def _check_first_rows(parameter: str, name: str, lines: list[str], request: dict[str, Any]) -> None:
+    trainer = "dpo" if (request.get("method") or {}).get("type") == "dpo" else "sft"
+    mistake = openai.find_row_mistake(name, lines, trainer)
+    if mistake is not None:
+        raise bad_request(str(mistake), parameter, "invalid_training_data")
+
+
+def _failure_of(mistakes: list[Mistake]) -> RequestFailure:
+    """Return the failure for the mistakes that the importer found. The key of a mistake is the parameter as the client wrote it."""
+    texts = [": ".join(part for part in (mistake.key, mistake.message) if part) + (f"; {mistake.hint}" if mistake.hint else "") for mistake in mistakes]
+    first = mistakes[0].key
+    return bad_request("\n".join(texts), first if first and not first.startswith("spec.") else None)
