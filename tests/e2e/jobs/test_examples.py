@@ -44,7 +44,8 @@ class ExampleRunner:
 @pytest.fixture(scope="module")
 def examples(shared_namespace: JobNamespace, request: pytest.FixtureRequest) -> ExampleRunner:
     """Runs the selected examples in one namespace."""
-    selected = {one.callspec.params["name"] for one in request.session.items if getattr(one, "originalname", "") == "test_example_succeeds"}
+    functions = [one for one in request.session.items if isinstance(one, pytest.Function)]
+    selected = {one.callspec.params["name"] for one in functions if one.originalname == "test_example_succeeds"}
     return ExampleRunner(shared_namespace, [name for name in EXAMPLE_NAMES if name in selected])
 
 
