@@ -100,6 +100,18 @@ tracker-servers: setup ## Install an MLflow server and build a MongoDB-compatibl
 .PHONY: test-faults
 test-faults: prepare verify tracker-servers browser docs ## Run the fault tests and the long tests
 	@$(PYTEST) -m "(faults or slow) and not gpu"
+	@$(MAKE) --no-print-directory test-stores
+
+STORES ?= versity minio moto
+STORE_TESTS := tests/faults/storage tests/integration/cli/test_storage.py tests/integration/cli/test_transfers.py \
+  "tests/pod/test_resume.py::test_a_resumed_run_equals_an_uninterrupted_run[windows-lora-2-pod_stopped]" \
+  "tests/pod/test_resume.py::test_a_resumed_run_equals_an_uninterrupted_run[end-full-1-pod_killed]"
+
+.PHONY: test-stores
+test-stores: setup ## Run the tests of storage and two whole jobs against S3 servers of other make (STORES="versity minio moto" chooses some)
+	@$(PY) -m tests.support.stores
+	@for store in $(STORES); do \
+	  echo "S3 server: $$store"; FINETUNE_TEST_STORE=$$store $(PYTEST) -m "not slow and not gpu" $(STORE_TESTS) || exit 1; done
 
 .PHONY: test-gpu
 test-gpu: setup ## Run the tests that need a CUDA device

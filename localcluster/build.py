@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -25,11 +26,17 @@ MIN_GO_VERSION = (1, 26)
 
 @dataclass(frozen=True)
 class Program:
-    """One Go program. Its version is that of the Go module `version_module`. `first_build_duration` is shown to the user before a build."""
+    """One Go program. Its version is that of the Go module `version_module`. `first_build_duration` is shown to the user before a build.
+
+    `package` is the Go package to build: our own (`.`), or one of a module that go.mod lists as a tool. `is_optional` programs are built by the tests
+    that need them, not by `localcluster build`.
+    """
 
     name: str
     version_module: str | None = None
     first_build_duration: str = "seconds"
+    package: str = "."
+    is_optional: bool = False
 
     @property
     def folder(self) -> Path:
@@ -68,6 +75,7 @@ class Program:
 
 
 KUBE_PROGRAM = "kube"
+KUEUE_PROGRAM = "kueue"
 PROGRAM_BY_NAME = {
     program.name: program
     for program in (
@@ -77,6 +85,7 @@ PROGRAM_BY_NAME = {
         Program("testbox"),
         Program("mongodb", "github.com/FerretDB/FerretDB", "about 2 minutes"),
         Program("verdicts", "github.com/fluxcd/cli-utils"),
+        Program(KUEUE_PROGRAM, "sigs.k8s.io/kueue", "about 5 minutes", "sigs.k8s.io/kueue/cmd/kueue", is_optional=True),
     )
 }
 
@@ -100,10 +109,23 @@ def ensure_built(name: str, step: Step = silent_step) -> Path:
     return binary_path
 
 
+def module_sources(name: str) -> Path:
+    """Return the folder with the sources of the Go module that gives a program its version. Errors: MissingRequirement, BuildFailed."""
+    program = PROGRAM_BY_NAME[name]
+    assert program.version_module is not None
+    check_go()
+    command = ["go", "mod", "download", "-json", program.version_module]
+    result = subprocess.run(command, cwd=program.folder, env={**os.environ, "GOTOOLCHAIN": "local"}, capture_output=True, text=True)
+    folder = json.loads(result.stdout or "{}").get("Dir")
+    if result.returncode != 0 or not folder:
+        raise BuildFailed(f"downloading the sources of {name} failed ({result.returncode}): {result.stderr[-500:] or result.stdout[-500:]}")
+    return Path(folder)
+
+
 def _run_go_build(program: Program, binary: Path) -> None:
     unfinished_binary = binary.with_suffix(".unfinished")
     log = binary.with_suffix(".log")
-    command = ["go", "build", "-p", "2", *program.build_flags, "-o", str(unfinished_binary), "."]
+    command = ["go", "build", "-p", "2", *program.build_flags, "-o", str(unfinished_binary), program.package]
     env = {**os.environ, "CGO_ENABLED": "0", "GOTOOLCHAIN": "local", "GOFLAGS": "-mod=readonly -buildvcs=false"}
     with log.open("w") as out:
         code = subprocess.run(command, cwd=program.folder, env=env, stdout=out, stderr=subprocess.STDOUT).returncode

@@ -132,8 +132,9 @@ def load_image(
 @app.command("build")
 def build_programs() -> None:
     """Build the cluster's programs from Go modules unless they are cached."""
-    for program in build.PROGRAM_BY_NAME:
-        typer.echo(build.ensure_built(program, shown_step))
+    for program in build.PROGRAM_BY_NAME.values():
+        if not program.is_optional:
+            typer.echo(build.ensure_built(program.name, shown_step))
 
 
 @app.command()

@@ -63,6 +63,9 @@ HELM_3 = GoTool(
 )  # fmt: skip
 """Used only by tests of the chart in `make test-faults`."""
 HELM_DOCS = GoTool("helm-docs", "github.com/norwoodj/helm-docs/cmd/helm-docs", "v1.14.2", "HELM_DOCS")
+VERSITY_GATEWAY = GoTool("versitygw", "github.com/versity/versitygw/cmd/versitygw", "v1.8.0", "VERSITYGW")
+MINIO = GoTool("minio", "github.com/minio/minio", "v0.0.0-20260212201848-7aac2a2c5b7c", "MINIO")
+"""S3 servers of the tests in `make test-stores`. MinIO has the AGPL licence: it is only run by tests, and is part of no image or package."""
 KIND = GoTool("kind", "sigs.k8s.io/kind", "v0.33.0", "KIND")
 
 

@@ -92,7 +92,7 @@ FAILURE_REMEDIES: dict[str, tuple[Remedy, ...]] = {
         ("CustomerKeyInvalid", "The Secret of `encryption.customerKeySecretRef` does not contain a key of 32 bytes in base64.", "Create a key with `openssl rand -base64 32`."),
         ("DownloadBroken", "A download ended before all bytes arrived, even after retries.", "Check the network between the pods and the server."),
         ("DownloadFailed", "The web server answered with an error, even after retries.", "Open the address in the message with `curl`, and correct the server or the address."),
-        ("EncryptionRefused", "The store does not support the requested encryption.", "Correct `encryption`, or remove it and set the encryption as the default of the bucket."),
+        ("EncryptionRefused", "The store does not support the requested encryption, or accepts the request and stores objects without it.", "Correct `encryption`, or remove it and set the encryption as the default of the bucket."),
         ("EndpointInvalid", "`endpoint` is not a valid address.", "Write `https://host` or `https://host:port`."),
         ("EndpointUnreachable", "The pods cannot reach the store.", "Check `endpoint`, the network policies, DNS, and whether the store is running."),
         ("MarkerUnreadable", "A commit marker exists, but cannot be read.", "Check the store. The next attempt reads the marker again."),

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from localcluster import ControlPlane, Endpoint, S3Endpoint, S3Process
+from localcluster import ControlPlane, Endpoint, S3Endpoint
+from tests.support.stores import running_store
 
 
 @pytest.fixture(scope="session")
@@ -19,5 +20,5 @@ def control_plane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Endpoint]:
     """SeaweedFS with authentication. Each test creates its own bucket."""
-    with S3Process(tmp_path_factory.mktemp("s3")) as endpoint:
+    with running_store(tmp_path_factory.mktemp("s3") / "store") as endpoint:
         yield endpoint

@@ -13,7 +13,8 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "sup
 from pod_buckets import BUCKET_NAME, Bucket, new_bucket  # noqa: E402 - the path comes first
 from pod_harness import write_rows  # noqa: E402 - the path comes first
 
-from localcluster.s3 import S3Endpoint, S3Process  # noqa: E402 - the path comes first
+from localcluster.s3 import S3Endpoint  # noqa: E402 - the path comes first
+from tests.support.stores import running_store  # noqa: E402 - the path comes first
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -24,7 +25,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Endpoint]:
-    with S3Process(tmp_path_factory.mktemp("s3")) as endpoint:
+    with running_store(tmp_path_factory.mktemp("s3") / "store") as endpoint:
         endpoint.client().create_bucket(Bucket=BUCKET_NAME)
         yield endpoint
 

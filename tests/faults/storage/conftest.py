@@ -23,13 +23,14 @@ from pod_harness import write_rows  # noqa: E402 - the path comes first
 from proxied_tree import ProxiedTree  # noqa: E402 - the path comes first
 from tiny import make_tiny_model  # noqa: E402 - the path comes first
 
-from localcluster.s3 import S3Endpoint, S3Process  # noqa: E402 - the path comes first
+from localcluster.s3 import S3Endpoint  # noqa: E402 - the path comes first
 from tests.support.s3proxy import S3Proxy  # noqa: E402 - the path comes first
+from tests.support.stores import running_store  # noqa: E402 - the path comes first
 
 
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Endpoint]:
-    with S3Process(tmp_path_factory.mktemp("s3")) as endpoint:
+    with running_store(tmp_path_factory.mktemp("s3") / "store") as endpoint:
         yield endpoint
 
 

@@ -19,6 +19,7 @@ from proxied_tree import ProxiedTree
 
 from tests.support.faultproxy import Call
 from tests.support.s3proxy import LostResponse, Reset, S3Operation, S3Proxy, Status
+from tests.support.store_features import UNFINISHED_UPLOADS, YES, seen_on_chosen_store
 
 
 def test_every_checkpoint_is_committed_despite_many_store_errors(storage: ProxiedTree, proxy: S3Proxy, checkpoint: Path, tmp_path: Path) -> None:
@@ -139,6 +140,7 @@ def test_a_store_that_fails_during_a_commit_leaves_nothing_visible(
     assert storage.verify_all(tmp_path / "check2") == [5]
 
 
+@pytest.mark.skipif(seen_on_chosen_store(UNFINISHED_UPLOADS) != YES, reason="this store lists unfinished uploads by their whole key only")
 def test_an_orphaned_multipart_upload_is_swept(storage: ProxiedTree) -> None:
     key = storage.direct_tree.store.key("checkpoints/step-00000005/a1-00000000/model.safetensors")  # type: ignore[attr-defined] # an S3Store
     storage.client.create_multipart_upload(Bucket=storage.bucket, Key=key)

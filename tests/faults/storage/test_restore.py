@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 from finetune_api.errors import FineTuneError, NoCheckpointError
-from finetune_api.pod import ResumeConfig
+from finetune_api.pod import ResumeConfig, StoreTarget
 from finetune_trainer.checkpoint.manifest import RunFacts
 from finetune_trainer.checkpoint.restore import RestoreResult, restore
 from finetune_trainer.storage.preflight import preflight
@@ -23,6 +23,7 @@ from proxied_tree import ProxiedTree
 
 from tests.support.faultproxy import Call
 from tests.support.s3proxy import FlipByte, S3Operation, S3Proxy, Status, Truncate
+from tests.support.store_features import CLOCK, IGNORED, UNKNOWN_KEY, seen_on_chosen_store
 
 FOLDER = "checkpoints/step-00000010/a1-00000000"
 FACTS = RunFacts(
@@ -133,6 +134,7 @@ def test_a_checkpoint_that_is_removed_while_it_is_read_is_skipped(
     assert [committed.step for committed in two_checkpoints.direct_tree.list_committed()] == [5]
 
 
+@pytest.mark.skipif(seen_on_chosen_store(CLOCK) == IGNORED, reason="this store does not compare clocks")
 def test_a_wrong_clock_is_reported_without_endless_retries(two_checkpoints: ProxiedTree, monkeypatch: pytest.MonkeyPatch) -> None:
     """The client's clock is twenty minutes fast, so its requests have a wrong signing time."""
     from botocore import auth
@@ -145,6 +147,17 @@ def test_a_wrong_clock_is_reported_without_endless_retries(two_checkpoints: Prox
     with pytest.raises(FineTuneError) as caught:
         preflight(target)
     assert (caught.value.exit_code, caught.value.code) == (67, "ClockSkew")
+
+
+@pytest.mark.skipif(seen_on_chosen_store(UNKNOWN_KEY) == IGNORED, reason="this store accepts every key")
+def test_an_unknown_access_key_is_not_a_missing_object(storage: ProxiedTree, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Versity gateway answers an unknown key with status 404, as if the object did not exist."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKUNKNOWN")
+    target: StoreTarget = storage.direct_tree.store.target  # type: ignore[attr-defined] # an S3Store
+    for request in (lambda: preflight(target), lambda: S3Store(target).get("checkpoints/x")):
+        with pytest.raises(FineTuneError) as caught:
+            request()
+        assert (caught.value.exit_code, caught.value.code) == (77, "CredentialsRejected")
 
 
 def test_a_busy_store_is_retried_for_models_and_data(storage: ProxiedTree, proxy: S3Proxy, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from finetune_cli.transfers import PART_BYTES
 from localcluster import S3Endpoint
 from tests.integration.cli.conftest import Result
 from tests.support.kubeapi import KubeApi
+from tests.support.store_features import IGNORED, MD5, UNKNOWN_KEY, seen_on_chosen_store
 
 Finetune = Callable[..., Result]
 BYTES = 2 * PART_BYTES + 1000
@@ -147,6 +148,7 @@ def test_changed_file_starts_again(finetune: Finetune, bucket: Bucket, tmp_path:
     assert bucket.read("t.jsonl") == b"x" + DATA[1:]
 
 
+@pytest.mark.skipif(seen_on_chosen_store(MD5) == IGNORED, reason="this store does not compare digests")
 def test_file_that_changes_during_the_upload_is_refused(finetune: Finetune, bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "t.jsonl"
     path.write_bytes(b"first")
@@ -398,10 +400,12 @@ def test_local_folders_are_storage_too(finetune: Finetune, tmp_path: Path) -> No
     assert finetune("download", f"{uri}/a", "--to", str(target)).out.startswith(f"{target}: 1 file, 2 B (1 unchanged)")
 
 
+@pytest.mark.skipif(seen_on_chosen_store(UNKNOWN_KEY) == IGNORED, reason="this store accepts every key")
 def test_wrong_key_is_distinguished_from_a_missing_right(finetune: Finetune, bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bucket.write("t.jsonl", b"{}")
     (tmp_path / "t.jsonl").write_bytes(b"{}")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "unknown")
+    code = seen_on_chosen_store(UNKNOWN_KEY).rstrip(")").split()[-1]
     for words in (("download", f"{bucket.uri}/t.jsonl"), ("upload", str(tmp_path / "t.jsonl"), f"{bucket.uri}/x.jsonl")):
         result = finetune(*words)
-        assert (result.code, "InvalidAccessKeyId" in result.err) == (1, True), result
+        assert (result.code, code in result.err) == (1, True), result

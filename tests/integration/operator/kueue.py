@@ -1,7 +1,8 @@
 """A substitute for Kueue: changes Jobs like Kueue's job reconciler, and selects them by priority like Kueue's scheduler.
 
-These tests run where Kueue cannot be installed. Each method names the function of Kueue (v0.14 to v0.19) that it imitates.
-A batch/v1 Job with a queue label is suspended when it is created. Admission starts the Job, and eviction suspends the Job again.
+Tests with it take seconds; `test_kueue.py` runs Kueue's own controller, v0.19.2, and the updates of this substitute are those that were recorded there. Each
+method names the function of Kueue that it imitates. A batch/v1 Job with a queue label is suspended when it is created. Admission starts the Job, and
+eviction suspends the Job again.
 """
 
 from __future__ import annotations
@@ -14,6 +15,12 @@ from tests.integration.operator.rig import Rig
 PRIORITY_CLASS = Kind("scheduling.k8s.io/v1", "PriorityClass", "priorityclasses")
 WORKLOAD_CLASS = "kueue.x-k8s.io/priority-class"
 """Label of a Job; its value is the name of a WorkloadPriorityClass (`constants.WorkloadPriorityClassLabel`)."""
+STOPPING = "kueue.x-k8s.io/stopping"
+POD_METADATA = {
+    "labels": {"kueue.x-k8s.io/cluster-queue-name": "gpus", "kueue.x-k8s.io/local-queue-name": "team-a", "kueue.x-k8s.io/podset": "main"},
+    "annotations": {"kueue.x-k8s.io/workload": "job-run-1-5c1d2"},
+}
+"""Metadata that Kueue adds to the pods of an admitted Job."""
 
 
 class Queue:
@@ -30,21 +37,25 @@ class Queue:
         return job
 
     async def admit(self, name: str, selector: dict[str, str]) -> None:
-        """Start a Job: set the flavour's node selectors and `suspend: false` in one update (`Job.RunWithPodSetsInfo`)."""
-        spec = {"suspend": False, "template": {"spec": {"nodeSelector": selector}}}
-        await self._world.kube.patch(JOB, self._world.namespace, name, {"spec": spec})
+        """Start a Job: set the flavour's node selectors, Kueue's metadata of the pods and `suspend: false` in one update (`Job.RunWithPodSetsInfo`)."""
+        await self._patch_pods(name, POD_METADATA, selector, suspend=False)
 
     async def evict(self, name: str) -> None:
-        """Stop a Job: suspend it, clear its start time, restore its original node selectors (`Job.Stop`, `Job.RestorePodSetsInfo`).
+        """Stop a Job: suspend it, clear its start time, restore its original template (`Job.Stop`, `Job.RestorePodSetsInfo`).
 
-        The start time can only be cleared after the Job controller has suspended the Job. Kueue retries the update; this method waits.
+        The start time is cleared at once, before the Job controller has ended the pods and reported the Job as suspended. The annotation of a Job that is
+        being stopped stays until then.
         """
         kube, namespace = self._world.kube, self._world.namespace
-        await kube.patch(JOB, namespace, name, {"spec": {"suspend": True}})
-        await self._world.wait_until("suspended", lambda: self._is_suspended(name))
+        await kube.patch(JOB, namespace, name, {"metadata": {"annotations": {STOPPING: "true"}}, "spec": {"suspend": True}})
         await kube.patch(JOB, namespace, name, {"status": {"startTime": None}}, subresource="status")
-        await self._world.wait_until("no start", lambda: "startTime" not in self._world.jobs.items[name]["status"])
-        await kube.patch(JOB, namespace, name, {"spec": {"template": {"spec": {"nodeSelector": None}}}})
+        await self._world.wait_until("suspended", lambda: self._is_suspended(name))
+        await kube.patch(JOB, namespace, name, {"metadata": {"annotations": {STOPPING: None}}})
+        await self._patch_pods(name, {group: dict.fromkeys(values) for group, values in POD_METADATA.items()}, None)
+
+    async def _patch_pods(self, name: str, metadata: Object, selector: dict[str, str] | None, **spec: bool) -> None:
+        template = {"metadata": metadata, "spec": {"nodeSelector": selector}}
+        await self._world.kube.patch(JOB, self._world.namespace, name, {"spec": {**spec, "template": template}})
 
     async def schedule(self) -> str | None:
         """Run one cycle with a quota of one Job. Returns the name of the admitted Job, or None.

@@ -188,6 +188,13 @@ _ENCRYPTION_CODES = (
 )  # fmt: skip
 
 
+UNKNOWN_KEY_OF_VERSITY = "XAdminUserNotFound"
+"""Error code with which the Versity gateway answers an unknown access key. Its status is 404, as if the object did not exist."""
+REJECTED_CREDENTIALS = (
+    "InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "InvalidClientTokenId", "AuthFailure", "Unauthorized", UNKNOWN_KEY_OF_VERSITY,
+)  # fmt: skip
+
+
 def _known_failure(
     code: str, status: int, message: str, connection: Connection, location: str, operation: str, key: str
 ) -> FineTuneError | None:
@@ -196,14 +203,7 @@ def _known_failure(
         return StorageSetupError(
             "BucketNotFound", f"there is no {location}", hint=f"create it, or correct the bucket in {group}.uri"
         )
-    if code in (
-        "InvalidAccessKeyId",
-        "SignatureDoesNotMatch",
-        "InvalidToken",
-        "InvalidClientTokenId",
-        "AuthFailure",
-        "Unauthorized",
-    ):
+    if code in REJECTED_CREDENTIALS:
         return CredentialsError(
             "CredentialsRejected", f"{location} does not accept the credentials ({code})",
             hint=f"correct the Secret named in {group}.credentialsSecretRef",

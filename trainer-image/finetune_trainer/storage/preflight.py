@@ -71,13 +71,26 @@ def _try_all(store: Store, needs_write: bool) -> StoreAbilities:
         raise StorageError("StorageInconsistent", f"{store.uri}: an object just written cannot be read back")
     second_creation = store.create(key, b"second")
     data = store.get(key)
+    is_encrypted = not isinstance(store, S3Store) or store.has_requested_encryption(key)
     can_delete = True
     try:
         store.delete([key])
     except CredentialsError:
         can_delete = False
+    if not is_encrypted:
+        raise _ignored_encryption_error(store)
     is_conditional = not isinstance(store, S3Store) or store.supports_conditional_writes
     return StoreAbilities(kind, is_conditional and second_creation is CreateResult.EXISTS and data == b"first", can_delete)
+
+
+def _ignored_encryption_error(store: Store) -> StorageSetupError:
+    assert isinstance(store, S3Store) and store.target.encryption is not None
+    group = store.connection.field
+    return StorageSetupError(
+        "EncryptionRefused", f"bucket {store.bucket} at {store.connection.host} accepts the requested encryption ({store.connection.encryption}), but "
+        "stores objects without it",
+        hint=f"remove {group}.encryption and set the bucket's default or encrypt the store's disks, or use a store that supports this encryption",
+    )  # fmt: skip
 
 
 def _more_precise(error: StorageError, store: Store) -> FineTuneError:

@@ -28,7 +28,7 @@ from finetune_api.spec.enums import AddressingStyle, EncryptionType
 
 from finetune_trainer.addresses import refuse_metadata_address
 from finetune_trainer.storage.base import ByteCounter, CreateResult, ObjectStat, join
-from finetune_trainer.storage.errors import Connection, explain, status_of
+from finetune_trainer.storage.errors import UNKNOWN_KEY_OF_VERSITY, Connection, explain, status_of
 
 MIB = 1024 * 1024
 PART_BYTES = 8 * MIB
@@ -255,6 +255,22 @@ class S3Store:
             raise explain(self._with_reason(error, key), self.connection, operation="HeadObject", key=key) from error
         return ObjectStat(key, int(response["ContentLength"]), str(response.get("ETag", "")).strip('"'))
 
+    def has_requested_encryption(self, key: str) -> bool:
+        """Whether an object is encrypted as requested. Some stores accept requests with encryption, but store the object without it.
+
+        An object with a customer's key must not be readable without the key. For the other kinds, the store must report the encryption.
+        """
+        try:
+            response = self._client.head_object(Bucket=self.bucket, Key=self.key(key))
+        except Exception as error:
+            if self.target.encryption is EncryptionType.CUSTOMER_KEY and status_of(error)[0] in (400, FORBIDDEN_STATUS):
+                return True
+            raise explain(self._with_reason(error, key), self.connection, operation="HeadObject", key=key) from error
+        reported = str(response.get("ServerSideEncryption", ""))
+        return {
+            None: True, EncryptionType.S3: bool(reported), EncryptionType.KMS: reported.startswith("aws:kms"), EncryptionType.CUSTOMER_KEY: False,
+        }[self.target.encryption]  # fmt: skip
+
     def _with_reason(self, error: Exception, key: str) -> Exception:
         """After a refused HEAD request, send a GET request and return its error: only the response to GET has a body with the reason."""
         if status_of(error)[0] != FORBIDDEN_STATUS:
@@ -389,7 +405,7 @@ def _transfer_config(size: int) -> Any:
 
 def _is_missing(error: Exception) -> bool:
     status, code = status_of(error)
-    return code in ("NoSuchKey", "404", "NotFound") or (status == 404 and code != "NoSuchBucket")
+    return code in ("NoSuchKey", "404", "NotFound") or (status == 404 and code not in ("NoSuchBucket", UNKNOWN_KEY_OF_VERSITY))
 
 
 def _may_be_complete(error: Exception) -> bool:

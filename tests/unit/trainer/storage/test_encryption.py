@@ -13,11 +13,12 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 from botocore.awsrequest import AWSPreparedRequest, AWSResponse
 from botocore.exceptions import ClientError
-from finetune_api.errors import ConfigError, FineTuneError
+from finetune_api.errors import ConfigError, FineTuneError, StorageSetupError
 from finetune_api.pod import StoreTarget
 from finetune_trainer.checkpoint.restore import restore
 from finetune_trainer.storage import s3
 from finetune_trainer.storage.errors import explain
+from finetune_trainer.storage.preflight import preflight
 from finetune_trainer.storage.s3 import S3Store
 
 KEY = bytes(range(32))
@@ -38,9 +39,14 @@ class Body(io.BytesIO):
 
 
 class StubbedStore:
-    """A store with stub responses. `sent_headers` contains the encryption headers of the requests, by operation."""
+    """A store with stub responses. `sent_headers` contains the encryption headers of the requests, by operation.
+
+    It keeps the newest object that a PUT writes, without encryption. `head_response` is the status and the additional headers of its answers to HEAD.
+    """
 
     def __init__(self, **target: Any) -> None:
+        self.object = BODY
+        self.head_response: tuple[int, dict[str, str]] = (200, {})
         self.store = S3Store(StoreTarget(uri="s3://bucket/root", region="eu-central-1", **target), attempts=1)
         self.store.client.meta.events.register("before-send.s3", self._answer)
         self.sent_headers: dict[str, dict[str, str]] = {}
@@ -52,11 +58,14 @@ class StubbedStore:
         bodies = {
             "CreateMultipartUpload": b"<R><Bucket>bucket</Bucket><Key>k</Key><UploadId>7</UploadId></R>",
             "CompleteMultipartUpload": b'<R><ETag>"t"</ETag></R>',
-            "GetObject": BODY,
+            "GetObject": self.object,
         }
         data = bodies.get(operation, b"")
         assert operation != "UploadPart" or parse_qs(urlsplit(request.url).query)["uploadId"] == ["7"]
-        return AWSResponse(request.url, 200, {"content-length": str(len(BODY)), "etag": '"t"'}, Body(data))
+        if operation == "PutObject":
+            self.object = request.body if isinstance(request.body, bytes) else request.body.read()
+        status, headers = self.head_response if operation == "HeadObject" else (200, {})
+        return AWSResponse(request.url, status, {"content-length": str(len(self.object)), "etag": '"t"', **headers}, Body(data))
 
     def send_all_operations(self, folder: Path) -> None:
         """Send every kind of request that transfers an object."""
@@ -152,6 +161,37 @@ def test_a_checkpoint_named_by_uri_is_read_with_the_same_key(tmp_path: Path, mon
     with pytest.raises(FineTuneError, match="no committed checkpoint"):
         restore(CheckpointTree(stubbed.store), ResumeConfig(mode=uri), RunFacts(), tmp_path)
     assert opened == [stubbed.store.target.model_copy(update={"uri": "s3://other/team/job/uid"})]
+
+
+@pytest.mark.parametrize(
+    ("target", "head_response", "is_encrypted"),
+    [
+        ({}, (200, {}), True),
+        ({"encryption": "s3"}, (200, {}), False),
+        ({"encryption": "s3"}, (200, {"x-amz-server-side-encryption": "AES256"}), True),
+        ({"encryption": "kms"}, (200, {"x-amz-server-side-encryption": "AES256"}), False),
+        ({"encryption": "kms"}, (200, {"x-amz-server-side-encryption": "aws:kms:dsse"}), True),
+        ({"encryption": "customerKey"}, (200, {}), False),
+        ({"encryption": "customerKey"}, (400, {}), True),
+    ],
+)
+def test_the_preflight_refuses_a_store_that_ignores_the_encryption(
+    monkeypatch: pytest.MonkeyPatch, target: dict[str, str], head_response: tuple[int, dict[str, str]], is_encrypted: bool
+) -> None:
+    """The Versity gateway, for example, accepts requests with encryption, but stores the objects without it."""
+    monkeypatch.setenv("AWS_SSE_CUSTOMER_KEY", base64.b64encode(KEY).decode())
+    stubbed = StubbedStore(endpoint="https://store.example", **target)
+    stubbed.head_response = head_response
+    monkeypatch.setattr("finetune_trainer.storage.preflight.open_store", lambda *_, **__: stubbed.store)
+    if is_encrypted:
+        assert preflight(stubbed.store.target).kind == "s3"
+    else:
+        with pytest.raises(StorageSetupError) as caught:
+            preflight(stubbed.store.target)
+        assert (caught.value.code, caught.value.exit_code) == ("EncryptionRefused", 67)
+        assert f"({target['encryption']}), but stores objects without it" in caught.value.message
+        assert (caught.value.hint or "").startswith("remove storage.encryption ")
+    assert "x-amz-server-side-encryption-customer-key" not in stubbed.sent_headers["HeadObject"]
 
 
 def failure_of(status: int, code: str, message: str = "", operation: str = "PutObject", **target: Any) -> FineTuneError:

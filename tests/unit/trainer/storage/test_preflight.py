@@ -34,6 +34,7 @@ def preflight_error(endpoint: str | None, **change: object) -> FineTuneError:
         (400, "AuthorizationHeaderMalformed", None, 67, "RegionWrong", "us-east-1"),
         (403, "RequestTimeTooSkewed", None, 67, "ClockSkew", "clock"),
         (403, "InvalidAccessKeyId", None, 77, "CredentialsRejected", "InvalidAccessKeyId"),
+        (404, "XAdminUserNotFound", None, 77, "CredentialsRejected", "XAdminUserNotFound"),
         (403, "SignatureDoesNotMatch", None, 77, "CredentialsRejected", "SignatureDoesNotMatch"),
         (400, "ExpiredToken", None, 77, "CredentialsExpired", "expired"),
         (403, "AccessDenied", "GET", 77, "PermissionDenied", "s3:ListBucket"),

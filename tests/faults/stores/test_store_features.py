@@ -1,0 +1,24 @@
+"""docs/reference/stores.md says what was seen of each S3 server. The probe program must see the same again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.support.store_features import PAGE, PROBE_BY_FEATURE, load_facts, observe, replace_table
+from tests.support.stores import StoreName, running_store
+
+
+def test_the_page_shows_every_feature_of_every_store() -> None:
+    facts = load_facts()
+    assert list(facts) == list(StoreName)
+    assert {tuple(values) for values in facts.values()} == {tuple(PROBE_BY_FEATURE)}
+    assert PAGE.read_text() == replace_table(PAGE.read_text(), facts), "run `python -m tests.support.store_features`"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", StoreName)
+def test_a_store_behaves_as_the_page_says(name: StoreName, tmp_path: Path) -> None:
+    with running_store(tmp_path / "store", name) as server:
+        assert observe(server) == load_facts()[name]

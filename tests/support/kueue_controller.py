@@ -1,0 +1,168 @@
+"""Kueue's own controller, built from its Go module, for tests against a control plane without nodes.
+
+The CRDs and the webhooks come from the chart in the module. The API server calls the webhooks of Jobs and of Kueue's own kinds on this machine. Pods,
+Deployments and the kinds of other projects are not handled.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from localcluster import Endpoint
+from localcluster.build import KUEUE_PROGRAM, ensure_built, module_sources
+from localcluster.ports import free_ports
+from localcluster.processes import Lifetime, spawn, wait_until
+
+sys.path.append(str(Path(__file__).parents[2] / "scripts"))
+from tools import HELM, build_tools  # noqa: E402 - the path comes first
+
+Object = dict[str, Any]
+API = "/apis/kueue.x-k8s.io/v1beta2"
+START_SECONDS = 120
+HANDLED_RESOURCES = {"jobs", "clusterqueues", "localqueues", "resourceflavors", "cohorts", "workloads", "workloads/status"}
+NAMESPACE = "kueue-system"
+PATHS = {
+    "Secret": f"/api/v1/namespaces/{NAMESPACE}/secrets",
+    "Service": f"/api/v1/namespaces/{NAMESPACE}/services",
+    "CustomResourceDefinition": "/apis/apiextensions.k8s.io/v1/customresourcedefinitions",
+    "MutatingWebhookConfiguration": "/apis/admissionregistration.k8s.io/v1/mutatingwebhookconfigurations",
+    "ValidatingWebhookConfiguration": "/apis/admissionregistration.k8s.io/v1/validatingwebhookconfigurations",
+}
+
+
+def _chart_objects() -> list[Object]:
+    """Return the CRDs, the webhook configurations and the empty Secret of the chart."""
+    build_tools(HELM)
+    chart = module_sources(KUEUE_PROGRAM) / "charts/kueue"
+    command = [HELM.path, "template", "kueue", chart, "--namespace", NAMESPACE]
+    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return [body for body in yaml.load_all(text, yaml.CSafeLoader) if body and _is_needed(body)]
+
+
+def _is_needed(body: Object) -> bool:
+    return body["kind"] in PATHS and body["kind"] != "Service"
+
+
+def _with_port(body: Object, port: int) -> Object:
+    """Return the object with webhooks at the port of the controller, and without the webhooks of kinds that the tests do not use."""
+    if "webhooks" in body:
+        body["webhooks"] = [one for one in body["webhooks"] if set(one["rules"][0]["resources"]) <= HANDLED_RESOURCES]
+    conversion = body.get("spec", {}).get("conversion") or {}
+    for webhook in [*body.get("webhooks", []), *([conversion["webhook"]] if "webhook" in conversion else [])]:
+        webhook["clientConfig"]["service"]["port"] = port
+    return body
+
+
+def _install(endpoint: Endpoint, webhook_port: int) -> None:
+    """Apply Kueue's objects. The webhooks' Service leads to this machine, so that the API server finds the controller without a node."""
+    endpoint.apply(f"/api/v1/namespaces/{NAMESPACE}", {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE}})
+    service = {
+        "apiVersion": "v1", "kind": "Service", "metadata": {"name": "kueue-webhook-service", "namespace": NAMESPACE},
+        "spec": {"type": "ExternalName", "externalName": "localhost"},
+    }  # fmt: skip
+    for body in [service, *_chart_objects()]:
+        endpoint.apply(f"{PATHS[body['kind']]}/{body['metadata']['name']}", _with_port(body, webhook_port))
+
+
+def _configuration(folder: Path, webhook_port: int, health_port: int) -> Object:
+    return {
+        "apiVersion": "config.kueue.x-k8s.io/v1beta2", "kind": "Configuration", "namespace": NAMESPACE,
+        "health": {"healthProbeBindAddress": f"127.0.0.1:{health_port}"}, "metrics": {"bindAddress": "0"},
+        "webhook": {"host": "127.0.0.1", "port": webhook_port, "certDir": str(folder)},
+        "leaderElection": {"leaderElect": False}, "internalCertManagement": {"enable": True},
+        "integrations": {"frameworks": ["batch/job"]},
+        # The visibility server would need a port of its own and an APIService.
+        "featureGates": {"VisibilityOnDemand": False},
+    }  # fmt: skip
+
+
+@contextlib.contextmanager
+def running_kueue(endpoint: Endpoint, folder: Path) -> Iterator[Path]:
+    """Install Kueue's CRDs and webhooks, and run its controller until the context ends. Yields the path of its log. Errors: StartFailed, BuildFailed."""
+    certificates = folder / "certificates"
+    certificates.mkdir(parents=True)
+    program = ensure_built(KUEUE_PROGRAM)
+    webhook_port, health_port = free_ports(2)
+    _install(endpoint, webhook_port)
+    config, log = folder / "config.yaml", folder / "log"
+    config.write_text(json.dumps(_configuration(certificates, webhook_port, health_port)))
+    server = spawn(
+        "Kueue", [program, "--config", config, "--zap-log-level", "2"], owner=folder, log=log, lifetime=Lifetime.UNTIL_PARENT_ENDS,
+        env={**os.environ, "KUBECONFIG": str(endpoint.kubeconfig)},
+    )  # fmt: skip
+    try:
+        wait_until("Kueue's certificate", lambda: _mount_secret(endpoint, certificates), servers=[server], timeout=START_SECONDS)
+        wait_until("Kueue", lambda: _is_ready(health_port), servers=[server], timeout=START_SECONDS)
+        yield log
+    finally:
+        server.process.kill()
+        server.process.wait()
+
+
+def _mount_secret(endpoint: Endpoint, folder: Path) -> bool:
+    """Write the certificates that the controller has made to its folder, as a kubelet does. Returns False if there are none yet."""
+    data = endpoint.get(f"{PATHS['Secret']}/kueue-webhook-server-cert").get("data") or {}
+    for name, text in data.items():
+        (folder / name).write_bytes(base64.b64decode(text))
+    return bool(data)
+
+
+def _is_ready(port: int) -> bool:
+    """Whether the controller's webhooks are served."""
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz", timeout=2) as response:
+            return bool(response.status == 200)
+    except OSError:
+        return False
+
+
+class QueueObjects:
+    """One ClusterQueue with one flavour and one LocalQueue `team-a`, for the namespace of one test."""
+
+    def __init__(self, endpoint: Endpoint, namespace: str) -> None:
+        self._endpoint, self._namespace, self.name = endpoint, namespace, namespace
+
+    def create(self, quotas: dict[str, str], *, node_labels: dict[str, str] | None = None) -> None:
+        """Create the objects. `quotas` has the quantity of each resource; `node_labels` are those of the flavour's nodes."""
+        self._apply("resourceflavors", self.name, "ResourceFlavor", {"nodeLabels": node_labels or {}})
+        self.set_quotas(quotas)
+        self._apply(f"namespaces/{self._namespace}/localqueues", "team-a", "LocalQueue", {"clusterQueue": self.name}, namespace=self._namespace)
+
+    def set_quotas(self, quotas: dict[str, str], *, stop_policy: str = "None") -> None:
+        """Write the ClusterQueue. With the stop policy `HoldAndDrain`, Kueue evicts its workloads and admits none."""
+        resources = [{"name": name, "nominalQuota": quantity} for name, quantity in quotas.items()]
+        self._apply("clusterqueues", self.name, "ClusterQueue", {
+            "namespaceSelector": {}, "stopPolicy": stop_policy, "preemption": {"withinClusterQueue": "LowerPriority"},
+            "resourceGroups": [{"coveredResources": list(quotas), "flavors": [{"name": self.name, "resources": resources}]}],
+        })  # fmt: skip
+
+    def create_workload_priority(self, name: str, value: int) -> None:
+        """Create a WorkloadPriorityClass."""
+        body = {"apiVersion": "kueue.x-k8s.io/v1beta2", "kind": "WorkloadPriorityClass", "metadata": {"name": name}, "value": value}
+        self._endpoint.apply(f"{API}/workloadpriorityclasses/{name}", body)
+
+    def workloads(self) -> dict[str, Object]:
+        """Return the Workloads of the namespace by the name of their Job."""
+        items = self._endpoint.get(f"{API}/namespaces/{self._namespace}/workloads")["items"]
+        return {item["metadata"]["ownerReferences"][0]["name"]: item for item in items if item["metadata"].get("ownerReferences")}
+
+    def used(self, resource: str) -> str:
+        """Return how much of a resource the admitted workloads use, as the ClusterQueue reports it."""
+        status = self._endpoint.get(f"{API}/clusterqueues/{self.name}").get("status", {})
+        resources = [one for flavour in status.get("flavorsUsage", []) for one in flavour["resources"]]
+        return next((str(one["total"]) for one in resources if one["name"] == resource), "0")
+
+    def _apply(self, path: str, name: str, kind: str, spec: Object, namespace: str | None = None) -> None:
+        metadata = {"name": name, **({"namespace": namespace} if namespace else {})}
+        self._endpoint.apply(f"{API}/{path}/{name}", {"apiVersion": "kueue.x-k8s.io/v1beta2", "kind": kind, "metadata": metadata, "spec": spec})
