@@ -40,6 +40,7 @@ def test_each_kind_of_extension_has_a_recipe() -> None:
     assert headings == [
         "Explain a usual mistake", "Change a retry rule or an exit code", "Add a status field", "Add a printer column", "Add an event",
         "Add a rule to the platform's policy", "Add a method",
-        "Add a type of model to the tests", "Add a model type to the memory plan", "Add a type of GPU", "Add an objective", "Add a data format", "Add an importer",
+        "Add a type of model to the tests", "Add a model type to the memory plan", "Add a type of GPU", "Add an objective",
+        "Add a data format", "Add an importer",
     ]  # fmt: skip
     assert len(FILE_PATHS) > 20 and len(NAMES_AND_FILES) >= 9
