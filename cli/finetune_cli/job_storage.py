@@ -6,6 +6,7 @@ Credentials come from the AWS_ variables, or with `--use-secret` from the Secret
 from __future__ import annotations
 
 import base64
+import copy
 import hashlib
 import json
 import os
@@ -56,6 +57,14 @@ class JobStorage:
             raise StorageError(f"{uri}: this command reads only s3:// and file:// storage")
         self.bucket, self.prefix = parts.netloc, parts.path.strip("/")
         self.client: Any = None if self.local else _s3_client(storage_root, credentials)
+
+    def open_folder(self, uri: str) -> JobStorage:
+        """Return the objects below another URI of the same store, with the same connection."""
+        other = copy.copy(self)
+        parts = urlsplit(uri)
+        other.uri, other.prefix = uri.rstrip("/"), parts.path.strip("/")
+        other.local = Path(parts.path) if self.local is not None else None
+        return other
 
     def list_objects(self, folder_path: str = "") -> Iterator[StoredObject]:
         """Yield all objects below a folder, sorted by key. Raises StorageError."""

@@ -20,8 +20,16 @@ def derive_checkpoint_key(operator_key: bytes, uid: str) -> str:
     return _derive(operator_key, f"checkpoint-key/{uid}").hex()
 
 
+def derive_prepared_rows_key(operator_key: bytes, namespace: str) -> str:
+    """Return the key (64 hex digits) with which all preparation pods of a namespace sign prepared rows. Training pods do not have it."""
+    return _derive(operator_key, f"prepared-rows-key/{namespace}").hex()
+
+
 def sign_checkpoint(checkpoint_key: str, folder: str, manifest_sha256: str) -> str:
-    """Return the signature (64 hex digits) of a checkpoint. `folder`: its folder below the job's root, so that a signature fits no other step."""
+    """Return the signature (64 hex digits) of a checkpoint or of prepared rows.
+
+    `folder`: its folder below the root of the job or of the prepared rows, so that a signature fits no other step and no other data.
+    """
     return _derive(checkpoint_key.encode(), f"checkpoint/{folder}/{manifest_sha256}").hex()
 
 

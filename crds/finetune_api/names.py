@@ -152,7 +152,8 @@ ATTEMPT_SECRET_KEY = "attempt-secret"
 """Key in the Secret of an attempt, and name of the file in the folder `/etc/finetune` of its pods."""
 ATTEMPT_SECRET_FILE = f"{RUN_MOUNT}/{ATTEMPT_SECRET_KEY}"
 CHECKPOINT_KEY = "checkpoint-key"
-"""Key in the Secret of an attempt, and name of the file next to the attempt's secret: the key that signs the job's checkpoints."""
+"""Key in the Secret of an attempt, and name of the file next to the attempt's secret: the key that signs the job's checkpoints. In a
+preparation pod: the key that signs the prepared rows of the namespace."""
 MAX_RUN_BYTES = 64 * 1024
 """Maximum size of `run.json` in bytes. The operator stores `run.json` in an annotation, and Kubernetes limits the size of annotations."""
 CONFIGMAP_MOUNT = "/etc/finetune-config"
@@ -496,7 +497,7 @@ class Storage(StrEnum):
     MANIFEST = "manifest.json"
     """File in each incarnation's folder: size and sha256 of every file, optimizer step, and metrics."""
     SIGNATURE = "manifest.hmac"
-    """File next to a checkpoint's manifest: signature (hex) with the job's key for checkpoints. Absent without `isolation.secret`."""
+    """File next to the manifest of a checkpoint or of prepared rows: signature (hex) with the job's key for checkpoints, or with the namespace's key for prepared rows. Absent without `isolation.secret`."""
     COMMITTED = "_COMMITTED"
     """Marker of a committed checkpoint, next to the incarnation folders and written last: JSON {attempt, path, manifestSha256}."""
     HEALTHY = "_HEALTHY"
@@ -505,6 +506,10 @@ class Storage(StrEnum):
     """Marker in the folder `model`, next to `_COMMITTED`. The trainer writes the marker if the final model passes every gate of `evaluation.gates`."""
 
 
+PREPARED_FOLDER = "_prepared"
+"""Folder below `<storage.uri>/<namespace>/` with the prepared rows of all jobs of the namespace, one folder `<digest>` per data set. No job has this name."""
+USED_MARKER = "_USED"
+"""Marker in a folder of prepared rows: JSON {until}. Before this time, nothing removes the rows. Each pod that uses the rows renews it."""
 RESULT_KEY = f"{Storage.RUN}/result.json"
 """Object below the job's folder that the trainer writes after a successful end: the result, and the spec and inputs from which it was made."""
 ADAPTER_SHA256 = "adapterSha256"
@@ -550,9 +555,27 @@ def attempt_of_folder(name: str) -> int | None:
 _ATTEMPT_FOLDER = "attempt-"
 
 
+PREPARATION_ATTEMPT = 0
+"""Number of the attempt in labels, progress reports and Secrets of a preparation."""
+
+
+def prepared_root(job_root: str) -> str:
+    """Return the URI of the folder with the prepared rows of a namespace. `job_root`: `<storage.uri>/<namespace>/<name>/<uid>`."""
+    return f"{job_root.rstrip('/').rsplit('/', 2)[0]}/{PREPARED_FOLDER}"
+
+
 def preparation_job_name(name: str, number: int) -> str:
-    """Return the name of a preparation's Job. The first preparation has number 1."""
-    return f"{name}-prepare-{number}"
+    """Return the name of a preparation's Job. The first preparation has number 1.
+
+    The name of an attempt's Job ends with a hyphen and a number. A preparation of `x` therefore never has the name of an attempt of `x-prepare`.
+    """
+    return f"{name}-prepare{number}"
+
+
+def preparation_of_job_name(job_name: str, name: str) -> int | None:
+    """Return the number of the preparation of FineTuneJob `name` whose Job has this name. None: the Job is no preparation of this FineTuneJob."""
+    number = job_name.removeprefix(preparation_job_name(name, 0)[:-1])
+    return int(number) if number != job_name and number.isdecimal() else None
 
 
 def attempt_job_name(name: str, attempt: int) -> str:

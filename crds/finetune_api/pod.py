@@ -95,18 +95,29 @@ class ResumeConfig(WireModel):
     )
 
 
+class PreparedRows(WireModel):
+    """Prepared rows below `<storage.uri>/<namespace>/_prepared/`: those of the job, and how long unused rows are kept."""
+
+    digest: str | None = Field(default=None, description="Folder of the rows that the training pods use. Absent in a preparation.")
+    manifest_sha256: str | None = Field(default=None, description="Expected sha256 (hex) of the manifest of these rows.")
+    ttl_days: int = Field(default=30, ge=1, description="Days after their last use after which rows may be removed.")
+
+
 _MARK_PREFIX = "#"
 _MIN_TRAINER_VERSION = "minTrainerVersion"
 _ROLLED_BACK_ATTEMPT = "rolledBackAttempt"
 _CHECKPOINT = "checkpoint"
+_PREPARED_ROWS = "preparedRows"
+_PREPARED_TTL_DAYS = "preparedTtlDays"
 
 
 class RunConfig(WireModel):
     """`run.json`: the configuration of all pods of an attempt, at most 64 KiB.
 
     Trainer 0.1.0 refuses unknown fields, but ignores unknown entries of the list `defaults`. Therefore `to_wire` writes `origins`,
-    `min_trainer_version`, `resume.rolled_back_attempt` and `resume.known_checkpoints` as entries of this list, called marks:
-    `#platform resources.cpu`, `#minTrainerVersion 0.2.0`, `#rolledBackAttempt 3`, `#checkpoint step-00000400/a1-1f3c9a2b <sha256>`.
+    `min_trainer_version`, `resume.rolled_back_attempt`, `resume.known_checkpoints` and `prepared` as entries of this list, called marks:
+    `#platform resources.cpu`, `#minTrainerVersion 0.2.0`, `#rolledBackAttempt 3`, `#checkpoint step-00000400/a1-1f3c9a2b <sha256>`,
+    `#preparedTtlDays 30`, `#preparedRows <digest> <sha256>`.
     """
 
     version: int = Field(default=CONTRACT_VERSION, description="Version of the format of `run.json`.")
@@ -133,6 +144,7 @@ class RunConfig(WireModel):
     model_store: StoreTarget | None = Field(default=None, description="Connection to the store of an s3:// model. Default: the connection of `storage`.")
     dataset_store: StoreTarget | None = Field(default=None, description="Connection to the store of s3:// data. Default: the connection of `storage`.")
     resume: ResumeConfig = Field(description="The checkpoint from which the attempt starts.")
+    prepared: PreparedRows | None = Field(default=None, description="Prepared rows in storage. Absent for jobs without a preparation.")
     grace_seconds: int = Field(ge=1, description="Seconds between SIGTERM and SIGKILL, in which the pod can save a checkpoint.")
 
     def origin(self, path: str) -> Origin:
@@ -156,6 +168,11 @@ class RunConfig(WireModel):
             mark_entries.append(f"{_MARK_PREFIX}{_ROLLED_BACK_ATTEMPT} {rolled_back_attempt}")
         known_checkpoints = value["resume"].pop("knownCheckpoints", {})
         mark_entries += [f"{_MARK_PREFIX}{_CHECKPOINT} {folder} {sha256}" for folder, sha256 in known_checkpoints.items()]
+        value.pop("prepared", None)
+        if self.prepared is not None:
+            mark_entries.append(f"{_MARK_PREFIX}{_PREPARED_TTL_DAYS} {self.prepared.ttl_days}")
+            if self.prepared.digest and self.prepared.manifest_sha256:
+                mark_entries.append(f"{_MARK_PREFIX}{_PREPARED_ROWS} {self.prepared.digest} {self.prepared.manifest_sha256}")
         return value | {"defaults": [*self.defaults, *sorted(mark_entries)]}
 
     @model_validator(mode="before")
@@ -190,6 +207,11 @@ def read_marks(data: dict[str, Any]) -> dict[str, Any]:
             folder, _, sha256 = value.partition(" ")
             resume = result.get("resume") or {}
             result["resume"] = {**resume, "knownCheckpoints": {**resume.get("knownCheckpoints", {}), folder: sha256}}
+        elif key == _PREPARED_TTL_DAYS:
+            result["prepared"] = {**(result.get("prepared") or {}), "ttlDays": value}
+        elif key == _PREPARED_ROWS:
+            digest, _, sha256 = value.partition(" ")
+            result["prepared"] = {**(result.get("prepared") or {}), "digest": digest, "manifestSha256": sha256}
         else:
             # Treat an unknown origin as `user`, so that the trainer does not ignore the field.
             result["origins"][value] = key if key in list(Origin) else Origin.USER
@@ -249,6 +271,7 @@ class ProgressReport(ReportModel):
     evaluation: EvaluationResult | None = Field(default=None, description="Results of the evaluation after training.")
     resumed_from_step: int | None = Field(default=None, description="Optimizer step from which this attempt resumed.")
     plan: RunPlan | None = Field(default=None, description="What the run is expected to need, and measured values.")
+    data: DataReport | None = Field(default=None, description="Counts of the data so far, from a preparation.")
     resolved: ResolvedConfig = Field(
         default_factory=ResolvedConfig, description="The configuration in use, without fields that this trainer release does not know."
     )

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from datetime import datetime
 from enum import StrEnum
 from functools import cache
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, Field, PlainSerializer
 
@@ -86,7 +86,7 @@ class Preparation(ReportModel):
     """The check of storage, model and data in a pod without GPUs, before the first attempt."""
 
     number: int = status_field(
-        "Number of the newest preparation. Its Job is `<name>-prepare-<number>`.", default=1, example=1, prompt=PromptWrite.WHEN_VALUE_CHANGES
+        "Number of the newest preparation. Its Job is `<name>-prepare<number>`.", default=1, example=1, prompt=PromptWrite.WHEN_VALUE_CHANGES
     )
     failures: int = status_field("Number of failed preparations. The limit is policy.retries.", default=0, example=1, prompt=PromptWrite.WHEN_VALUE_CHANGES)
     start_time: Time | None = status_field("Start of the first preparation.", example="2026-03-01T12:00:00Z")
@@ -95,11 +95,25 @@ class Preparation(ReportModel):
         "Why no further preparation follows, in one word. Absent until then.", example="Prepared", prompt=PromptWrite.WHEN_VALUE_CHANGES
     )
     message: str | None = status_field("Why the last preparation failed or was skipped.", example="no node could take the pod within 300 s")
+    stage: str | None = status_field("What the pod of the preparation is doing. Absent before and after.", example="checking")
+    tokenised_rows: int | None = status_field(
+        "Rows that the newest preparation has tokenised. 0: the rows of an earlier preparation of the same data are used.", example=120000
+    )
 
 
 class DataReport(ReportModel):
-    """Counts of the data, measured before the first step."""
+    """Counts of the data, measured before the first step, and where its prepared rows are stored."""
 
+    digest: str | None = status_field(
+        "Hash of everything that determines the prepared rows: the content of the data, options, tokenizer, chat template and version of the code.",
+        example="5f2b8c1d...",
+    )  # fmt: skip
+    prepared_uri: str | None = status_field(
+        "Folder of the prepared rows, which the training pods download. Absent if no rows are stored.", example="s3://models/ft/team-a/_prepared/5f2b8c1d..."
+    )
+    prepared_sha256: str | None = status_field(
+        "sha256 (hex) of the manifest of the prepared rows. A training pod refuses rows with another manifest, and prepares the data itself."
+    )
     rows: dict[str, int] | None = status_field("Usable rows by split.", example={"train": 900, "validation": 100})
     bad_rows: int | None = status_field("Rows that were left out because they are bad.", example=2)
     duplicates: int | None = status_field("Rows that were left out because they equal an earlier row. Absent without dataset.checks.", example=3)
@@ -110,6 +124,7 @@ class DataReport(ReportModel):
     trained_tokens: int | None = status_field("Tokens of the training rows that are trained on.", example=198765)
     median_length: int | None = status_field("Median length of the training rows, in tokens.", example=310)
     longest: int | None = status_field("Length of the longest training row, in tokens.", example=2048)
+    tokenised_rows: int | None = status_field("Rows that the preparation tokenised. 0 if stored rows are used.", example=1000)
     truncated: int | None = status_field("Training rows that were cut at the maximum sequence length.", example=12)
 
 
@@ -603,7 +618,7 @@ def _fields_marked(model: type[BaseModel], mark: PromptWrite) -> Iterator[str]:
 def _prompt_fields(model: type[BaseModel]) -> dict[str, Any]:
     """Return the fields with `Prompt.VALUE`, as a value for pydantic's argument `include`.
 
-    If the items of a list have fields with `Prompt.VALUE`, the result includes only these fields of each item.
+    If an object, or the items of a list, have fields with `Prompt.VALUE`, the result includes only these fields of each of them.
     """
     include: dict[str, Any] = {}
     for name in _fields_marked(model, PromptWrite.WHEN_VALUE_CHANGES):
@@ -613,7 +628,8 @@ def _prompt_fields(model: type[BaseModel]) -> dict[str, Any]:
             if isinstance(argument, type) and issubclass(argument, BaseModel)
         ]
         inner = _prompt_fields(items[0]) if items else {}
-        include[name] = {"__all__": inner} if inner else True
+        is_list = get_origin(model.model_fields[name].annotation) is list
+        include[name] = ({"__all__": inner} if is_list else inner) if inner else True
     return include
 
 

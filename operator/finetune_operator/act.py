@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from finetune_api.errors import FineTuneError
-from finetune_api.names import Label, Reason, attempt_job_name
+from finetune_api.names import PREPARATION_ATTEMPT, Label, Reason, attempt_job_name, preparation_job_name
 from finetune_api.pod import RunConfig
 
 from finetune_operator.attempt_secrets import AttemptSecrets
@@ -75,7 +75,7 @@ class PlanExecutor:
         if plan.create_attempt is not None:
             return await self._create_attempt(facts, plan.create_attempt, deleted_count)
         if plan.create_preparation is not None:
-            result = await self._create_job(facts, 1, _build_preparation(facts, plan.create_preparation, self._config), deleted_count)
+            result = await self._create_job(facts, 1, self._build_preparation(facts, plan.create_preparation), deleted_count)
             return replace(result, created_job=None, created_preparation=result.created_job)
         current_job, blocking_condition = facts.current_job or facts.preparation_job, None
         if current_job is not None and not current_job.is_finished and not current_job.is_deleting:
@@ -138,6 +138,16 @@ class PlanExecutor:
             secret_name = self._secrets.secret_name(name, facts.job.uid, attempt) if self._secrets.is_enabled else ""
             return build_job(facts.job, _build_run(facts, accepted_spec, attempt), accepted_spec.pool, self._config, secret_name)
 
+    def _build_preparation(self, facts: Facts, number: int) -> Object:
+        """Build the Job of a preparation. Its pod gets the run configuration of the first attempt. Errors: SpecRejected."""
+        accepted_spec, uid = _accepted_spec(facts), facts.job.uid
+        with _spec_rejected_on_error(facts, 1):
+            name = preparation_job_name(facts.job.name, number)
+            secret_name = self._secrets.secret_name(name, uid, PREPARATION_ATTEMPT) if self._secrets.is_enabled else ""
+            return build_preparation_job(
+                facts.job, _build_run(facts, accepted_spec, 1), number, facts.spec.prepare.resources, accepted_spec.pool, self._config, secret_name
+            )
+
     async def _ensure_children(self, job: JobView) -> BlockingCondition | None:
         """Create the objects of the Job that are missing. Return a blocking condition if one of them cannot be created.
 
@@ -152,8 +162,9 @@ class PlanExecutor:
         if isolation.network_policy and job.network_policy_name:
             children.append((NETWORK_POLICY, build_network_policy(job, isolation)))
         if self._secrets.is_enabled and job.attempt_secret_name:
-            secret, checkpoint_key = self._secrets.secret(job.owner_uid, job.attempt), self._secrets.checkpoint_key(job.owner_uid)
-            children.append((SECRET, build_attempt_secret(job, secret, checkpoint_key)))
+            is_preparation = job.attempt == PREPARATION_ATTEMPT
+            key = self._secrets.prepared_rows_key(job.namespace) if is_preparation else self._secrets.checkpoint_key(job.owner_uid)
+            children.append((SECRET, build_attempt_secret(job, self._secrets.secret(job.owner_uid, job.attempt), key)))
         if job.nodes > 1:
             children.append((SERVICE, build_service(job)))
         for kind, body in children:
@@ -180,15 +191,6 @@ class PlanExecutor:
         except (Forbidden, Invalid) as error:
             return _blocked_by_refusal(error)
         return None
-
-
-def _build_preparation(facts: Facts, number: int, config: OperatorConfig) -> Object:
-    """Build the Job of a preparation. Its pod gets the run configuration of the first attempt. Errors: SpecRejected."""
-    with _spec_rejected_on_error(facts, 1):
-        accepted_spec = _accepted_spec(facts)
-        return build_preparation_job(
-            facts.job, _build_run(facts, accepted_spec, 1), number, facts.spec.prepare.resources, accepted_spec.pool, config
-        )
 
 
 def _accepted_spec(facts: Facts) -> AcceptedSpec:

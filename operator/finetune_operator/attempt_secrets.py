@@ -13,6 +13,7 @@ import os
 from finetune_api.attempt_secret import (
     derive_attempt_secret,
     derive_checkpoint_key,
+    derive_prepared_rows_key,
     derive_progress_token,
     derive_secret_name_suffix,
 )
@@ -63,6 +64,10 @@ class AttemptSecrets:
     def checkpoint_key(self, uid: str) -> str:
         """Return the key that signs the checkpoints of all attempts of a job."""
         return derive_checkpoint_key(self._key, uid)
+
+    def prepared_rows_key(self, namespace: str) -> str:
+        """Return the key that signs the prepared rows of a namespace."""
+        return derive_prepared_rows_key(self._key, namespace)
 
     def progress_token(self, uid: str, attempt: int) -> str | None:
         """Return the token for reading an attempt's progress; None if attempts have no secrets."""

@@ -7,7 +7,14 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
 
-from finetune_api.names import Condition, Reason, attempt_job_name, attempt_of_uri, preparation_job_name
+from finetune_api.names import (
+    Condition,
+    Reason,
+    attempt_job_name,
+    attempt_of_uri,
+    preparation_job_name,
+    preparation_of_job_name,
+)
 from finetune_api.pod import ProgressReport, TerminationMessage
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.enums import OnExistingResult
@@ -53,6 +60,8 @@ class Facts:
     """All pods whose label names the FineTuneJob, including deleted pods that are still cached."""
     last_report: ReceivedReport | None = None
     """The newest progress report of the current attempt."""
+    preparation_report: ReceivedReport | None = None
+    """The newest progress report of a preparation pod."""
     blocking_condition: BlockingCondition | None = None
     """The blocking condition found in events about the current Job or its pods."""
     keeps_preparation: bool = True
@@ -154,9 +163,9 @@ class Facts:
     @cached_property
     def preparation_number(self) -> int:
         """Number of the newest preparation, from the status or, if the status lacks the preparation, from the names of the Jobs."""
-        record, prefix = self.job.status.preparation, preparation_job_name(self.job.name, 0)[:-1]
-        numbers = [job.name.removeprefix(prefix) for job in self.owned_jobs if job.name.startswith(prefix)]
-        return record.number if record is not None else max((int(number) for number in numbers if number.isdecimal()), default=1)
+        record = self.job.status.preparation
+        numbers = [preparation_of_job_name(job.name, self.job.name) or 1 for job in self.owned_jobs]
+        return record.number if record is not None else max(numbers, default=1)
 
     @cached_property
     def preparation_job(self) -> JobView | None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from finetune_api.names import PREPARATION_ATTEMPT, Label, attempt_job_name
 from finetune_api.names import Condition as Kind
-from finetune_api.names import Label, attempt_job_name
 
 from finetune_operator.blocking_conditions import BlockingConditionReader
 from finetune_operator.cache import Cache
@@ -57,6 +57,7 @@ class JobObserver:
             pods=tuple(entry.pods.values()),
             keeps_preparation=not state.removes_preparation,
             blocking_condition=state.event_read.blocking_condition,
+            preparation_report=self._scraper.last_report(key, job.uid, PREPARATION_ATTEMPT),
         )
         last_report = self._scraper.last_report(key, job.uid, facts.attempt)
         return replace(facts, last_report=last_report) if last_report else facts

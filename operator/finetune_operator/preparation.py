@@ -112,9 +112,15 @@ def _plan_running(facts: Facts, record: Preparation, job: JobView, pods: tuple[P
     deletion_times = [pod.deletion_timestamp for pod in pods if pod.deletion_timestamp]
     lost_at = add_seconds(min(deletion_times), facts.config.lost_node_seconds + 1) if deletion_times else None
     return Plan(
-        Situation.PREPARING, blocking_condition=blocking_condition,
+        Situation.PREPARING, blocking_condition=blocking_condition, scrape_pod=_pod_to_read(facts, pods),
         reconcile_at=timeouts.next_reconcile_at(facts.now, limit if is_waiting else None, lost_at),
     )  # fmt: skip
+
+
+def _pod_to_read(facts: Facts, pods: tuple[PodView, ...]) -> PodView | None:
+    """The pod whose progress is read. Without a secret, the pod answers nobody."""
+    running = (pod for pod in pods if pod.phase == "Running" and pod.ip and not pod.is_deleted)
+    return next(running, None) if facts.config.isolation.secret else None
 
 
 def _plan_success(facts: Facts, record: Preparation, ended_at: datetime) -> Plan:

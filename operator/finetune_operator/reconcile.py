@@ -10,6 +10,8 @@ import asyncio
 import logging
 from datetime import datetime
 
+from finetune_api.names import PREPARATION_ATTEMPT
+
 from finetune_operator import logs
 from finetune_operator.act import PlanExecutor, SpecRejected, StaleFacts
 from finetune_operator.attempt_secrets import AttemptSecrets
@@ -162,8 +164,9 @@ class Reconciler:
         if plan.scrape_pod is not None:
             pod = plan.scrape_pod
             url = self._scraper.progress_url(pod.namespace, pod.name, pod.ip)
-            token = self._secrets.progress_token(facts.job.uid, facts.attempt)
-            self._scraper.watch(key, Target(facts.job.uid, facts.attempt, pod.uid, url, token))
+            attempt = PREPARATION_ATTEMPT if plan.situation is Situation.PREPARING else facts.attempt
+            token = self._secrets.progress_token(facts.job.uid, attempt)
+            self._scraper.watch(key, Target(facts.job.uid, attempt, pod.uid, url, token))
         elif plan.situation in (Situation.FINISHED, Situation.SUSPENDED, Situation.DELETING):
             self._scraper.drop(key)
             self._blocking_reader.release(key)

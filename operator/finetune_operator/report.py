@@ -24,6 +24,7 @@ from finetune_api.status import (
     FineTuneJobStatus,
     Metrics,
     Output,
+    Preparation,
     Progress,
     ResolvedConfig,
     RunPlan,
@@ -83,7 +84,7 @@ def compute_status(facts: Facts, plan: Plan, result: ActionResult) -> FineTuneJo
         retries_used=counters.retries_used,
         active_seconds=counters.active_seconds,
         attempts=attempts,
-        preparation=plan.preparation or old_status.preparation,
+        preparation=_compute_preparation(inputs),
         data=(plan.preparation_message.data if plan.preparation_message else None) or old_status.data,
         progress=progress,
         metrics=metrics,
@@ -321,6 +322,19 @@ def _compute_workers(inputs: StatusInput) -> Workers:
     total = inputs.facts.nodes
     ready_count = inputs.ready_pods if inputs.plan.job_end is None else 0
     return Workers(ready=ready_count, total=total, display=f"{ready_count}/{total}")
+
+
+def _compute_preparation(inputs: StatusInput) -> Preparation | None:
+    """Return the record of the preparation, with the progress that its pod reports."""
+    plan, report = inputs.plan, inputs.facts.preparation_report
+    if plan.preparation is not None:
+        data = plan.preparation_message.data if plan.preparation_message else None
+        return plan.preparation.model_copy(update={"stage": None, "tokenised_rows": data.tokenised_rows if data else None})
+    record = inputs.old_status.preparation
+    if record is None or report is None or plan.scrape_pod is None or report.pod_uid != plan.scrape_pod.uid:
+        return record
+    data = report.report.data
+    return record.model_copy(update={"stage": report.report.stage.value, "tokenised_rows": data.tokenised_rows if data else None})
 
 
 # Progress

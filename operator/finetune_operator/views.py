@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
-from finetune_api.names import KIND, MANAGER_NAME, TRAINER_CONTAINER, Annotation, Label, preparation_job_name
+from finetune_api.names import KIND, MANAGER_NAME, TRAINER_CONTAINER, Annotation, Label, preparation_of_job_name
 from finetune_api.pod import TerminationMessage
 from finetune_api.status import FineTuneJobStatus
 from pydantic import ValidationError
@@ -238,12 +238,10 @@ def _identity_from_owner(meta: Object) -> tuple[str, int] | None:
     """
     owners = meta.get("ownerReferences") or []
     owner = next((str(o.get("name")) for o in owners if o.get("kind") == KIND and o.get("controller")), "")
-    name, _, number = str(meta["name"]).rpartition("-")
-    if not owner or not number.isdigit():
-        return None
-    if str(meta["name"]) == preparation_job_name(owner, int(number)):
+    if owner and preparation_of_job_name(str(meta["name"]), owner) is not None:
         return owner, 0
-    return (owner, int(number)) if name == owner else None
+    name, _, number = str(meta["name"]).rpartition("-")
+    return (owner, int(number)) if owner and name == owner and number.isdigit() else None
 
 
 def read_pod(body: Object) -> PodView | None:

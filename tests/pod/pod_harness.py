@@ -14,7 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from finetune_api.attempt_secret import derive_attempt_secret, derive_checkpoint_key, derive_progress_token
+from finetune_api.attempt_secret import (
+    derive_attempt_secret,
+    derive_checkpoint_key,
+    derive_prepared_rows_key,
+    derive_progress_token,
+)
 from finetune_api.defaults import PlatformDefaults, resolve_defaults
 from finetune_api.names import PROGRESS_TOKEN_HEADER
 from finetune_api.pod import ProgressReport, ResumeConfig, RunConfig, StoreTarget, TerminationMessage, World
@@ -100,7 +105,10 @@ class Pod:
         (self.folder / "run.json").write_bytes(data)
         if self.has_secret:
             (self.folder / "attempt-secret").write_text(self.secret)
-            (self.folder / "checkpoint-key").write_text(derive_checkpoint_key(b"key of the test", self.run.uid))
+            operator_key, run = b"key of the test", self.run
+            is_preparation = self.command == "prepare"
+            key = derive_prepared_rows_key(operator_key, run.namespace) if is_preparation else derive_checkpoint_key(operator_key, run.uid)
+            (self.folder / "checkpoint-key").write_text(key)
         env = {
             **{k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "FINETUNE_"))},
             "PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1", "FINETUNE_RUN_FILE": str(self.folder / "run.json"),

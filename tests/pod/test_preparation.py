@@ -44,9 +44,12 @@ def test_a_gpu_job_is_prepared_without_a_gpu_and_without_weights(bucket: Bucket,
     }  # fmt: skip
     message, log = prepare(bucket, tmp_path, run_config(spec, bucket.target(), nodes=2, processes=GPUS, gpus=GPUS))
     assert message.exit_code == 0, log[-3000:]
-    assert message.data == DataReport(
-        rows={"train": 36, "validation": 0, "test": 0}, bad_rows=0, duplicates=1, tokens=926, trained_tokens=242, median_length=26, longest=27, truncated=0
-    )
+    assert message.data is not None and message.data.digest is not None and message.data.prepared_sha256 is not None
+    assert message.data.prepared_uri == f"s3://{bucket.name}/{bucket.root}/team/_prepared/{message.data.digest}"
+    assert message.data.model_copy(update={"digest": None, "prepared_uri": None, "prepared_sha256": None}) == DataReport(
+        rows={"train": 36, "validation": 0, "test": 0}, bad_rows=0, duplicates=1, tokens=926, trained_tokens=242, median_length=26, longest=27, truncated=0,
+        tokenised_rows=36,
+    )  # fmt: skip
     assert message.plan is not None and message.plan.memory is not None and message.plan.memory.expected_bytes > 0
     assert message.plan.work is not None and message.plan.work.steps == 4
     assert message.resolved is not None

@@ -18,8 +18,10 @@ from finetune_api.status import DataReport, ResolvedConfig, RunPlan, Stage
 from finetune_trainer import imports
 from finetune_trainer.channel import Channel
 from finetune_trainer.child_main import run_child_main
+from finetune_trainer.data.prepared import TOKENS_FOLDER
 from finetune_trainer.inputs import Inputs
 from finetune_trainer.objective import load_objective, module_of
+from finetune_trainer.rows_request import SupervisedPreparation
 from finetune_trainer.settings import Settings, load_run
 
 if TYPE_CHECKING:
@@ -40,15 +42,19 @@ def _check_with_inputs(channel: Channel) -> None:
     inputs = Inputs.read(channel.work)
     if inputs is None:
         raise InternalError("InputsMissing", "the inputs were not downloaded before the check began")
-    check(run, channel, inputs)
+    check(run, channel, inputs, SupervisedPreparation(channel))
 
 
-def check(run: RunConfig, channel: Channel, inputs: Inputs) -> None:
-    """Check the data and the method, and report the counts. Errors: those of the objective's data and of the method."""
+def check(run: RunConfig, channel: Channel, inputs: Inputs, preparation: SupervisedPreparation | None = None) -> None:
+    """Check the data and the method, and report the counts. Errors: those of the objective's data and of the method.
+
+    `preparation`: None if nobody looks for stored rows.
+    """
     imports.preload(run, module_of(rules.trainer_type_of(run.spec)))
     from finetune_api.memory.description import Facts as MemoryFacts
 
     from finetune_trainer import model
+    from finetune_trainer.data.prepare import LocalPreparation
     from finetune_trainer.distributed import DistributedStrategy
     from finetune_trainer.memory_plan import plan_with_facts, plan_work_of_run
     from finetune_trainer.objective.base import TrainingContext
@@ -61,8 +67,8 @@ def check(run: RunConfig, channel: Channel, inputs: Inputs) -> None:
     tokenizer, notes = model.load_tokenizer(run, inputs)
     config = model.load_config(run, inputs)
     context = TrainingContext(
-        run, inputs, hardware, strategy, tokenizer, channel.work / "tokens", model.max_positions(config),
-        vision=model.load_processor(run, inputs, config, tokenizer),
+        run, inputs, hardware, strategy, tokenizer, channel.work / TOKENS_FOLDER, model.max_positions(config),
+        vision=model.load_processor(run, inputs, config, tokenizer), preparation=preparation or LocalPreparation(),
     )  # fmt: skip
     _, facts = objective.load_data(context)
     for note in (*notes, *facts.notes):
@@ -77,7 +83,10 @@ def check(run: RunConfig, channel: Channel, inputs: Inputs) -> None:
         dataset_digest=inputs.dataset_digest, dataset_rows=facts.rows, dataset_format=facts.format.value,
         trainable_parameters=trainable, total_parameters=total,
     )  # fmt: skip
-    channel.send_message("checked", value={"data": _data_report(facts).to_wire(), "resolved": resolved.to_wire()})
+    data = _data_report(facts)
+    if preparation is not None and preparation.digest is not None:
+        data = data.model_copy(update={"digest": preparation.digest, "tokenised_rows": preparation.tokenised_rows})
+    channel.send_message("checked", value={"data": data.to_wire(), "resolved": resolved.to_wire()})
 
 
 def _meta_hardware() -> Hardware:

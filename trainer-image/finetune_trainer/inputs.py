@@ -48,6 +48,8 @@ class Inputs(WireModel):
         default_factory=dict, description="sha256 (hex) over the contents of the images that the rows name. The keys are the words in messages."
     )
     test: list[Path] = Field(default_factory=list, description="Test files.")
+    file_digests: dict[Path, str] = Field(default_factory=dict, description="sha256 (hex) of data files, if it is known from their download.")
+    stored_rows: str | None = Field(default=None, description="Digest of the prepared rows that were downloaded from storage. None: there are none.")
     source_versions: dict[str, str] = Field(
         default_factory=dict, description="Version of the files of the base model and of the reference model at their sources, by spec path."
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from datetime import UTC, datetime
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -38,12 +39,15 @@ def purge(
 ) -> None:
     """Delete all objects of a finished or deleted job in storage: checkpoints, model, metrics. Asks twice.
 
+    Prepared rows in the job's namespace that no job has used for `prepare.ttlDays` are deleted, too.
+
     Example: finetune purge old-bot
 
     Example: finetune purge old-bot --uid 1b2c... --storage s3://models/finetune
     """
     from finetune_cli.cluster import connect
     from finetune_cli.job_storage import StorageError
+    from finetune_cli.prepared_rows import find_unused_rows
     from finetune_cli.status_text import format_bytes
 
     cluster = connect(namespace, context, kubeconfig)
@@ -51,14 +55,22 @@ def purge(
         raise StorageError("--uid needs --storage URI: the storage root of a deleted job is unknown")
     job = _finished_job(cluster, name, uid)
     opened = open_storage(cluster, job, use_secret, endpoint, storage)
-    objects = list(opened.list_objects())
+    objects, unused = list(opened.list_objects()), find_unused_rows(opened, datetime.now(UTC))
     if not objects:
         output.print_notes([f"there are no objects below {opened.uri}"])
+    if not objects and not unused.objects:
         return
     total = format_bytes(sum(stored.size for stored in objects))
-    _confirm_deletion(name, f"{len(objects)} objects, {total}, below {opened.uri}", yes)
-    opened.delete_objects(_markers_first(objects))
-    output.write(f"{name}: {len(objects)} objects, {total}, deleted")
+    unused_total = f"{len(unused.objects)} objects, {format_bytes(unused.bytes)}"
+    shown = [f"{len(objects)} objects, {total}, below {opened.uri}"] if objects else []
+    shown += [f"{unused_total}, of unused prepared rows below {unused.storage.uri}"] if unused.objects else []
+    _confirm_deletion(name, " and ".join(shown), yes)
+    if objects:
+        opened.delete_objects(_markers_first(objects))
+        output.write(f"{name}: {len(objects)} objects, {total}, deleted")
+    if unused.objects:
+        unused.delete()
+        output.write(f"unused prepared rows: {unused_total}, deleted")
 
 
 def _finished_job(cluster: Cluster, name: str, uid: str | None) -> dict[str, Any]:

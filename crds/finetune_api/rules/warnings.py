@@ -17,7 +17,7 @@ from finetune_api.rules.serving import warn_about_servers
 from finetune_api.source_mistakes import has_placeholder
 from finetune_api.sources import redact_source
 from finetune_api.spec import FineTuneJobSpec
-from finetune_api.spec.enums import MethodType, TrainerType
+from finetune_api.spec.enums import MethodType, PrepareStrategy, TrainerType
 
 LEARNING_RATE_RANGES = {
     "base weights": (1e-7, 1e-3),
@@ -31,7 +31,10 @@ PREFERENCE_OBJECTIVES = (TrainerType.DPO, TrainerType.KTO, TrainerType.ORPO, Tra
 
 def warnings(spec: FineTuneJobSpec) -> list[Problem]:
     """Return the warnings about a spec without filled-in defaults."""
-    return [*_learning_rate(spec), *_warn_about_epochs(spec), *_warn_about_resources(spec), *_warn_about_placeholders(spec), *_warn_about_target_modules(spec), *warn_about_servers(spec)]
+    return [
+        *_learning_rate(spec), *_warn_about_epochs(spec), *_warn_about_preparation(spec), *_warn_about_resources(spec), *_warn_about_placeholders(spec),
+        *_warn_about_target_modules(spec), *warn_about_servers(spec),
+    ]  # fmt: skip
 
 
 def _learning_rate(spec: FineTuneJobSpec) -> Iterator[Problem]:
@@ -67,6 +70,13 @@ def _warn_about_epochs(spec: FineTuneJobSpec) -> Iterator[Problem]:
     if steps is not None and epochs is not None:
         message = f"{epochs:g} has no effect, because training.maxSteps is {steps}"
         yield Problem("training.epochs", "EpochsIgnored", message, "remove training.epochs or training.maxSteps")
+
+
+def _warn_about_preparation(spec: FineTuneJobSpec) -> Iterator[Problem]:
+    prepare = spec.prepare
+    if prepare.strategy is PrepareStrategy.NEVER and prepare.ttl_days is not None:
+        message = f"{prepare.ttl_days} has no effect, because prepare.strategy is never"
+        yield Problem("prepare.ttlDays", "PreparationIgnored", message, "remove prepare.ttlDays or prepare.strategy")
 
 
 ALL_MODULES = ("all", "auto", "linear", "alllinear")

@@ -109,6 +109,10 @@ class Prepare(Group):
         default_factory=PrepareResources,
         description="Resources of the preparation pod. Default: the operator's configuration. Example: `{memory: 16Gi}`.",
     )
+    ttl_days: Annotated[int, Field(ge=1, le=3650)] | None = spec_field(
+        "Days after the last use by a job for which prepared rows stay in storage. Later preparations in the namespace and `finetune purge` remove them.",
+        default_text="30", example=7, since="0.2.0",
+    )  # fmt: skip
 
 
 class Toleration(Group):

@@ -44,12 +44,17 @@ def build_job(job: JobObject, run: RunConfig, pool: NodePool | None, config: Ope
 
 
 def build_preparation_job(
-    job: JobObject, run: RunConfig, number: int, resources: PrepareResources, pool: NodePool | None, config: OperatorConfig
+    job: JobObject, run: RunConfig, number: int, resources: PrepareResources, pool: NodePool | None, config: OperatorConfig, secret_name: str = ""
 ) -> Object:
-    """Return the Job of a preparation. `run` and `pool` are those of the first attempt; the Job has one pod without GPUs."""
+    """Return the Job of a preparation. `run` and `pool` are those of the first attempt; the Job has one pod without GPUs.
+
+    `secret_name`: name of the Secret of the preparation, or an empty string.
+    """
     name, data = names.preparation_job_name(job.name, number), run.to_bytes()
-    pod = _build_preparation_pod(run, run.sha256(data), resources, pool, config)
-    body = _build_indexed_job(job, run.spec, config, data, name=name, attempt=0, pods=1, pod=pod)
+    pod = _build_preparation_pod(run, run.sha256(data), resources, pool, config, secret_name)
+    body = _build_indexed_job(job, run.spec, config, data, name=name, attempt=names.PREPARATION_ATTEMPT, pods=1, pod=pod)
+    if secret_name:
+        body["metadata"]["annotations"][Annotation.ATTEMPT_SECRET.value] = secret_name
     body["spec"]["activeDeadlineSeconds"] = MAX_PREPARATION_SECONDS
     return body
 
@@ -85,7 +90,9 @@ def _build_indexed_job(
     }
 
 
-def _build_preparation_pod(run: RunConfig, run_sha256: str, resources: PrepareResources, pool: NodePool | None, config: OperatorConfig) -> Object:
+def _build_preparation_pod(
+    run: RunConfig, run_sha256: str, resources: PrepareResources, pool: NodePool | None, config: OperatorConfig, secret_name: str
+) -> Object:
     """The pod of a preparation: the container of a trainer pod with another command, without GPUs and without the placement of training pods.
 
     A pod that mounts a claim keeps this placement, because the first pod of a claim can decide in which zone or on which node its volume lies.
@@ -102,7 +109,7 @@ def _build_preparation_pod(run: RunConfig, run_sha256: str, resources: PrepareRe
         "world": run.world.model_copy(update={"nodes": 1, "gpus_per_node": 0}), "grace_seconds": PREPARATION_GRACE_SECONDS,
         "spec": run.spec.with_values(values),
     })  # fmt: skip
-    pod = _build_pod_spec("", pod_run, run_sha256, pool if mounts_claim else None, config, "")
+    pod = _build_pod_spec("", pod_run, run_sha256, pool if mounts_claim else None, config, secret_name)
     container = pod["containers"][0]
     container["args"] = ["prepare"]
     # With a limit, the trainer starts as many processes as the pod has CPUs, instead of one for each CPU of the node.

@@ -17,10 +17,11 @@ from finetune_api.names import (
     attempt_job_name,
     attempt_of_uri,
 )
-from finetune_api.pod import ResumeConfig, RunConfig, StoreTarget, World
+from finetune_api.pod import PreparedRows, ResumeConfig, RunConfig, StoreTarget, World
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.cluster import Prepare
 from finetune_api.spec.common import StorageConnection
+from finetune_api.spec.enums import PrepareStrategy
 
 from finetune_operator.builders.mounts import CA_FILES
 from finetune_operator.views import JobObject
@@ -47,6 +48,7 @@ def build_run_config(
     `rolled_back_attempt` and later attempts: the operator may not know their newest checkpoint. `before_adaptation` holds the original values
     of adapted fields, by path.
     """
+    prepared = _prepared_rows(job, spec)
     kept_policy = spec.policy if ON_EXISTING_RESULT not in defaults else spec.policy.model_copy(update={"on_existing_result": None})
     spec = spec.model_copy(update={"prepare": Prepare(), "policy": kept_policy})
     defaults = {path: value for path, value in defaults.items() if not path.startswith("prepare.") and path != ON_EXISTING_RESULT}
@@ -67,8 +69,24 @@ def build_run_config(
         model_store=_separate_store(spec, spec.model.storage, "model", MODEL_CREDENTIALS_PREFIX),
         dataset_store=_separate_store(spec, spec.dataset.storage, "dataset", DATASET_CREDENTIALS_PREFIX),
         resume=_build_resume(job, spec, attempt, committed_step, max_step, rolled_back_attempt),
+        prepared=prepared,
         grace_seconds=_grace_seconds(job, spec, defaults),
     )
+
+
+def _prepared_rows(job: JobObject, spec: FineTuneJobSpec) -> PreparedRows | None:
+    """The prepared rows that the status names, and how long unused rows are kept. None: the job is never prepared."""
+    if spec.prepare.strategy in (None, PrepareStrategy.NEVER):
+        return None
+    rows = PreparedRows() if spec.prepare.ttl_days is None else PreparedRows(ttl_days=spec.prepare.ttl_days)
+    data = job.status.data
+    if data is None or not (_is_sha256(data.digest) and _is_sha256(data.prepared_sha256)):
+        return rows
+    return rows.model_copy(update={"digest": data.digest, "manifest_sha256": data.prepared_sha256})
+
+
+def _is_sha256(text: str | None) -> bool:
+    return text is not None and re.fullmatch("[0-9a-f]{64}", text) is not None
 
 
 def _grace_seconds(job: JobObject, spec: FineTuneJobSpec, defaults: Mapping[str, Any]) -> int:
@@ -117,7 +135,7 @@ def _known_checkpoints(job: JobObject) -> dict[str, str]:
     return {
         "/".join(checkpoint.uri.rstrip("/").split("/")[-2:]): checkpoint.sha256
         for checkpoint in job.status.checkpoints
-        if checkpoint.sha256 and re.fullmatch("[0-9a-f]{64}", checkpoint.sha256) and attempt_of_uri(checkpoint.uri) is not None
+        if checkpoint.sha256 and _is_sha256(checkpoint.sha256) and attempt_of_uri(checkpoint.uri) is not None
     }
 
 

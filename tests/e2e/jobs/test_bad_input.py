@@ -127,7 +127,7 @@ def test_failure_is_not_retried_and_no_pod_asks_for_a_gpu(failing_jobs: JobNames
     status = failing_jobs.wait_finished(name, Phase.FAILED)
     assert (status.attempts, status.attempt, condition_status(status, Condition.PREPARED)) == ([], None, "False")
     (pod,) = failing_jobs.pods(name)
-    assert pod["metadata"]["name"].startswith(f"{name}-prepare-1-")
+    assert pod["metadata"]["name"].startswith(f"{name}-prepare1-")
     assert "nvidia.com/gpu" not in pod["spec"]["containers"][0]["resources"]["limits"]
     (state,) = pod["status"]["containerStatuses"]
     assert state["state"]["terminated"]["exitCode"] == INVALID_INPUTS[name](failing_jobs.installation).exit_code

@@ -17,6 +17,8 @@ def test_a_job_is_prepared_and_then_trained(job_namespace: JobNamespace) -> None
     status = job_namespace.wait_finished("prepared")
     assert status.preparation is not None and (status.preparation.number, status.preparation.reason) == (1, "Prepared")
     assert status.data is not None and (status.data.truncated, (status.data.rows or {}).get("train")) == (0, 36)
+    assert status.data.tokenised_rows == 36 and (status.data.prepared_uri or "").endswith(f"/_prepared/{status.data.digest}")
+    assert status.resolved is not None and "the rows of the preparation are used: 36 rows" in (status.resolved.notes or [])
     assert status.plan is not None and status.plan.memory is not None
     assert status.is_true(Condition.PREPARED) and status.restarts == 0
-    assert {pod["metadata"]["name"].rsplit("-", 2)[0] for pod in job_namespace.pods("prepared")} == {"prepared-prepare-1", "prepared-1"}
+    assert {pod["metadata"]["name"].rsplit("-", 2)[0] for pod in job_namespace.pods("prepared")} == {"prepared-prepare1", "prepared-1"}

@@ -123,10 +123,11 @@ def test_images_have_no_labels_even_if_all_tokens_are_trained_on(tmp_path: Path)
 
 
 def trained_rows(outcome: RunOutcome) -> list[dict[str, Any]]:
+    from finetune_trainer.data.prepare import open_split
     from finetune_trainer.data.prepared import open_prepared
 
     (folder,) = (outcome.channel.work / "tokens").iterdir()  # type: ignore[union-attr]
-    return list(open_prepared(folder).dataset("train"))
+    return list(open_split(open_prepared(folder), "train"))
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ COMPUTED_CODES: dict[tuple[str, str], set[str]] = {
     ("fetch.py", "f'{kind.code}NotFound'"): {"ModelNotFound", "DatasetNotFound", "BenchmarkNotFound"},
     ("existing_model.py", "code"): set(),  # arguments of `_not_found`, which the scan finds
     ("model.py", "code"): set(),
-    ("process.py", "failure.code"): set(),
+    ("child_main.py", "failure.code"): set(),
     ("failure.py", "code"): set(),
     ("train.py", "type(error).__name__"): set(),  # names of Python exceptions; the page says so
     ("tree.py", "UPLOAD_INCOMPLETE"): {"UploadIncomplete"},

@@ -127,3 +127,10 @@ def test_the_rank_option_of_vllm_is_an_allowed_value(rank: int, option: int) -> 
 )  # fmt: skip
 def test_suspicious_values_give_a_warning(groups: dict[str, Any], expected: list[str]) -> None:
     assert [f"{warning.path} {warning.code} {warning.hint}" for warning in warnings(spec(**groups))] == expected
+
+
+def test_days_of_a_preparation_that_never_runs_give_a_warning() -> None:
+    never, auto = (spec(prepare={"strategy": strategy, "ttlDays": 7}) for strategy in ("never", "auto"))
+    (warning,) = warnings(never)
+    assert str(warning) == "spec.prepare.ttlDays: 7 has no effect, because prepare.strategy is never; remove prepare.ttlDays or prepare.strategy"
+    assert warnings(auto) == [] and warnings(spec(prepare={"strategy": "never"})) == []

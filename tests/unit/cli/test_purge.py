@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,39 @@ def test_cluster_without_the_crd_keeps_the_data(
     code, out, err = run_command(*words, "--kubeconfig", kubeconfig_of_server(404, b"404 page not found\n"))
     assert (code, out, marker.exists()) == (1, "", True)
     assert "has no CRD for FineTuneJob" in err
+
+
+def store_rows(folder: Path, digest: str, until: str | None) -> None:
+    """Store prepared rows, with a marker `_USED` if `until` is given."""
+    for name in ("_COMMITTED", "a1-12345678/manifest.json", "a1-12345678/train/00000.arrow"):
+        (folder / digest / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / digest / name).write_text("{}", encoding="utf-8")
+    if until is not None:
+        (folder / digest / "_USED").write_text(json.dumps({"until": until}), encoding="utf-8")
+
+
+def test_unused_prepared_rows_of_the_namespace_are_deleted_too(
+    run_command: RunCommand, kubeconfig_of_server: Callable[[int, bytes], str], tmp_path: Path
+) -> None:
+    checkpoint, rows = tmp_path / "store/default/bot/u1/checkpoints/step-00000001/_COMMITTED", tmp_path / "store/default/_prepared"
+    checkpoint.parent.mkdir(parents=True)
+    checkpoint.write_text("{}", encoding="utf-8")
+    for folder, digest, until in (
+        (rows, "old", "2020-01-01T00:00:00Z"), (rows, "used", "2999-01-01T00:00:00Z"), (rows, "unmarked", None), (rows, "damaged", "soon"),
+        (tmp_path / "store/other/_prepared", "old", "2020-01-01T00:00:00Z"),
+    ):  # fmt: skip
+        store_rows(folder, digest, until)
+    not_found = b'{"kind": "Status", "details": {"name": "bot", "kind": "finetunejobs"}, "reason": "NotFound", "message": "not found", "code": 404}'
+    server = kubeconfig_of_server(404, not_found)
+    words = ("purge", "bot", "--uid", "u1", "--storage", f"file://{tmp_path}/store", "--kubeconfig", server)
+    code, out, err = run_command(*words)
+    assert (code, out) == (1, ""), err
+    assert f"1 objects, 2 B, below file://{tmp_path}/store/default/bot/u1 and 4 objects, 39 B, of unused prepared rows below file://{rows}" in err
+    code, out, err = run_command(*words, "--yes-purge", "bot")
+    assert (code, out) == (0, "bot: 1 objects, 2 B, deleted\nunused prepared rows: 4 objects, 39 B, deleted\n"), err
+    kept = sorted({path.relative_to(tmp_path / "store").as_posix().split("/")[2] for path in tmp_path.rglob("_COMMITTED")})
+    assert (kept, checkpoint.exists()) == (["damaged", "old", "unmarked", "used"], False)
+    assert not [path for path in (rows / "old").rglob("*") if path.is_file()]
 
 
 def adopted_job() -> dict[str, Any]:

@@ -7,7 +7,12 @@ import json
 from typing import Any, cast
 
 import pytest
-from finetune_api.attempt_secret import derive_attempt_secret, derive_checkpoint_key, derive_progress_token
+from finetune_api.attempt_secret import (
+    derive_attempt_secret,
+    derive_checkpoint_key,
+    derive_prepared_rows_key,
+    derive_progress_token,
+)
 from finetune_api.metadata_addresses import METADATA_CIDRS
 from finetune_api.names import Annotation, Reason
 from finetune_operator.act import PlanExecutor
@@ -115,6 +120,23 @@ async def test_the_secret_is_in_no_object_but_the_secret() -> None:
     assert (body["immutable"], body["type"], body["metadata"]["ownerReferences"][0]["uid"]) == (True, "Opaque", "uid-run-1")
     for value in (secret, checkpoint_key, *body["data"].values(), derive_progress_token(secret), KEY.hex()):
         assert value not in json.dumps(list(server.objects.values()))
+
+
+async def test_a_preparation_gets_a_secret_with_the_key_for_prepared_rows_of_its_namespace() -> None:
+    server = new_server()
+    config = isolated_config(network_policy=False)
+    observed = facts(spec=spec(resources={"gpusPerNode": 1}, prepare={"strategy": "always"}), config=config)
+    result = await executor(server, config).act(observed, Plan(Situation.PREPARING, create_preparation=2))
+    name = AttemptSecrets(ISOLATION, KEY).secret_name("run-prepare2", UID, 0)
+    assert result.created_preparation is not None and result.created_preparation.attempt_secret_name == name
+    data = server.objects[SECRET.plural, name]["data"]
+    assert {key: base64.b64decode(value).decode() for key, value in data.items()} == {
+        "attempt-secret": derive_attempt_secret(KEY, UID, 0), "checkpoint-key": derive_prepared_rows_key(KEY, "team"),
+    }  # fmt: skip
+    assert derive_prepared_rows_key(KEY, "team") != derive_prepared_rows_key(KEY, "other")
+    pod_spec = server.objects[JOB.plural, "run-prepare2"]["spec"]["template"]["spec"]
+    volume = next(volume for volume in pod_spec["volumes"] if volume["name"] == "run")
+    assert volume["projected"]["sources"][1]["secret"]["name"] == name
 
 
 async def test_by_default_an_attempt_gets_neither_secret_nor_policy() -> None:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
 import pytest
+from finetune_api import names
 from finetune_api.names import Condition, ExitCode, FailureClass, Phase, Reason
-from finetune_api.pod import TerminationMessage
+from finetune_api.pod import ProgressReport, RunConfig, TerminationMessage
 from finetune_api.status import (
     DataReport,
     EvaluationResult,
     FineTuneJobStatus,
     Metrics,
     Output,
+    Preparation,
     Progress,
     ResolvedConfig,
     RunPlan,
@@ -25,7 +28,7 @@ from finetune_operator.builders.job import build_preparation_job
 from finetune_operator.builders.run_config import build_run_config
 from finetune_operator.decide import decide
 from finetune_operator.events import draft_events
-from finetune_operator.facts import Facts
+from finetune_operator.facts import Facts, ReceivedReport
 from finetune_operator.objects import FINETUNEJOB, JOB
 from finetune_operator.plan import ActionResult, JobEnd, Outcome, Plan, Situation
 from finetune_operator.policies.acceptance import RefusedSpec
@@ -33,6 +36,8 @@ from finetune_operator.policies.blocking import BlockingCondition
 from finetune_operator.report import compute_status, reduced_status
 from finetune_operator.settings import OperatorConfig, parse_config
 from finetune_operator.views import JobView, PodView, as_deleted, read_job
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.unit.operator import samples
 from tests.unit.operator.fake_cluster import Process, new_server
@@ -55,11 +60,11 @@ def gpu_spec(strategy: str = "auto", **groups: Any) -> dict[str, Any]:
 
 
 def preparation_job(number: int = 1, **fields: Any) -> JobView:
-    return samples.job(0, **{"name": f"run-prepare-{number}", "uid": f"prepare-{number}", **fields})
+    return samples.job(0, **{"name": f"run-prepare{number}", "uid": f"prepare-{number}", **fields})
 
 
 def preparation_pod(number: int = 1, **fields: Any) -> PodView:
-    return pod(0, **{"name": f"run-prepare-{number}-0-x", "uid": f"pod-prepare-{number}", "job_uid": f"prepare-{number}", **fields})
+    return pod(0, **{"name": f"run-prepare{number}-0-x", "uid": f"pod-prepare-{number}", "job_uid": f"prepare-{number}", **fields})
 
 
 def facts(
@@ -131,7 +136,7 @@ def test_the_job_of_a_preparation_has_no_gpu_and_no_placement_of_the_training_po
     body = build_preparation_job(job, run, 2, accepted.spec.prepare.resources, accepted.pool, CONFIG_WITH_PREPARATION)
     pod_spec = body["spec"]["template"]["spec"]
     container = pod_spec["containers"][0]
-    assert (body["metadata"]["name"], body["spec"]["completions"], container["args"]) == ("run-prepare-2", 1, ["prepare"])
+    assert (body["metadata"]["name"], body["spec"]["completions"], container["args"]) == ("run-prepare2", 1, ["prepare"])
     assert container["resources"] == {
         "requests": {"cpu": "6", "memory": "12Gi", "ephemeral-storage": "20Gi"}, "limits": {"cpu": "6", "memory": "12Gi", "ephemeral-storage": "20Gi"},
     }  # fmt: skip
@@ -157,9 +162,73 @@ def test_a_preparation_with_a_claim_runs_where_the_training_pods_run() -> None:
 
 def test_a_preparation_job_that_lost_its_labels_is_found_by_its_owner() -> None:
     owner = {"apiVersion": "v1", "kind": "FineTuneJob", "name": "run", "uid": samples.UID, "controller": True}
-    meta = {"name": "run-prepare-3", "namespace": "team", "uid": "u", "creationTimestamp": iso_time(0), "ownerReferences": [owner]}
+    meta = {"name": "run-prepare3", "namespace": "team", "uid": "u", "creationTimestamp": iso_time(0), "ownerReferences": [owner]}
     view = read_job({"metadata": meta, "spec": {}})
     assert view is not None and (view.job_name, view.attempt) == ("run", 0)
+
+
+@given(name=st.from_regex(names.NAME_PATTERN, fullmatch=True), suffix=st.sampled_from(["", "-prepare", "-1", "-prepare1"]), number=st.integers(1, 99))
+def test_no_preparation_has_the_name_of_an_attempt_or_of_another_preparation(name: str, suffix: str, number: int) -> None:
+    job_name = names.preparation_job_name(name, number)
+    assert re.fullmatch(r".*-\d+", job_name) is None, "the name of every attempt ends with a hyphen and a number"
+    assert names.preparation_of_job_name(job_name, name) == number
+    assert (names.preparation_of_job_name(job_name, name + suffix) is None) is bool(suffix)
+    assert names.preparation_of_job_name(names.attempt_job_name(name + suffix, number), name) is None
+
+
+# ---- prepared rows ----
+
+STORED = {"digest": "a" * 64, "preparedUri": "s3://b/team/_prepared/" + "a" * 64, "preparedSha256": "b" * 64}
+
+
+@pytest.mark.parametrize(
+    ("prepare", "data", "marks"),
+    [
+        ({"strategy": "auto"}, {"data": STORED}, ["#preparedRows " + "a" * 64 + " " + "b" * 64, "#preparedTtlDays 30"]),
+        ({"strategy": "always", "ttlDays": 7}, {}, ["#preparedTtlDays 7"]),
+        ({"strategy": "auto"}, {"data": {**STORED, "preparedSha256": None}}, ["#preparedTtlDays 30"]),
+        ({"strategy": "auto"}, {"data": {**STORED, "digest": "../../other"}}, ["#preparedTtlDays 30"]),
+        ({"strategy": "never"}, {"data": STORED}, []),
+    ],
+    ids=["prepared", "preparation", "not stored", "no digest", "never"],
+)
+@pytest.mark.parametrize("attempt", [1, 2])
+def test_every_attempt_gets_the_prepared_rows_of_the_status(prepare: dict[str, Any], data: dict[str, Any], marks: list[str], attempt: int) -> None:
+    accepted = accept_spec(gpu_spec(prepare=prepare), CONFIG_WITH_PREPARATION)
+    job = finetunejob(gpu_spec(prepare=prepare), status=status(**data))
+    run = build_run_config(job, accepted.spec, attempt, defaults=accepted.defaults, committed_step=0, max_step=None)
+    wire = run.to_wire()
+    assert [mark for mark in wire["defaults"] if mark.startswith("#prepared")] == marks
+    assert "prepared" not in wire and "prepare" not in wire["spec"], "trainer 0.1.0 refuses unknown fields, but ignores marks"
+    assert RunConfig.model_validate_json(run.to_bytes()) == run
+
+
+def running_report(stage: str, rows: int, pod_uid: str = "pod-prepare-1") -> ReceivedReport:
+    value = {"attempt": 0, "uid": samples.UID, "stage": stage, "data": {"tokenisedRows": rows}}
+    return ReceivedReport(ProgressReport.model_validate(value), at(60), pod_uid)
+
+
+def test_the_progress_of_a_preparation_is_shown_and_does_not_hurry_the_status() -> None:
+    config = CONFIG.model_copy(update={"isolation": CONFIG.isolation.model_copy(update={"secret": True})})
+    observed = replace(facts(RECORD, preparation_job(), (preparation_pod(),)), config=config)
+    plan = decide(observed)
+    assert plan.scrape_pod is not None and plan.scrape_pod.uid == "pod-prepare-1"
+    assert decide(replace(observed, config=CONFIG)).scrape_pod is None, "without a secret, the pod answers nobody"
+    first, second = (
+        status_of(seen := replace(observed, preparation_report=running_report("checking", rows)), decide(seen)) for rows in (1000, 2000)
+    )
+    assert first.preparation is not None and (first.preparation.stage, first.preparation.tokenised_rows) == ("checking", 1000)
+    assert second.preparation is not None and second.preparation.tokenised_rows == 2000
+    assert first.prompt_part() == second.prompt_part()
+    other_pod = replace(observed, preparation_report=running_report("checking", 1000, "pod-prepare-0"))
+    assert status_of(other_pod, decide(other_pod)).preparation == Preparation.model_validate(RECORD)
+    message = TerminationMessage(exit_code=0, data=DataReport.model_validate({**STORED, "tokenisedRows": 2500}))
+    ended = samples.facts(
+        spec=gpu_spec(), status=second, jobs=[preparation_job(completed_at=at(50))], pods=(end_pod(preparation_pod(), 0, message),), now=at(70)
+    )
+    last = status_of(replace(ended, preparation_report=running_report("uploading", 2500)), decide(ended))
+    assert last.preparation is not None and (last.preparation.stage, last.preparation.tokenised_rows) == (None, 2500)
+    assert last.data is not None and (last.data.digest, last.data.prepared_sha256) == ("a" * 64, "b" * 64)
 
 
 # ---- success ----
@@ -291,7 +360,7 @@ def test_a_required_preparation_waits_for_a_newer_image() -> None:
 def test_an_automatic_preparation_is_not_repeated_without_end() -> None:
     stopped = TerminationMessage(class_=FailureClass.PREEMPTED, code="StoppedSaved", exit_code=75)
     job, pods = failed(stopped, 75)
-    sixth = replace(job, name="run-prepare-6")
+    sixth = replace(job, name="run-prepare6")
     plan = decide(facts(RECORD | {"number": 6}, sixth, pods))
     assert plan.preparation is not None and plan.preparation.reason == Reason.PREPARATION_SKIPPED
     plan = decide(facts(RECORD | {"number": 6}, sixth, pods, strategy="always"))
@@ -302,7 +371,7 @@ def test_only_the_newest_ended_preparation_is_kept() -> None:
     ended = [preparation_job(number, failed_at=at(number)) for number in (1, 2)]
     observed = samples.facts(spec=gpu_spec(), status=status(preparation=RECORD | {"number": 3, "endTime": iso_time(2)}), jobs=ended, now=at(60))
     plan = decide(observed)
-    assert (plan.create_preparation, [job.name for job in plan.delete_jobs]) == (3, ["run-prepare-1"])
+    assert (plan.create_preparation, [job.name for job in plan.delete_jobs]) == (3, ["run-prepare1"])
 
 
 def test_a_job_is_not_prepared_if_the_crd_does_not_keep_the_record() -> None:
@@ -324,7 +393,7 @@ def test_an_automatic_preparation_without_a_node_is_skipped_after_five_minutes()
     assert skipped.preparation is not None and skipped.preparation.reason == Reason.PREPARATION_SKIPPED
     following = samples.facts(spec=gpu_spec(), status=status_of(observed, skipped), jobs=observed.jobs, pods=observed.pods, now=at(301))
     ending = decide(following)
-    assert (ending.situation, [job.name for job in ending.delete_jobs]) == (Situation.BLOCKED, ["run-prepare-1"])
+    assert (ending.situation, [job.name for job in ending.delete_jobs]) == (Situation.BLOCKED, ["run-prepare1"])
     required = decide(facts(RECORD, preparation_job(), (waiting,), now=at(9999), strategy="always"))
     assert required.situation is Situation.PREPARING and required.preparation is None
 
@@ -358,7 +427,7 @@ def test_an_automatic_preparation_whose_job_cannot_be_created_is_skipped_after_f
 def test_a_preparation_on_a_lost_node_is_deleted_and_starts_again() -> None:
     lost = preparation_pod(deletion_timestamp=at(0))
     plan = decide(facts(RECORD, preparation_job(), (lost,), now=at(61)))
-    assert [job.name for job in plan.delete_jobs] == ["run-prepare-1"]
+    assert [job.name for job in plan.delete_jobs] == ["run-prepare1"]
     assert plan.preparation is not None and (plan.preparation.number, plan.preparation.end_time) == (2, at(61))
     deleting = decide(facts(RECORD, preparation_job(is_deleting=True), (lost,), now=at(62)))
     assert deleting.force_delete_pods == (lost,) and deleting.create_preparation is None
@@ -371,7 +440,7 @@ def test_suspend_and_cancel_end_a_running_preparation(change: dict[str, Any], si
     plan = decide(facts(RECORD, preparation_job(), (preparation_pod(),), **change))
     assert plan.situation is situation and plan.preparation is None
     if situation is Situation.BLOCKED:
-        assert [job.name for job in plan.delete_jobs] == ["run-prepare-1"]
+        assert [job.name for job in plan.delete_jobs] == ["run-prepare1"]
     else:
         assert plan.job_end is not None and plan.job_end.outcome is Outcome.CANCELLED
 
@@ -389,15 +458,15 @@ async def test_a_reconcile_creates_the_job_once_and_then_the_first_attempt() -> 
     server = new_server()
     process = Process(server, config)
     await process.reconcile()
-    assert [name for plural, name in server.objects if plural == JOB.plural] == ["run-prepare-1"]
+    assert [name for plural, name in server.objects if plural == JOB.plural] == ["run-prepare1"]
     assert server.event_counts() == {Reason.ACCEPTED: 1, Reason.PREPARING: 1}
     await Process(server, config).reconcile()  # a restarted operator that does not know the Job yet
-    assert [name for plural, name in server.objects if plural == JOB.plural] == ["run-prepare-1"]
-    body = server.objects[JOB.plural, "run-prepare-1"]
+    assert [name for plural, name in server.objects if plural == JOB.plural] == ["run-prepare1"]
+    body = server.objects[JOB.plural, "run-prepare1"]
     completed = {"type": "Complete", "status": "True", "lastTransitionTime": iso_time(50)}
     server.put(JOB, body | {"status": {"conditions": [completed], "completionTime": iso_time(50)}})
     process = Process(server, config)
-    completed_job = read_job(server.objects[JOB.plural, "run-prepare-1"])
+    completed_job = read_job(server.objects[JOB.plural, "run-prepare1"])
     assert completed_job is not None
     process.cache.put_job(completed_job)
     await process.reconcile()

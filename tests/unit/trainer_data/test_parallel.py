@@ -14,7 +14,7 @@ from tests.support.learning import TEN_ROWS
 
 
 def _shard_hashes(folder: Path) -> list[str]:
-    (manifest,) = (folder / "tokens").glob("*/manifest.json")
+    (manifest,) = (folder / "tokens").glob("*/prepared.json")
     prepared = open_prepared(manifest.parent)
     prepared.verify()
     return [file.sha256 for file in prepared.manifest.files]

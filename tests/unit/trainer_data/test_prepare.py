@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,7 @@ from finetune_trainer.data.prepare import (
     late_defaults,
     max_sequence_length,
     prepare,
+    use_chat_template,
 )
 from finetune_trainer.data.rows import Completion
 
@@ -113,6 +115,44 @@ def test_tokens_are_cached_by_content(tmp_path: Path) -> None:
     assert prepare_rows(tmp_path, tok, {"addEosToken": False}).is_from_cache is False
     assert prepare_rows(tmp_path, tok, {}, TEN_ROWS[:9]).is_from_cache is False
     assert prepare_rows(tmp_path, tokenizer(tmp_path, CHATML_MARKED)).is_from_cache is False
+
+
+def digest_of(folder: Path, change: dict[str, Any] | None = None, *, rows: Any = TEN_ROWS, **changed_inputs: Any) -> str:
+    """The digest of a run with these rows. `change`: options of the dataset."""
+    run, inputs = make_run(folder, Path("/models/tiny"), {"dataset": {"format": "messages", **(change or {})}}, list(rows))
+    inputs, tok = inputs.model_copy(update=changed_inputs), tokenizer(folder)
+    use_chat_template(run, inputs, tok)
+    return inputs_digest(run, inputs, tok, 512)
+
+
+def test_the_digest_depends_on_contents_and_not_on_addresses(tmp_path: Path) -> None:
+    folders = [tmp_path / name for name in "abcd"]
+    for folder in folders:
+        folder.mkdir()
+    first = digest_of(folders[0], {"train": "s3://one/train.jsonl"})
+    same = [
+        digest_of(folders[1], {"train": "s3://two/other/train.jsonl", "storage": {"endpoint": "https://s3.example.com"}}),
+        digest_of(folders[2], {"train": "pvc://claim/train.jsonl", "numProc": 3}),
+        digest_of(folders[3]),
+    ]
+    assert set(same) == {first}
+    file = write_rows(tmp_path / "train.jsonl", TEN_ROWS)
+    known = digest_of(folders[3], train=[file], file_digests={file: hashlib.sha256(file.read_bytes()).hexdigest()})
+    assert known == first, "the digest of a download is that of the file"
+    text = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    (tmp_path / "maps/t").mkdir(parents=True)
+    (tmp_path / "maps/t/chat.jinja").write_text(text)
+    as_text = digest_of(folders[3], {"chatTemplate": {"text": text}})
+    assert as_text == digest_of(folders[3], {"chatTemplate": {"configMapRef": {"name": "t", "key": "chat.jinja"}}}, config_maps=tmp_path / "maps")
+    changed_row = [*TEN_ROWS[:-1], TEN_ROWS[0]]
+    renamed = write_rows(tmp_path / "train.txt", TEN_ROWS)
+    others = [
+        digest_of(folders[3], rows=changed_row), digest_of(folders[3], rows=TEN_ROWS[::-1]), digest_of(folders[3], train=[renamed]),
+        digest_of(folders[3], {"packing": True}), digest_of(folders[3], {"overflow": "drop"}), digest_of(folders[3], {"badRows": "skip"}),
+        digest_of(folders[3], train=[file], validation=[file]), digest_of(folders[3], train=[file, file]),
+        digest_of(folders[3], train=[file], test=[file]), as_text,
+    ]  # fmt: skip
+    assert len({first, *others}) == len(others) + 1
 
 
 def test_chat_template_of_the_spec_is_used(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 from finetune_api.errors import StorageError
 from finetune_trainer.data import shards
 from finetune_trainer.data.pack import pack, packed_batches
+from finetune_trainer.data.prepare import open_split
 from finetune_trainer.data.prepared import MANIFEST_FILE, PreparedFolder, open_prepared, write_prepared
 from finetune_trainer.data.shards import ColumnType, ShardReader, ShardWriter, make_batch
 from hypothesis import given, settings
@@ -38,9 +39,9 @@ def test_the_manifest_describes_the_rows(tmp_path: Path) -> None:
     assert all((tmp_path / "p" / file.path).stat().st_size == file.size for file in prepared.manifest.files)
     assert prepared.manifest.summary == {"notes": ["a note"]}
     prepared.verify()
-    rows = prepared.dataset("train")
+    rows = open_split(prepared, "train")
     assert rows is not None and rows["input_ids"][:] == ROWS and rows["labels"][5] == [token + 1 for token in ROWS[5]]
-    assert prepared.dataset("validation") is None
+    assert open_split(prepared, "validation") is None
     assert sorted(path.name for path in tmp_path.iterdir()) == ["p"]
 
 
@@ -48,7 +49,7 @@ def test_large_splits_have_several_shards(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(shards, "MAX_SHARD_BYTES", 1)
     prepared = write(tmp_path / "p", {"train": [batch_of([row]) for row in ROWS]})
     assert [file.path for file in prepared.manifest.splits["train"].files] == [f"train/{number:05}.arrow" for number in range(7)]
-    rows = open_prepared(tmp_path / "p").dataset("train")
+    rows = open_split(open_prepared(tmp_path / "p"), "train")
     assert rows is not None and rows["input_ids"][:] == ROWS and rows[6]["input_ids"] == ROWS[6]
 
 
@@ -94,7 +95,7 @@ def test_an_unfinished_folder_is_not_opened_and_is_replaced(tmp_path: Path) -> N
     with pytest.raises(StorageError, match="PreparedDataMissing"):
         open_prepared(tmp_path / "p")
     write(tmp_path / "p", {"train": [batch_of(ROWS[:1])]})
-    rows = open_prepared(tmp_path / "p").dataset("train")
+    rows = open_split(open_prepared(tmp_path / "p"), "train")
     assert rows is not None and rows["input_ids"][:] == ROWS[:1]
 
 

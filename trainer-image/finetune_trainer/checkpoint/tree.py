@@ -40,6 +40,19 @@ MARKER_READS = 10
 
 
 @dataclass(frozen=True)
+class CommittedFolder:
+    """A committed folder that is no part of a job, for example prepared rows. `prefix`: key of the folder with the marker."""
+
+    prefix: str
+    marker: CommitMarker
+
+    @property
+    def folder(self) -> str:
+        """Key of the folder that holds the files."""
+        return join(self.prefix, self.marker.path)
+
+
+@dataclass(frozen=True)
 class CommittedCheckpoint:
     """A committed checkpoint, the final model (step None), or the merged model."""
 
@@ -70,7 +83,7 @@ class FencedOutError(PeerError):
 class CheckpointTree:
     """Reads and commits the checkpoints and the final model of one job below one storage root. Safe to use from several threads.
 
-    `checkpoint_key` signs checkpoints. Without it, they are not signed.
+    `checkpoint_key` signs checkpoints, but not the final model. Without it, they are not signed.
     """
 
     def __init__(self, store: Store, checkpoint_key: str | None = None) -> None:
@@ -114,8 +127,8 @@ class CheckpointTree:
         """Whether this tree can sign checkpoints and check their signatures."""
         return self._checkpoint_key is not None
 
-    def is_signed(self, checkpoint: CommittedCheckpoint) -> bool:
-        """Whether an attempt of this job has signed the manifest that the marker names. Who can only write to the store cannot sign."""
+    def is_signed(self, checkpoint: CommittedCheckpoint | CommittedFolder) -> bool:
+        """Whether a pod with this tree's key has signed the manifest that the marker names. Who can only write to the store cannot sign."""
         if self._checkpoint_key is None:
             return False
         expected_signature = sign_checkpoint(self._checkpoint_key, checkpoint.folder, checkpoint.marker.manifest_sha256)
@@ -131,11 +144,16 @@ class CheckpointTree:
         marker = self._read_marker(Storage.MERGED)
         return CommittedCheckpoint(None, marker, is_merged=True) if marker else None
 
+    def get_committed_folder(self, prefix: str) -> CommittedFolder | None:
+        """Return the commit below a prefix, or None if nothing is committed there."""
+        marker = self._read_marker(prefix)
+        return CommittedFolder(prefix, marker) if marker else None
+
     def _read_marker(self, prefix: str) -> CommitMarker | None:
         data = self.store.get(join(prefix, Storage.COMMITTED))
         return CommitMarker.parse(data) if data is not None else None
 
-    def read_manifest(self, checkpoint: CommittedCheckpoint) -> Manifest | None:
+    def read_manifest(self, checkpoint: CommittedCheckpoint | CommittedFolder) -> Manifest | None:
         """Return the manifest that the marker names, or None if it is missing or has another sha256."""
         data = self.store.get(join(checkpoint.folder, Storage.MANIFEST))
         if data is None or sha256_bytes(data) != checkpoint.marker.manifest_sha256:
@@ -212,7 +230,7 @@ class CheckpointTree:
         data = manifest.to_bytes()
         marker = CommitMarker(attempt=manifest.attempt, path=manifest.incarnation, manifest_sha256=sha256_bytes(data))
         self.store.put(join(folder, Storage.MANIFEST), data)
-        if self._checkpoint_key is not None and prefix.startswith(f"{Storage.CHECKPOINTS}/"):
+        if self._checkpoint_key is not None and prefix not in (Storage.MODEL, Storage.MERGED):
             self.store.put(join(folder, Storage.SIGNATURE), sign_checkpoint(self._checkpoint_key, folder, marker.manifest_sha256).encode())
         self._check_objects(folder, manifest)
         self.require_newest_attempt(manifest.attempt)

@@ -88,12 +88,13 @@ class EncodedRows:
 @contextmanager
 def encode_sources(
     run: RunConfig, inputs: Inputs, make_encoder: Callable[[DataSummary], BatchEncoder], folder: Path, *,
-    is_marked: Callable[[Example], bool], rows_without_workers: int | None = None,
+    is_marked: Callable[[Example], bool], count_rows: Callable[[int], None], rows_without_workers: int | None = None,
 ) -> Iterator[EncodedRows]:  # fmt: skip
     """Read, encode and store all rows. `folder` holds the shards until the context ends.
 
-    `make_encoder` gets a summary with the formats of the rows. `is_marked`: whether a split with this row is marked. `rows_without_workers`:
-    see `encode_rows`. Errors: the errors of `load` and of the encoder; DataError for the first rejected row, unless bad rows are skipped.
+    `make_encoder` gets a summary with the formats of the rows. `is_marked`: whether a split with this row is marked. `count_rows` is
+    called with the number of rows of each batch. `rows_without_workers`: see `encode_rows`.
+    Errors: the errors of `load` and of the encoder; DataError for the first rejected row, unless bad rows are skipped.
     """
     reader, facts = RowReader(run, inputs), RowFacts()
     reader.detect_formats()
@@ -110,6 +111,7 @@ def encode_sources(
                 if batch.rejected and not skips_bad_rows(run):
                     raise bad_row_error(next(iter(batch.rejected.values())))
                 facts.add(batch)
+                count_rows(len(batch.outcomes))
                 if batch.kept_rows.num_rows:
                     writer.add(batch.kept_rows)
         splits = [_select(name, numpy.asarray(numbers), facts) for name, numbers in reader.splits().items() if numbers]

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from finetune_api.errors import ConfigError, NotFoundError, StorageError
-from finetune_api.names import FailureClass
+from finetune_api.names import RELEASE, FailureClass
 from finetune_api.pod import RunConfig
 from finetune_api.rules import PROMPT_METHODS, method_type_of, value_or_default
 from finetune_api.spec.enums import DatasetFormat, OverflowPolicy
@@ -25,7 +26,14 @@ from finetune_trainer.data.encode import EncodedRows, EncodedSplit, encode_sourc
 from finetune_trainer.data.load import DataSummary, trains_on_answers_only
 from finetune_trainer.data.pack import pack, packed_batches, padding_share
 from finetune_trainer.data.parallel import usable_cpus
-from finetune_trainer.data.prepared import PreparedFolder, open_prepared, write_prepared
+from finetune_trainer.data.prepared import (
+    LAYOUT_VERSION,
+    PreparedFolder,
+    open_prepared,
+    prepared_folder,
+    sha256_of,
+    write_prepared,
+)
 from finetune_trainer.data.rows import IGNORED_LABEL, Completion, Example
 from finetune_trainer.data.supervised import FittingEncoder, RowEncoder, SupervisedEncoder
 from finetune_trainer.data.template import RenderOptions
@@ -37,10 +45,15 @@ if TYPE_CHECKING:
     import pyarrow
     from datasets import Dataset
 
-TOKENS_VERSION = 6
+TOKENS_VERSION = 7
 """Part of the digest of the inputs. Increase the version when the code changes the tokens."""
+LIBRARIES_OF_ROWS = ("tokenizers", "transformers", "jinja2")
+"""Libraries whose versions are part of the digest, because another version may render or tokenise differently."""
+OPTIONS_WITHOUT_EFFECT = ("train", "validation", "test", "storage", "numProc", "chatTemplate")
+"""Options of `dataset` that are not part of the digest: the digest has the content of the files and of the template instead of their addresses."""
 MAX_SEQUENCE_LENGTH = "dataset.maxSequenceLength"
 DEFAULT_MAX_SEQUENCE_LENGTH = 2048
+TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 SHORTEST_SEQUENCE = 2
 """Minimum number of tokens in a row: the model predicts the second token from the first."""
 NO_TOKENIZER_LIMIT = 1 << 24
@@ -54,6 +67,26 @@ class Splits:
     train: Dataset
     validation: Dataset | None = None
     test: Dataset | None = None
+
+
+class RowPreparation(Protocol):
+    """Observes how the rows of a run are prepared. A preparation pod uses it to find stored rows and to report progress."""
+
+    def provide_rows(self, digest: str) -> None:
+        """Called before the cache is searched for the rows with this digest. The function may put them there."""
+
+    def count_rows(self, rows: int) -> None:
+        """Called with the number of rows that were just tokenised."""
+
+
+class LocalPreparation:
+    """The rows come from the cache on the disk, or are tokenised."""
+
+    def provide_rows(self, digest: str) -> None:
+        """Do nothing: the supervisor of a training pod has downloaded stored rows before."""
+
+    def count_rows(self, rows: int) -> None:
+        """Do nothing."""
 
 
 @dataclass
@@ -75,11 +108,12 @@ class PreparedData(Splits):
 def prepare(
     run: RunConfig, inputs: Inputs, tokenizer: Any, *, max_positions: int | None, cache: Path,
     one_rank_first: AbstractContextManager[Any] | None = None, vision: VisionProcessor | None = None,
+    preparation: RowPreparation | None = None,
 ) -> PreparedData:  # fmt: skip
     """Return the token sequences for supervised training.
 
     `max_positions`: the longest sequence that the model can read. `one_rank_first`: a context manager that lets one rank of the
-    node run the block before the other ranks. `vision`: the processor of a vision-language model.
+    node run the block before the other ranks. `vision`: the processor of a vision-language model. `preparation`: observes the preparation.
     Errors: the errors of `load`; DataError NoTrainableToken, RowTooLong, TemplateRefusedRow, MarkerAbsent (with file and row), those of
     `VisionProcessor.encode`, ImageUnreadable, ImageCut; ConfigError SequenceTooLong, ChatTemplateMissing, TemplateSpansUnknown.
     """
@@ -91,11 +125,16 @@ def prepare(
             hint="give a template in dataset.chatTemplate",
         )  # fmt: skip
     digest = inputs_digest(run, inputs, tokenizer, max_length, vision)
+    preparation = preparation or LocalPreparation()
+    if vision is None:  # rows with images contain paths of this pod's disk
+        preparation.provide_rows(digest)
     rank_order = one_rank_first or nullcontext()
     with rank_order:
         found = find_prepared(cache, digest)
-        prepared = found or _write_splits(run, inputs, tokenizer, max_length, is_templated, vision, cache, digest)
-    return _load_prepared(prepared, max_length, is_from_cache=found is not None)
+        prepared = found or _write_splits(run, inputs, tokenizer, max_length, is_templated, vision, cache, digest, preparation)
+    data = _load_prepared(prepared, max_length, is_from_cache=found is not None)
+    data.notes = [*data.notes, *notes_on_stored_rows(inputs, digest)]
+    return data
 
 
 def max_sequence_length(run: RunConfig, tokenizer: Any, max_positions: int | None) -> int:
@@ -185,7 +224,8 @@ def render_options(run: RunConfig, tokenizer: Any, is_templated: bool, form: Dat
 
 
 def _write_splits(
-    run: RunConfig, inputs: Inputs, tokenizer: Any, max_length: int, is_templated: bool, vision: VisionProcessor | None, cache: Path, digest: str
+    run: RunConfig, inputs: Inputs, tokenizer: Any, max_length: int, is_templated: bool, vision: VisionProcessor | None, cache: Path, digest: str,
+    preparation: RowPreparation,
 ) -> PreparedFolder:  # fmt: skip
     """Load, render, tokenise, pack and store all splits."""
     spec = run.spec.dataset
@@ -206,7 +246,8 @@ def _write_splits(
         return joins_unasked and isinstance(example, Completion)
 
     with encode_sources(
-        run, inputs, make_encoder, rows_folder(folder), is_marked=is_marked, rows_without_workers=None if vision is None else ROWS_WITHOUT_WORKERS
+        run, inputs, make_encoder, rows_folder(folder), is_marked=is_marked, count_rows=preparation.count_rows,
+        rows_without_workers=None if vision is None else ROWS_WITHOUT_WORKERS,
     ) as encoded:
         splits, reports, notes = _describe_splits(run, encoded, options)
         summary = {
@@ -261,11 +302,6 @@ def _report_on(split: EncodedSplit, options: TokeniseOptions) -> TokenReport:
 # ---- stored rows
 
 
-def prepared_folder(cache: Path, digest: str) -> Path:
-    """Folder of the rows that were prepared from these inputs."""
-    return cache / digest[:24]
-
-
 def rows_folder(folder: Path) -> Path:
     """Folder for the encoded rows until the splits are written to `folder`."""
     return folder.with_name(folder.name + ".rows")
@@ -279,43 +315,73 @@ def find_prepared(cache: Path, digest: str) -> PreparedFolder | None:
         return None
 
 
+def open_split(prepared: PreparedFolder, name: str) -> Dataset | None:
+    """The rows of a split, mapped into memory; None if there is no such split."""
+    from datasets import Dataset, concatenate_datasets
+
+    paths = prepared.paths(name)
+    return concatenate_datasets([Dataset.from_file(str(path)) for path in paths]) if paths else None
+
+
 def splits_of(prepared: PreparedFolder) -> Splits:
     """The splits, mapped into memory, so that all ranks of a node share the memory."""
-    train, validation, test = (prepared.dataset(name) for name in ("train", "validation", "test"))
+    train, validation, test = (open_split(prepared, name) for name in ("train", "validation", "test"))
     assert train is not None, "a run without training rows prepares no rows"
     return Splits(train, validation, test)
 
 
 def inputs_digest(run: RunConfig, inputs: Inputs, tokenizer: Any, max_length: int, vision: VisionProcessor | None = None) -> str:
-    """Hash of all inputs that affect the tokens: the contents of all files, the options, the tokenizer, the version of the code."""
-    digest = hashlib.sha256(inputs.dataset_digest.encode())
-    mixture = (path for source in inputs.mixture for path in source)
-    for path in [*inputs.train, *mixture, *inputs.validation, *inputs.test]:
-        digest.update(f"{path.name}\0".encode())
-        if path.is_file():
-            with path.open("rb") as stream:
-                digest.update(hashlib.file_digest(stream, "sha256").digest())
-    seed = run.spec.training.seed if run.spec.dataset.mixture else None
-    facts = [
-        TOKENS_VERSION,
-        {name: value for name, value in run.spec.dataset.to_wire().items() if name != "numProc"},
-        run.spec.trainer.type,
-        run.spec.trainer.max_completion_length,
-        _defaulted_options(run),
-        max_length,
-        seed,
-        tokenizer.chat_template,
-    ]
-    if vision is not None:
-        facts += [vision.identity, inputs.image_digests]  # the number of an image's tokens depends on its size
-    digest.update(json.dumps(facts, sort_keys=True, default=str).encode())
-    digest.update(
-        tokenizer.backend_tokenizer.to_str().encode()
-        if hasattr(tokenizer, "backend_tokenizer")
-        else repr(tokenizer).encode()
-    )
-    digest.update(json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str).encode())
-    return digest.hexdigest()
+    """Hash of all inputs that affect the tokens: contents and names of all files, options, tokenizer, chat template, versions of the code.
+
+    The addresses of the files have no effect, except those of a mixture, which its notes contain. The names of the files are part of the
+    hash, because they decide about the file format and are part of notes.
+    """
+    facts = {
+        "version": [TOKENS_VERSION, LAYOUT_VERSION, RELEASE, *(f"{name} {version(name)}" for name in LIBRARIES_OF_ROWS)],
+        "train": _file_facts(inputs, inputs.train),
+        "mixture": [_file_facts(inputs, files) for files in inputs.mixture],
+        "validation": _file_facts(inputs, inputs.validation),
+        "test": _file_facts(inputs, inputs.test),
+        "dataset": _options_of_rows(run, vision),
+        "trainer": [run.spec.trainer.type, run.spec.trainer.max_completion_length],
+        "defaulted": _defaulted_options(run),
+        "maxLength": max_length,
+        "seed": run.spec.training.seed if run.spec.dataset.mixture else None,
+        "tokenizer": [tokenizer.chat_template, tokenizer.special_tokens_map, _tokenizer_facts(inputs, tokenizer)],
+        # The number of an image's tokens depends on its size.
+        "vision": [vision.identity, inputs.image_digests] if vision is not None else None,
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _file_facts(inputs: Inputs, files: Sequence[Path]) -> list[list[str]]:
+    """Name and sha256 of each file."""
+    return [[file.name, inputs.file_digests.get(file) or sha256_of(file)] for file in files]
+
+
+def _options_of_rows(run: RunConfig, vision: VisionProcessor | None) -> dict[str, Any]:
+    """The options of `dataset` that affect the rows. The addresses of images remain, because rows of a vision-language model are not shared."""
+    options = {name: value for name, value in run.spec.dataset.to_wire().items() if name not in OPTIONS_WITHOUT_EFFECT}
+    if vision is None:
+        options.pop("images", None)
+    return options
+
+
+def _tokenizer_facts(inputs: Inputs, tokenizer: Any) -> Any:
+    """What the tokenizer computes, as a text. A tokenizer in Python is identified by its class and its files."""
+    if hasattr(tokenizer, "backend_tokenizer"):
+        return tokenizer.backend_tokenizer.to_str()
+    folder = inputs.tokenizer or inputs.model
+    files = [folder / name for name in sorted({*tokenizer.vocab_files_names.values(), *TOKENIZER_FILES})]
+    settings = {name: value for name, value in tokenizer.init_kwargs.items() if name != "name_or_path"}
+    return [type(tokenizer).__name__, settings, sorted(tokenizer.get_added_vocab().items()), _file_facts(inputs, [file for file in files if file.is_file()])]
+
+
+def notes_on_stored_rows(inputs: Inputs, digest: str) -> list[str]:
+    """Return a note if the rows of the preparation were downloaded, but belong to other inputs than those of this pod. Else, an empty list."""
+    if inputs.stored_rows in (None, digest):
+        return []
+    return ["the rows of the preparation were made from another tokenizer, other options or by another version; this pod tokenised the data again"]
 
 
 def _defaulted_options(run: RunConfig) -> list[str]:

@@ -23,15 +23,17 @@ from finetune_trainer.file_entry import FileEntry
 
 if TYPE_CHECKING:
     import pyarrow
-    from datasets import Dataset
 
-LAYOUT_VERSION = 1
+LAYOUT_VERSION = 2
 """Version of the layout of a prepared folder. A folder with another version is not read."""
-MANIFEST_FILE = "manifest.json"
+TOKENS_FOLDER = "tokens"
+"""Folder with prepared rows, below the work folder of a pod."""
+MANIFEST_FILE = "prepared.json"
+"""The name differs from that of a commit's manifest, which lies in the same folder in storage."""
 
 
 class PreparedManifest(LenientModel):
-    """`manifest.json` of a prepared folder."""
+    """`prepared.json` of a prepared folder."""
 
     version: int = LAYOUT_VERSION
     inputs_digest: str = Field(description="Hash of everything that determines the rows: data, options, tokenizer, template and code version.")
@@ -55,20 +57,19 @@ class PreparedFolder:
     folder: Path
     manifest: PreparedManifest
 
-    def dataset(self, split: str) -> Dataset | None:
-        """The rows of a split, mapped into memory; None if the folder has no such split."""
-        from datasets import Dataset, concatenate_datasets
+    def paths(self, split: str) -> list[Path]:
+        """The shards of a split, in the order of their rows; empty if the folder has no such split."""
+        return [self.folder / file.path for file in self.manifest.splits[split].files] if split in self.manifest.splits else []
 
-        if split not in self.manifest.splits:
-            return None
-        return concatenate_datasets([Dataset.from_file(str(self.folder / file.path)) for file in self.manifest.splits[split].files])
+    @property
+    def rows(self) -> int:
+        """Number of stored rows of all splits."""
+        return sum(split.rows for split in self.manifest.splits.values())
 
     def verify(self) -> None:
         """Read all shards and compare their sha256 with the manifest. Errors: StorageError PreparedDataDamaged."""
         for file in self.manifest.files:
-            with (self.folder / file.path).open("rb") as stream:
-                digest = hashlib.file_digest(stream, "sha256").hexdigest()
-            if digest != file.sha256:
+            if sha256_of(self.folder / file.path) != file.sha256:
                 raise _damaged(self.folder, f"{file.path} does not have the sha256 of the manifest")
 
 
@@ -116,6 +117,17 @@ def open_prepared(folder: Path, inputs_digest: str | None = None) -> PreparedFol
         if not path.resolve().is_relative_to(folder.resolve()) or not path.is_file() or path.stat().st_size != file.size:
             raise _damaged(folder, f"{file.path} is missing or has another size")
     return PreparedFolder(folder, manifest)
+
+
+def prepared_folder(cache: Path, digest: str) -> Path:
+    """Folder of the rows that were prepared from the inputs with this digest."""
+    return cache / digest[:24]
+
+
+def sha256_of(path: Path) -> str:
+    """Return the sha256 (hex) of a file."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def partial_folder(folder: Path) -> Path:

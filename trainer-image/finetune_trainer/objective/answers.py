@@ -23,13 +23,13 @@ from finetune_trainer.data.prepare import (
     find_prepared,
     inputs_digest,
     max_sequence_length,
-    prepared_folder,
+    notes_on_stored_rows,
     render_options,
     rows_folder,
     splits_of,
     use_chat_template,
 )
-from finetune_trainer.data.prepared import PreparedFolder, write_prepared
+from finetune_trainer.data.prepared import PreparedFolder, prepared_folder, write_prepared
 from finetune_trainer.data.rows import IGNORED_LABEL, Conversation, Example, LabelledAnswer, Preference, RowError, Turn
 from finetune_trainer.data.shards import ColumnType
 from finetune_trainer.data.template import Rendered, RenderOptions, render
@@ -155,11 +155,13 @@ def load_rows(context: TrainingContext, layout: RowLayout) -> tuple[Splits, Data
     is_templated = use_chat_template(context.run, context.inputs, context.tokenizer)
     limits = length_limits(context)
     digest = inputs_digest(context.run, context.inputs, context.tokenizer, limits.max_row_length)
+    context.preparation.provide_rows(digest)
     with local_rank_0_first():
         prepared = find_prepared(context.token_cache, digest) or _write_splits(context, layout, is_templated, limits, digest)
     splits, summary = splits_of(prepared), prepared.manifest.summary
     report = {"rows": summary["rows"], "tokens": summary["tokens"]}
-    return splits, DataFacts(len(splits.train), DatasetFormat(summary["format"]), summary["notes"], report)
+    notes = [*summary["notes"], *notes_on_stored_rows(context.inputs, digest)]
+    return splits, DataFacts(len(splits.train), DatasetFormat(summary["format"]), notes, report)
 
 
 def _write_splits(context: TrainingContext, layout: RowLayout, is_templated: bool, limits: LengthLimits, digest: str) -> PreparedFolder:
@@ -176,7 +178,9 @@ def _write_splits(context: TrainingContext, layout: RowLayout, is_templated: boo
         is_text = isinstance(example, Preference | LabelledAnswer) and isinstance(example.prompt, str)
         return is_text and is_templated and spec.use_chat_template is None
 
-    with encode_sources(run, context.inputs, make_encoder, rows_folder(folder), is_marked=is_marked) as encoded:
+    with encode_sources(
+        run, context.inputs, make_encoder, rows_folder(folder), is_marked=is_marked, count_rows=context.preparation.count_rows
+    ) as encoded:
         counts, notes = _count_rows(context, encoded, limits)
         summary = {
             "format": encoded.summary.format, "rows": encoded.summary.rows, "notes": notes, "tokens": {name: vars(found) for name, found in counts.items()},

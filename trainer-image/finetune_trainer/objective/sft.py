@@ -210,7 +210,7 @@ class SftObjective(Objective[PreparedData, SFTConfig]):
         """Load the token sequences. One rank per node prepares them."""
         data = prepare(
             context.run, context.inputs, context.tokenizer, max_positions=context.max_positions, cache=context.token_cache,
-            one_rank_first=local_rank_0_first(), vision=context.vision,
+            one_rank_first=local_rank_0_first(), vision=context.vision, preparation=context.preparation,
         )  # fmt: skip
         reports = {name: vars(report) for name, report in data.reports.items()}
         longest = packed_length(context.run) or data.reports["train"].longest

@@ -1,7 +1,8 @@
 """Runs the pod of a preparation: checks storage, model and data before a pod with GPUs starts.
 
 The pod downloads the data, and configuration and tokenizer of the model without its weights. All problems that it finds are the same
-errors, with the same codes, as those of a training pod. It writes nothing that a later pod needs, so a stopped preparation starts again.
+errors, with the same codes, as those of a training pod. At the end it stores the tokenised rows, which the training pods download. A stopped
+preparation starts again.
 """
 
 from __future__ import annotations
@@ -12,15 +13,17 @@ import shutil
 import signal
 import threading
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from finetune_api.base import ReportModel
 from finetune_api.existing_result import RunResult
-from finetune_api.names import ExitCode
+from finetune_api.names import PREPARATION_ATTEMPT, ExitCode
 from finetune_api.pod import RunConfig, TerminationMessage
-from finetune_api.status import DataReport, ResolvedConfig
+from finetune_api.status import DataReport, ResolvedConfig, Stage
 
-from finetune_trainer import processes
+from finetune_trainer import processes, rows_request
+from finetune_trainer.checkpoint.manifest import RunFacts
+from finetune_trainer.data.prepared import TOKENS_FOLDER, prepared_folder
 from finetune_trainer.failure import RankFailure, as_failure
 from finetune_trainer.inputs import FILE_NAME
 from finetune_trainer.settings import Settings, load_run
@@ -34,7 +37,11 @@ from finetune_trainer.supervisor.prepare import Preparation
 from finetune_trainer.supervisor.rank_messages import apply_report
 from finetune_trainer.supervisor.run_state import RunState
 from finetune_trainer.supervisor.server import Server
+from finetune_trainer.supervisor.stored_rows import RowStore, StoredRows
 from finetune_trainer.supervisor.termination import termination_message, write_termination_message
+
+if TYPE_CHECKING:
+    from finetune_trainer.data import DataSummary
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +63,9 @@ class PreparationPod:
         if stop_requests:
             self._stop.set()
         self._result: CheckResult | None = None
+        self._row_store: RowStore | None = None
+        self._stored: StoredRows | None = None
+        """Rows of an earlier preparation that this pod uses."""
         self._adopted: RunResult | None = None
 
     def run(self) -> int:
@@ -63,8 +73,9 @@ class PreparationPod:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda _number, _frame: self._stop.set())
         processes.adopt_orphans()
-        # The operator reads only the termination message, so no request may read the report.
-        server = Server(self._state, self._settings.port, attempt_secret=secrets.token_hex(32))
+        # Without a secret of the operator, no request may read the report.
+        server = Server(self._state, self._settings.port, attempt_secret=self._settings.attempt_secret or secrets.token_hex(32))
+        log.info("listening on port %d", server.port)
         data = DataReport()
         try:
             data = self._check()
@@ -86,34 +97,43 @@ class PreparationPod:
         return decision.code
 
     def _check(self) -> DataReport:
-        """Run all checks. Errors: those of `Preparation` and of the process `check`; StoppedError."""
+        """Run all checks and store the rows. Errors: those of `Preparation` and of the process `check`; StoppedError."""
         run, config_sha256 = load_run(self._settings)
-        self._state.set_run_config(run, config_sha256)
+        self._state.set_run_config(run.model_copy(update={"attempt": PREPARATION_ATTEMPT}), config_sha256)
         work = self._settings.work
-        shutil.rmtree(work / "output", ignore_errors=True)
+        for folder in (work / "output", work / TOKENS_FOLDER):
+            shutil.rmtree(folder, ignore_errors=True)
         (work / "output").mkdir(parents=True)
-        (work / FILE_NAME).unlink(missing_ok=True)
+        for leftover in (work / FILE_NAME, *work.glob(rows_request.ANSWER_FILES)):
+            leftover.unlink(missing_ok=True)
         preparation = Preparation(run, config_sha256, self._settings, self._state, FileDigests(), MODEL_WITHOUT_WEIGHTS)
         preparation.check_hub_token()
 
-        def fetch() -> None:
+        def fetch() -> RunFacts:
             preparation.preflight()
             inputs, facts = preparation.fetch()
             inputs.write(work)
             self._adopted = find_result_to_adopt(run, facts, self._state)
+            return facts
 
-        run_until(self._stop.is_set, fetch)
-        if self._adopted is None:
-            self._run_process(run)
-        summary, checked = preparation.data_summary, self._result
-        self._state.merge_resolved(checked.resolved if checked is not None else ResolvedConfig())
-        if summary is None:
-            return DataReport()
+        facts = run_until(self._stop.is_set, fetch)
+        address: dict[str, str] = {}
+        with RowStore.open(run, self._settings.checkpoint_key) as row_store:
+            self._row_store = row_store
+            if self._adopted is None:
+                self._run_process(run)
+            summary, checked = preparation.data_summary, self._result
+            self._state.merge_resolved(checked.resolved if checked is not None else ResolvedConfig())
+            if summary is None:
+                return DataReport()
+            if checked is not None:
+                address = run_until(self._stop.is_set, lambda: self._store_rows(row_store, run, checked.data.digest, facts, summary))
+            run_until(self._stop.is_set, lambda: _remove_unused_rows(row_store))
         findings = summary.findings
         counts = DataReport(
             rows=summary.rows, bad_rows=summary.bad_rows, duplicates=findings.duplicate_count, personal_data=findings.personal_data_counts
         )
-        return counts.model_copy(update=checked.data.model_dump(exclude_none=True) if checked is not None else {})
+        return counts.model_copy(update=(checked.data.model_dump(exclude_none=True) if checked is not None else {}) | address)
 
     def _run_process(self, run: RunConfig) -> None:
         """Run the checks that need large libraries in a process of its own. Errors: the failure that it reports; StoppedError."""
@@ -126,8 +146,43 @@ class PreparationPod:
         if end.failure is not None:
             raise end.failure
 
+    def _provide_rows(self, digest: str) -> None:
+        """Download rows that an earlier preparation has stored, and let the process `check` continue. Runs in a thread of its own."""
+        assert self._row_store is not None
+        work = self._settings.work
+        try:
+            self._stored = self._row_store.fetch_for_preparation(digest, work)
+        except Exception as error:
+            log.warning("stored rows could not be read", exc_info=error)
+        finally:
+            rows_request.answer_file(work, digest).touch()
+
+    def _store_rows(self, row_store: RowStore, run: RunConfig, digest: str | None, facts: RunFacts, summary: DataSummary) -> dict[str, str]:
+        """Store the rows, unless an earlier preparation has done so. Returns the fields of `DataReport` with their address.
+
+        `digest`: None if the rows of this run are not stored. A failure only adds a note, because the training pods can prepare the data themselves.
+        """
+        if digest is None:
+            return {}
+        folder = prepared_folder(self._settings.work / TOKENS_FOLDER, digest)
+        try:
+            if self._stored is not None and self._stored.digest == digest:
+                sha256 = self._stored.manifest_sha256
+            else:
+                self._state.enter_stage(Stage.UPLOADING, "prepared rows")
+                sha256 = row_store.commit(digest, folder, incarnation=self._settings.incarnation(run), facts=facts, summary=summary)
+        except Exception as error:
+            log.warning("the prepared rows were not stored", exc_info=error)
+            self._state.add_note(f"the prepared rows were not stored: {as_failure(error, 'StorageFailed').code}; the training pods tokenise the data")
+            return {}
+        return {"prepared_uri": row_store.uri(digest), "prepared_sha256": sha256}
+
     def _handle_message(self, message: dict[str, Any]) -> None:
         match message.get("kind"):
+            case rows_request.ROWS_NEEDED:
+                threading.Thread(target=self._provide_rows, args=(str(message["digest"]),), name="stored-rows", daemon=True).start()
+            case rows_request.ROWS_TOKENISED:
+                self._state.set_data(DataReport(tokenised_rows=int(message["rows"])))
             case "checked":
                 self._result = CheckResult.model_validate(message["value"])
             case _:
@@ -142,6 +197,15 @@ def _with_adopted_result(message: TerminationMessage, result: RunResult) -> Term
         "output": result.output, "evaluation": result.evaluation, "metrics": result.metrics, "progress": result.progress,
         "step": result.progress.step if result.progress is not None else None, "resolved": resolved,
     })  # fmt: skip
+
+
+def _remove_unused_rows(row_store: RowStore) -> None:
+    """Remove rows that no job has used for too long. A failure is only logged, because they only cost space."""
+    try:
+        for digest in row_store.remove_expired():
+            log.info("removed unused prepared rows %s", digest)
+    except Exception as error:
+        log.warning("unused prepared rows were not removed", exc_info=error)
 
 
 def prepare(settings: Settings, stop_requests: Sequence[float] = ()) -> int:

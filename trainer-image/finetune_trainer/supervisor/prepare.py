@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from finetune_api.errors import ConfigError, StorageError
+from finetune_api.errors import ConfigError, FineTuneError, StorageError
 from finetune_api.lineage import IMAGE_SETS
 from finetune_api.names import Env, Reason
 from finetune_api.pod import RunConfig
@@ -43,6 +43,7 @@ from finetune_trainer.supervisor.file_digests import FileDigests
 from finetune_trainer.supervisor.hub import require_token
 from finetune_trainer.supervisor.image_digests import image_set_digest
 from finetune_trainer.supervisor.run_state import RunState
+from finetune_trainer.supervisor.stored_rows import RowStore, StoredRows
 
 if TYPE_CHECKING:
     from finetune_trainer.data import DataSummary
@@ -128,18 +129,37 @@ class Preparation:
         )
         return inputs, existing
 
-    def fetch(self) -> tuple[Inputs, RunFacts]:
-        """Download all inputs to the local disk and check the rows. Errors: exit codes 64, 65, 66, 67, 69, 77."""
+    def fetch(self, *, uses_stored_rows: bool = False) -> tuple[Inputs, RunFacts]:
+        """Download all inputs to the local disk and check the rows. Errors: exit codes 64, 65, 66, 67, 69, 77.
+
+        `uses_stored_rows`: download the rows of the job's preparation, if there are any. They have passed the checks.
+        """
         self._state.enter_stage(Stage.DOWNLOADING)
         inputs = self._run_timed("fetch", self._fetch)
         facts = run_facts_of(self._run, self._sha256, inputs, self._digests.of)
         require_expected_inputs(facts, without=IMAGE_SETS)  # a replay with other data must say so, even if their rows are not usable
         self._state.enter_stage(Stage.CHECKING)
-        summary = self._run_timed("check", lambda: self._check_data(inputs))
+        stored = self._run_timed("rows", lambda: self._fetch_stored_rows(facts)) if uses_stored_rows else None
+        summary = self._run_timed("check", lambda: self._check_data(inputs, stored))
         image_digests = self._run_timed("images", lambda: self._digest_images(summary))
         facts = facts.model_copy(update={"other_inputs": facts.other_inputs | image_digests})
         require_expected_inputs(facts)
-        return inputs.model_copy(update={"image_digests": image_digests}), facts
+        return inputs.model_copy(update={"image_digests": image_digests, "stored_rows": stored.digest if stored is not None else None}), facts
+
+    def _fetch_stored_rows(self, facts: RunFacts) -> StoredRows | None:
+        """Download the rows of the job's preparation. None: there are none, or they cannot be used, which adds a note."""
+        if self._run.prepared is None or not self._run.prepared.digest:
+            return None
+        try:
+            with RowStore.open(self._run) as row_store:
+                stored = row_store.fetch_for_training(facts, self._work, renews=self._node_rank == 0, byte_counter=self._count_downloaded_bytes)
+        except Exception as error:  # the rows only save time
+            log.warning("the prepared rows are not used", exc_info=error)
+            problem = error.message if isinstance(error, FineTuneError) else type(error).__name__
+            self._state.add_note(f"the prepared rows are not used: {problem}; this pod reads and tokenises the data")
+            return None
+        self._state.add_note(f"the rows of the preparation are used: {stored.row_count} rows")
+        return stored
 
     def _digest_images(self, summary: DataSummary) -> dict[str, str]:
         """The digest of the images that the rows name, for training and held-out data. Data without such images have no entry."""
@@ -197,6 +217,9 @@ class Preparation:
             fetcher.data(item.source, f"dataset.mixture[{number}].source", f"mixture-{number}")
             for number, item in enumerate(data.mixture or [])
         ]
+        validation = fetcher.data(data.validation, "dataset.validation", "validation") if data.validation else []
+        test = fetcher.data(data.test, "dataset.test", "test") if data.test else []
+        data_files = [*train, *(file for part in mixture for file in part), *validation, *test]
         metric_models = spec.evaluation.metric_models
         bertscore, similarity = (metric_models.bertscore, metric_models.semantic_similarity) if metric_models else (None, None)
         return Inputs(
@@ -212,8 +235,9 @@ class Preparation:
             benchmarks=self._fetch_benchmarks(fetcher),
             train=train,
             mixture=mixture,
-            validation=fetcher.data(data.validation, "dataset.validation", "validation") if data.validation else [],
-            test=fetcher.data(data.test, "dataset.test", "test") if data.test else [],
+            validation=validation,
+            test=test,
+            file_digests={file: digest for file in data_files if (digest := self._digests.known(file)) is not None},
             images=fetcher.image_root(data.images.root, "dataset.images.root", "images") if data.images and data.images.root else None,
             source_versions=fetcher.source_versions,
             model_revision=model.hub_revision or fingerprint(model.path),
@@ -241,13 +265,13 @@ class Preparation:
             folders.append(folder)
         return folders
 
-    def _check_data(self, inputs: Inputs) -> DataSummary:
+    def _check_data(self, inputs: Inputs, stored: StoredRows | None) -> DataSummary:
         from finetune_trainer.benchmarks.plan import plan_tasks
         from finetune_trainer.data import check_files  # This module imports neither torch nor transformers.
 
         if self._node_rank == 0:
             plan_tasks(self._run, inputs.benchmarks)  # Refuse tasks that cannot run, before any step is trained.
-        self.data_summary = summary = check_files(self._run, inputs)
+        self.data_summary = summary = check_files(self._run, inputs) if stored is None else stored.summary
         read_prompts(prompts_to_compare(self._run.spec), inputs.config_maps)  # Errors are found before training.
         for note in summary.notes:
             self._state.add_note(note)

@@ -17,7 +17,17 @@ from typing import Any
 
 from finetune_api.errors import FineTuneError
 from finetune_api.pod import HealthReport, ProgressReport, RunConfig
-from finetune_api.status import Checkpoint, EvaluationResult, Metrics, Output, Progress, ResolvedConfig, RunPlan, Stage
+from finetune_api.status import (
+    Checkpoint,
+    DataReport,
+    EvaluationResult,
+    Metrics,
+    Output,
+    Progress,
+    ResolvedConfig,
+    RunPlan,
+    Stage,
+)
 
 from finetune_trainer.supervisor.pod_time import compute_time_use
 from finetune_trainer.supervisor.remaining_time import RemainingTime
@@ -40,6 +50,7 @@ class RunState:
         self._metrics = Metrics()
         self._resolved = ResolvedConfig()
         self._plan: RunPlan | None = None
+        self._data: DataReport | None = None
         self._notes: list[str] = []
         self._checkpoints: dict[int, Checkpoint] = {}
         self._output: Output | None = None
@@ -136,6 +147,11 @@ class RunState:
         with self._lock:
             known = {name: value for name, value in plan if value is not None}
             self._plan = (self._plan or RunPlan()).model_copy(update=known)
+
+    def set_data(self, data: DataReport) -> None:
+        """Set the counts of the data, which a preparation reports."""
+        with self._lock:
+            self._data = data
 
     def add_note(self, text: str) -> None:
         """Add a sentence to `status.resolved.notes` if it is not there yet."""
@@ -253,6 +269,7 @@ class RunState:
                 evaluation=self._evaluation,
                 resumed_from_step=self.resumed_from_step,
                 plan=self._plan,
+                data=self._data,
                 resolved=self._resolved.model_copy(update={"notes": list(self._notes) or None}),
                 health=self._health_with_ages(),
                 timings={name: round(seconds, 3) for name, seconds in timings.items()},

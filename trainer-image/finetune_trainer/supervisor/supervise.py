@@ -238,7 +238,7 @@ class Supervisor:
                 self._start_tracking(entries_of_log(tree.store.get(join(Storage.METRICS, ResultFile.LOG))))
                 self._must_end.set()
                 return
-            inputs, facts = preparation.fetch()
+            inputs, facts = preparation.fetch(uses_stored_rows=True)
             preparation.claim_storage(tree)
             if self._settings.node_rank == 0:
                 store_quietly(self._state, FILES_OF_RESULTS, self._results.record_start)

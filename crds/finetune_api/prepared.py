@@ -1,0 +1,55 @@
+"""How long prepared rows are kept: the marker `_USED` in each folder below `<storage.uri>/<namespace>/_prepared/`.
+
+Each pod that uses the rows moves the marker's time forward. After this time, preparation pods and `finetune purge` may remove the rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from datetime import UTC, datetime, timedelta
+
+from pydantic import AwareDatetime
+
+from finetune_api.base import LenientModel
+from finetune_api.names import USED_MARKER, Storage
+
+
+class UsedMarker(LenientModel):
+    """The content of the object `_USED`."""
+
+    until: AwareDatetime
+    """Before this time, the rows are not removed."""
+
+    @staticmethod
+    def parse(data: bytes | None) -> UsedMarker | None:
+        """Return the marker; None if it is missing or cannot be read."""
+        try:
+            return UsedMarker.model_validate_json(data) if data is not None else None
+        except ValueError:
+            return None
+
+    def to_bytes(self) -> bytes:
+        """The content of the object."""
+        return self.model_dump_json(by_alias=True).encode()
+
+    def is_expired(self, now: datetime) -> bool:
+        """Whether the rows may be removed."""
+        return now >= self.until
+
+
+def renewed_marker(current: UsedMarker | None, now: datetime, ttl_days: int) -> UsedMarker:
+    """Return a marker that keeps the rows for `ttl_days`, and at least as long as the current marker does."""
+    until = now.astimezone(UTC).replace(microsecond=0) + timedelta(days=ttl_days)
+    return UsedMarker(until=until if current is None else max(until, current.until))
+
+
+def removal_order(keys: Iterable[str]) -> list[list[str]]:
+    """Group the keys of a folder with prepared rows in the order of their removal: commit marker, manifests, other files, `_USED`.
+
+    A reader then finds either a complete folder or none. An interrupted removal leaves `_USED`, so that a later removal continues.
+    """
+    order = {Storage.COMMITTED.value: 0, Storage.MANIFEST.value: 1, USED_MARKER: 3}
+    groups: dict[int, list[str]] = {}
+    for key in sorted(keys):
+        groups.setdefault(order.get(key.rpartition("/")[2], 2), []).append(key)
+    return [groups[number] for number in sorted(groups)]
