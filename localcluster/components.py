@@ -15,7 +15,7 @@ SERVICE_CIDR = "10.96.0.0/16"
 DNS_DOMAIN = "cluster.local"
 AUDIT_POLICY_FILE = "audit-policy.json"
 AUDIT_LOG = "logs/audit.log"
-"""The API server's audit log in the state folder: who has written which FineTuneJob. One JSON object per line."""
+"""The API server's audit log in the state folder: which user wrote which FineTuneJob. One JSON object per line."""
 WRITING_VERBS = ["create", "update", "patch", "delete", "deletecollection"]
 
 

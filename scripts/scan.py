@@ -56,7 +56,7 @@ def scan(folder: Path, versions_by_program: dict[str, dict[str, str]]) -> tuple[
         count += 1
         for name in {_package_name(affected) for affected in report.get("affected", [])} & programs_of.keys():
             for version, programs in programs_of[name].items():
-                fixed_in = affected_by(report, name, version)
+                fixed_in = fixed_version_of(report, name, version)
                 if fixed_in is not None:
                     findings.append(Finding(name, version, tuple(programs), report["id"], str(report.get("summary", "")), fixed_in))
     return sorted(findings, key=lambda finding: (finding.package, finding.version, finding.report)), count
@@ -79,7 +79,7 @@ def read_reports(folder: Path) -> Iterator[dict[str, Any]]:
             yield report
 
 
-def affected_by(report: dict[str, Any], name: str, version: str) -> str | None:
+def fixed_version_of(report: dict[str, Any], name: str, version: str) -> str | None:
     """Return the version in which the vulnerability is fixed, an empty text if none is known, or None if the package is not affected."""
     for affected in report.get("affected", []):
         if _package_name(affected) != name:

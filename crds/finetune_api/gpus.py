@@ -19,7 +19,7 @@ class GpuType:
     bandwidth: float
     """Bytes per second of its memory."""
     device_words: str
-    """Words in the name that the driver reports."""
+    """Part of the device name that the driver reports, by which the type is recognised."""
 
 
 def _gpu(mebibytes: int, peak_teraflops: float, bandwidth_gigabytes: float, device_words: str) -> GpuType:
@@ -36,7 +36,7 @@ GPU_TYPES = {
 """Common GPUs, by the names that `finetune plan --gpu` and `nodePools[].gpuType` take."""
 
 SLOWER_DEVICES = re.compile(r"\b(MIG|RTX A\d+|Laptop|Max-Q|4090 D|H100 PCIe|H100 NVL|H200 NVL|A10G)\b")
-"""Matches the names of slower devices with the words of a type above."""
+"""Matches device names that contain the words of a type above, but belong to a slower GPU."""
 
 
 def gpu_of_device(device: str) -> GpuType | None:

@@ -1,6 +1,7 @@
 """How long prepared rows are kept: the marker `_USED` in each folder below `<storage.uri>/<namespace>/_prepared/`.
 
-Each pod that uses the rows moves the marker's time forward. After this time, preparation pods and `finetune purge` may remove the rows.
+Each preparation that uses the rows, and the first pod of each attempt, moves the marker's time forward. After this
+time, preparation pods and `finetune purge` may remove the rows.
 """
 
 from __future__ import annotations

@@ -390,7 +390,7 @@ class WorkPlan(ReportModel):
     steps: int = status_field("Number of optimizer steps.", default=..., example=500)
     tokens: int = status_field("Tokens of all steps.", default=..., example=8192000)
     petaflop: float = status_field("Floating-point operations, in units of 1e15.", default=..., example=250)
-    traffic_terabytes: float = status_field("What weights and optimizer move from and to the GPUs' memory, in 1e12 bytes.", default=..., example=26)
+    traffic_terabytes: float = status_field("Memory traffic of weights and optimizer states on the GPUs, in units of 1e12 bytes.", default=..., example=26)
 
 
 class TimePlan(ReportModel):
@@ -436,14 +436,14 @@ class TimeUse(ReportModel):
     checking: float | None = status_field("Check of spec, model and rows.", example=2.1)
     loading: float | None = status_field("Tokenising rows, loading the model or a checkpoint.", example=31)
     first_step: float | None = status_field("The first optimizer step of the pod, in which kernels are compiled.", example=9.4)
-    steps: float | None = status_field("Optimizer steps that count.", example=5120)
+    steps: float | None = status_field("Optimizer steps that no later attempt repeated.", example=5120)
     lost_steps: float | None = status_field("Optimizer steps that a later attempt repeated.", example=61.5)
     saving: float | None = status_field("Training waited for the writing of a checkpoint or of the final model.", example=8.8)
     evaluation: float | None = status_field("Evaluation, during training and after it.", example=120)
     upload: float | None = status_field("Upload of the final model.", example=14)
     finishing: float | None = status_field("Merge, verification and report.", example=25)
     stopping: float | None = status_field("From a stop request to the end of the pod.")
-    other: float | None = status_field("Time with no other part.", example=0.9)
+    other: float | None = status_field("Time that belongs to no other part.", example=0.9)
 
     def seconds(self) -> dict[str, float]:
         """Return the seconds of all parts that took time, by the part's name in JSON."""
@@ -461,9 +461,9 @@ class AttemptTime(ReportModel):
 class Goodput(ReportModel):
     """What the time of the job was used for, until the newest report of a pod or the end of the newest attempt."""
 
-    wall_seconds: float = status_field("Seconds since the creation of the job. The sum of all parts.", default=..., example=5560.4)
+    wall_seconds: float = status_field("Seconds from the creation of the job to the newest report or the end of the newest attempt: the sum of all parts.", default=..., example=5560.4)
     percent: float | None = status_field(
-        "Share of the pods' time on their nodes in which optimizer steps that count were computed, in percent.", example=92.1
+        "Percentage of the time on nodes that went into optimizer steps that no later attempt repeated.", example=92.1
     )
     parts: TimeUse = status_field("Seconds by part, of all attempts.", default_factory=TimeUse)
     attempts: list[AttemptTime] = status_field("The newest ten attempts.", default_factory=list)

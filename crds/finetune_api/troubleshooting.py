@@ -66,7 +66,7 @@ FAILURE_REMEDIES: dict[str, tuple[Remedy, ...]] = {
         ("StoppedSaved", "The pod was asked to stop and saved a checkpoint.", NO_ACTION + " The next attempt resumes from this step."),
         ("StoppedUnsaved", "The pod was asked to stop, but could not save a checkpoint in time.", "Raise `policy.terminationGracePeriodSeconds`, or save checkpoints more often."),
         ("DeadlineExceeded", "The job ran longer than `policy.activeDeadlineSeconds`.", "Create a new job with a longer deadline whose `checkpoint.resume` names the newest checkpoint."),
-        ("BudgetExceeded", "The job has spent `policy.maxCost`, or its planned cost is surely higher.", "Create a new job with a higher `policy.maxCost` whose `checkpoint.resume` names the newest checkpoint, or with fewer steps."),
+        ("BudgetExceeded", "The job has spent `policy.maxCost`, or even the lower bound of its planned cost is higher.", "Create a new job with a higher `policy.maxCost` whose `checkpoint.resume` names the newest checkpoint, or with fewer steps."),
         ("TrainerTooOld", "The trainer image does not know a field that the spec sets.", "Use a trainer image of the operator's version, or remove the field."),
     ),
     "Memory and numbers": _remedies(
@@ -366,7 +366,7 @@ RULE_REMEDIES: tuple[Remedy, ...] = _remedies(
     ("DpoLosses", "The list of DPO losses contains a combination that cannot work.", "Write the list that the hint shows."),
     ("EncryptionContradiction", "Fields of `encryption` exclude each other, or the store is not S3.", "Remove one of the fields in the message."),
     ("EnvironmentContradiction", "An environment variable has both a value and a Secret.", "Remove one of the two."),
-    ("ExistingResultNotCompared", "`policy.onExistingResult: adopt` or `fail` needs the preparation pod, but the job is not prepared or does not train.", "Write `prepare.strategy: auto` or `policy.onExistingResult: train`."),
+    ("ExistingResultNotCompared", "`policy.onExistingResult: adopt` or `fail` needs the preparation pod, but the job is not prepared or does not train.", "Remove `prepare.strategy: never` or `policy.onExistingResult`. With `phases.train: false`, remove `policy.onExistingResult`."),
     ("EnvironmentReserved", "The operator sets this environment variable.", "Remove it. Write credentials into `storage.credentialsSecretRef` or `model.tokenSecretRef`."),
     ("EvaluationOptionWithoutEffect", "An option of `evaluation` would have no effect.", "Remove the option, or add the metric that uses it."),
     ("EvaluationRowsMissing", "The evaluation needs rows, but the spec has neither test nor validation data.", "Write `dataset.test` or `dataset.split.test`."),

@@ -1,6 +1,6 @@
 """The GPU-hours and the cost of a job, planned and spent, and the limit `policy.maxCost`. All functions are pure.
 
-The price is that of the node pool when the job started. A pod's GPUs cost from its scheduling to its end.
+The price is that of the node pool when the job started. A pod's GPUs cost money from the time when the pod gets a node to its end.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MAX_BUDGET_SECONDS = 10 * 365 * 86400.0
 
 
 def compute_cost(facts: Facts, attempt_end: AttemptEnd | None) -> JobCost | None:
-    """Return the cost until the newest report or the end of the current attempt. Without either, it does not change."""
+    """Return the cost until the newest report or the end of the current attempt. Without either, return the cost in the status."""
     old, price = facts.job.status.cost, _price(facts)
     if price is None:
         return old
@@ -58,7 +58,7 @@ def plan_with_cost(plan: RunPlan | None, facts: Facts, device: str | None) -> Ru
 
 
 def budget_message(facts: Facts, moment: datetime) -> str:
-    """Return that `policy.maxCost` is spent at this moment, or an empty string."""
+    """Return a message if `policy.maxCost` is spent at this moment, otherwise an empty string."""
     limit, price = facts.max_cost, _price(facts)
     if limit is None or price is None or _gpu_seconds(facts, moment) / SECONDS_PER_HOUR * price < limit:
         return ""
@@ -77,7 +77,7 @@ def budget_spent_at(facts: Facts) -> datetime | None:
 
 
 def too_expensive_message(facts: Facts) -> str:
-    """Return that even the lower bound of the planned cost is above `policy.maxCost`, or an empty string. Only a job without attempts is refused."""
+    """Return a message if the lower bound of the planned cost is above `policy.maxCost`, otherwise an empty string. Only a job without attempts is refused."""
     plan, limit = facts.job.status.plan, facts.max_cost
     cost = plan.cost if plan is not None else None
     if limit is None or cost is None or facts.job.status.attempts or cost.lower <= limit:
@@ -89,7 +89,7 @@ def too_expensive_message(facts: Facts) -> str:
 
 
 def budget_failure(message: str) -> Failure:
-    """Return the failure of a job that spent `policy.maxCost`, or that would surely spend more."""
+    """Return the failure of a job that has spent `policy.maxCost`, or whose planned cost is above it even at the lower bound."""
     hint = "raise policy.maxCost, or train fewer steps; if the job has a checkpoint, a new FineTuneJob can resume from it"
     return Failure(class_=FailureClass.USER, code=Reason.BUDGET_EXCEEDED, message=message, hint=hint)
 

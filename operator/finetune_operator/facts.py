@@ -125,8 +125,8 @@ class Facts:
         return refusal_reason not in (Reason.OPERATOR_TOO_OLD, Reason.SPEC_CHANGED)
 
     @property
-    def must_look_for_results(self) -> bool:
-        """Whether the user wrote `policy.onExistingResult: adopt` or `fail`. As a default, adopt is only tried."""
+    def requires_result_comparison(self) -> bool:
+        """Whether the user wrote `policy.onExistingResult: adopt` or `fail`. With adopt as a default, the job may also start without a preparation."""
         is_default = not isinstance(self.acceptance, AcceptedSpec) or "policy.onExistingResult" in self.acceptance.defaults
         return not is_default and self.spec.policy.on_existing_result in (OnExistingResult.ADOPT, OnExistingResult.FAIL)
 

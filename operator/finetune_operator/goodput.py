@@ -58,7 +58,7 @@ class _Timeline:
         self.seconds: Seconds = {}
         self._now, self._end = begins_at, max(begins_at, ends_at)
 
-    def spend_until(self, moment: datetime | None, part: str) -> None:
+    def add_until(self, moment: datetime | None, part: str) -> None:
         """Add the time until `moment` to a part. None: until the end."""
         self.add(self.seconds_until(moment), part)
         self._now = max(self._now, self._end if moment is None else min(moment, self._end))
@@ -73,7 +73,7 @@ class _Timeline:
         if seconds > 0:
             self.seconds[part] = self.seconds.get(part, 0.0) + seconds
 
-    def spend_container(self, pod: PodTime) -> None:
+    def add_container(self, pod: PodTime) -> None:
         """Add the time of a container: the reported parts, and the rest. If the clocks differ, the largest parts are shortened."""
         rest, parts = self.seconds_until(pod.ended_at), dict(pod.reported or {})
         for part, seconds in sorted(parts.items(), key=lambda item: item[1]):
@@ -89,22 +89,22 @@ def split_time(times: AttemptTimes) -> Seconds:
     timeline = _Timeline(times.begins_at, times.ends_at)
     before = "suspended" if times.follows_suspension else "waiting"
     if times.prepared is not None:
-        timeline.spend_until(times.prepared[0], before)
-        timeline.spend_until(times.prepared[1], "preparation")
-    timeline.spend_until(times.job_created_at, before)
+        timeline.add_until(times.prepared[0], before)
+        timeline.add_until(times.prepared[1], "preparation")
+    timeline.add_until(times.job_created_at, before)
     without_pod = "queued" if times.has_queue else "scheduling"
     for pod in sorted(times.pods, key=lambda pod: pod.created_at):
-        timeline.spend_until(pod.created_at, without_pod)
-        timeline.spend_until(pod.scheduled_at or pod.started_at or pod.ended_at, "scheduling")
+        timeline.add_until(pod.created_at, without_pod)
+        timeline.add_until(pod.scheduled_at or pod.started_at or pod.ended_at, "scheduling")
         if pod.scheduled_at is not None or pod.started_at is not None:
-            timeline.spend_until(pod.started_at or pod.ended_at, "podStart")
+            timeline.add_until(pod.started_at or pod.ended_at, "podStart")
         if pod.started_at is not None:
-            timeline.spend_container(pod)
-    timeline.spend_until(None, "other" if times.pods else without_pod)
+            timeline.add_container(pod)
+    timeline.add_until(None, "other" if times.pods else without_pod)
     return timeline.seconds
 
 
-def settle_lost_steps(entries: Sequence[AttemptTime], attempts: Sequence[Attempt]) -> list[AttemptTime]:
+def split_lost_steps(entries: Sequence[AttemptTime], attempts: Sequence[Attempt]) -> list[AttemptTime]:
     """Divide the time of each attempt's steps into steps that count and steps that a later attempt repeated, in proportion to their numbers."""
     settled, first_repeated = [], None
     records = {attempt.number: attempt for attempt in attempts}
@@ -129,7 +129,7 @@ def _with_lost_steps(entry: AttemptTime, start: int, last: int, first_repeated: 
 def compute_goodput(
     facts: Facts, old: Goodput | None, attempts: Sequence[Attempt], attempt_end: AttemptEnd | None, job: JobView | None, kept_attempts: int
 ) -> Goodput | None:
-    """Return the goodput until the newest report or the end of the current attempt. Without either, it does not change.
+    """Return the goodput until the newest report or the end of the current attempt. Without either, return the old goodput.
 
     `attempts`: the new records of the attempts. `job`: the Job of the current attempt.
     """
@@ -144,7 +144,7 @@ def compute_goodput(
     parts = {part: round(seconds, 3) for part, seconds in split_time(times).items()}
     if facts.attempt in known and not times.pods:
         parts = _without_pods(known[facts.attempt], total(parts))
-    entries = settle_lost_steps([*earlier_entries, AttemptTime(number=facts.attempt, wall_seconds=total(parts), parts=parts)], attempts)
+    entries = split_lost_steps([*earlier_entries, AttemptTime(number=facts.attempt, wall_seconds=total(parts), parts=parts)], attempts)
     for entry in entries[:-kept_attempts]:
         earlier = add_parts([earlier, entry.parts])
     return summarise(entries[-kept_attempts:], earlier)

@@ -72,7 +72,7 @@ def _plan_start(facts: Facts, record: Preparation) -> Plan:
     start = _start_time(facts, record)
     if start > facts.now:
         return Plan(Situation.PREPARING, reconcile_at=timeouts.next_reconcile_at(facts.now, start))
-    if _is_auto(facts) and facts.now >= add_seconds(start, PLACEMENT_SECONDS):
+    if _may_start_unprepared(facts) and facts.now >= add_seconds(start, PLACEMENT_SECONDS):
         return _plan_skip(record, facts.now, f"no Job could be created for {PLACEMENT_SECONDS:.0f} s")
     is_new = facts.job.status.preparation is None
     return Plan(
@@ -106,7 +106,7 @@ def _plan_running(facts: Facts, record: Preparation, job: JobView, pods: tuple[P
     blocking_condition = blocking_condition_of_pods(pods) or facts.blocking_condition
     is_waiting = blocking_condition is not None or not any(pod.node for pod in pods)
     limit = add_seconds(job.created_at, PLACEMENT_SECONDS)
-    if is_waiting and _is_auto(facts) and facts.now >= limit:
+    if is_waiting and _may_start_unprepared(facts) and facts.now >= limit:
         problem = blocking_condition.message if blocking_condition else "no node could take the pod"
         return _plan_skip(record, facts.now, f"the pod of the preparation did not start within {PLACEMENT_SECONDS:.0f} s: {problem}")
     deletion_times = [pod.deletion_timestamp for pod in pods if pod.deletion_timestamp]
@@ -118,7 +118,7 @@ def _plan_running(facts: Facts, record: Preparation, job: JobView, pods: tuple[P
 
 
 def _pod_to_read(facts: Facts, pods: tuple[PodView, ...]) -> PodView | None:
-    """The pod whose progress is read. Without a secret, the pod answers nobody."""
+    """Return the pod whose progress is read. Without `isolation.secret`, the pod refuses all requests, so there is none."""
     running = (pod for pod in pods if pod.phase == "Running" and pod.ip and not pod.is_deleted)
     return next(running, None) if facts.config.isolation.secret else None
 
@@ -144,7 +144,7 @@ def _plan_failure(facts: Facts, record: Preparation, job: JobView, pods: tuple[P
             number=record.number + 1, failures=failures, start_time=record.start_time, end_time=job.failed_at, message=clean(cause.failure.message)
         )
         return Plan(Situation.PREPARING, preparation=repeated)
-    if _is_auto(facts) and not is_final:
+    if _may_start_unprepared(facts) and not is_final:
         return _plan_skip(record, job.failed_at, f"the preparation failed: {cause.failure.message}")
     reason = Reason.RETRIES_EXHAUSTED if cause.retry_policy is RetryPolicy.COUNTED else cause.reason
     ended = record.model_copy(update={"end_time": job.failed_at, "reason": reason.value, "message": clean(cause.failure.message)})
@@ -178,13 +178,13 @@ def _is_users_mistake(facts: Facts, cause: FailureCause, pods: tuple[PodView, ..
 
 def _may_repeat(facts: Facts, record: Preparation, job: JobView, cause: FailureCause) -> bool:
     """Whether another preparation may succeed."""
-    if job.failed_reason == DEADLINE_REASON or (_is_auto(facts) and record.number >= MAX_AUTO_PREPARATIONS):
+    if job.failed_reason == DEADLINE_REASON or (_may_start_unprepared(facts) and record.number >= MAX_AUTO_PREPARATIONS):
         return False
     match cause.retry_policy:
         case RetryPolicy.NOT_COUNTED:
             return True
         case RetryPolicy.WAIT:
-            return not _is_auto(facts)
+            return not _may_start_unprepared(facts)
         case RetryPolicy.COUNTED:
             retries = facts.spec.policy.retries if facts.spec.policy.retries is not None else DEFAULT_RETRIES
             return record.failures < retries
@@ -198,9 +198,9 @@ def _plan_skip(record: Preparation, ended_at: datetime, problem: str) -> Plan:
     return Plan(Situation.PREPARING, preparation=skipped)
 
 
-def _is_auto(facts: Facts) -> bool:
-    """Whether the job may start without a preparation. It must not if the user wrote that earlier results are adopted or end the job."""
-    return facts.spec.prepare.strategy is PrepareStrategy.AUTO and not facts.must_look_for_results
+def _may_start_unprepared(facts: Facts) -> bool:
+    """Whether the job may start without a preparation. It may not if the user wrote `policy.onExistingResult: adopt` or `fail`."""
+    return facts.spec.prepare.strategy is PrepareStrategy.AUTO and not facts.requires_result_comparison
 
 
 def describe_preparation(record: Preparation, blocking_condition: BlockingCondition | None) -> tuple[Reason, str]:

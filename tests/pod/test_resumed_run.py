@@ -16,7 +16,7 @@ from finetune_api.lineage import Statement
 from finetune_api.names import REPORT_KEY
 from finetune_api.pod import TerminationMessage
 from finetune_api.status import Attempt, AttemptTime, TimeUse
-from finetune_operator.goodput import AttemptTimes, PodTime, settle_lost_steps, split_time, summarise, total
+from finetune_operator.goodput import AttemptTimes, PodTime, split_lost_steps, split_time, summarise, total
 from finetune_trainer.checkpoint.manifest import RunFacts
 from finetune_trainer.results.log_entry import LogEntry
 from finetune_trainer.supervisor.remaining_time import expected_step_seconds
@@ -190,7 +190,7 @@ def test_the_parts_of_the_time_sum_to_the_time(run: ResumedRun) -> None:
         Attempt(number=1, last_step=attempts.first_report.progress.step),
         Attempt(number=2, resumed_from_step=message.resumed_from_step, last_step=STEPS),
     ]
-    goodput = summarise(settle_lost_steps(entries, records), {})
+    goodput = summarise(split_lost_steps(entries, records), {})
     wall_seconds = sum((end - start).total_seconds() for start, end in (attempts.first_times, attempts.second_times))
     parts = goodput.parts.seconds()
     assert min(parts.values()) > 0 and sum(parts.values()) == pytest.approx(wall_seconds, rel=0.001)

@@ -272,7 +272,7 @@ def test_a_preparation_removes_rows_that_are_unused_for_too_long(bucket: Bucket,
 
 @pytest.mark.slow
 def test_rows_without_the_signature_of_a_preparation_are_prepared_again(bucket: Bucket, model: Path, rows: Path, tmp_path: Path) -> None:
-    """Who can only write to the bucket commits rows before the first preparation of a job looks for them."""
+    """An attacker with write access to the bucket commits rows before the first preparation of a job searches for them."""
     spec = spec_of(model, rows, "full")
     replace_commit(bucket, data_of(prepare(bucket, tmp_path / "one", spec)))
     second = data_of(prepare(bucket, tmp_path / "two", spec, OTHER_UID))

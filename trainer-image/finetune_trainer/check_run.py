@@ -21,7 +21,7 @@ from finetune_trainer.child_main import run_child_main
 from finetune_trainer.data.prepared import TOKENS_FOLDER
 from finetune_trainer.inputs import Inputs
 from finetune_trainer.objective import load_objective, module_of
-from finetune_trainer.rows_request import SupervisedPreparation
+from finetune_trainer.rows_request import SupervisorRowPreparation
 from finetune_trainer.settings import Settings, load_run
 
 if TYPE_CHECKING:
@@ -42,19 +42,19 @@ def _check_with_inputs(channel: Channel) -> None:
     inputs = Inputs.read(channel.work)
     if inputs is None:
         raise InternalError("InputsMissing", "the inputs were not downloaded before the check began")
-    check(run, channel, inputs, SupervisedPreparation(channel))
+    check(run, channel, inputs, SupervisorRowPreparation(channel))
 
 
-def check(run: RunConfig, channel: Channel, inputs: Inputs, preparation: SupervisedPreparation | None = None) -> None:
+def check(run: RunConfig, channel: Channel, inputs: Inputs, preparation: SupervisorRowPreparation | None = None) -> None:
     """Check the data and the method, and report the counts. Errors: those of the objective's data and of the method.
 
-    `preparation`: None if nobody looks for stored rows.
+    `preparation`: None if there is no supervisor that can download stored rows.
     """
     imports.preload(run, module_of(rules.trainer_type_of(run.spec)))
     from finetune_api.memory.description import Facts as MemoryFacts
 
     from finetune_trainer import model
-    from finetune_trainer.data.prepare import LocalPreparation
+    from finetune_trainer.data.prepare import NoPreparationCallbacks
     from finetune_trainer.distributed import DistributedStrategy
     from finetune_trainer.memory_plan import plan_with_facts, plan_work_of_run
     from finetune_trainer.objective.base import TrainingContext
@@ -68,7 +68,7 @@ def check(run: RunConfig, channel: Channel, inputs: Inputs, preparation: Supervi
     config = model.load_config(run, inputs)
     context = TrainingContext(
         run, inputs, hardware, strategy, tokenizer, channel.work / TOKENS_FOLDER, model.max_positions(config),
-        vision=model.load_processor(run, inputs, config, tokenizer), preparation=preparation or LocalPreparation(),
+        vision=model.load_processor(run, inputs, config, tokenizer), preparation=preparation or NoPreparationCallbacks(),
     )  # fmt: skip
     _, facts = objective.load_data(context)
     for note in (*notes, *facts.notes):

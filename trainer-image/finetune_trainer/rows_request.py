@@ -16,8 +16,8 @@ ANSWER_FILES = "stored-rows-*"
 """Pattern of the names of the files with which the supervisor answers. The star stands for a part of the digest."""
 
 
-class SupervisedPreparation:
-    """Lets the supervisor download rows that another preparation has stored, and counts tokenised rows (`data.prepare.RowPreparation`)."""
+class SupervisorRowPreparation:
+    """Lets the supervisor download rows that another preparation has stored, and counts tokenised rows (`data.prepare.PreparationCallbacks`)."""
 
     def __init__(self, channel: Channel) -> None:
         self._channel = channel

@@ -42,10 +42,10 @@ def plan(
         int | None, typer.Option("--longest-row", metavar="TOKENS", min=1, help="Tokens of the longest row. Default: dataset.maxSequenceLength.")
     ] = None,
     rows: Annotated[
-        int | None, typer.Option("--rows", metavar="ROWS", min=1, help="Training rows, to plan the time. Also needs --mean-row.")
+        int | None, typer.Option("--rows", metavar="ROWS", min=1, help="Number of training rows, to plan the time. Also needs --mean-row.")
     ] = None,
     mean_row: Annotated[
-        int | None, typer.Option("--mean-row", metavar="TOKENS", min=1, help="Mean tokens of a training row, to plan the time.")
+        int | None, typer.Option("--mean-row", metavar="TOKENS", min=1, help="Mean number of tokens of a training row, to plan the time. Also needs --rows.")
     ] = None,
     price: Annotated[
         float | None, typer.Option("--price", metavar="PRICE", min=0, help="Price of one GPU for one hour, to plan the cost.")
@@ -123,7 +123,7 @@ def _gpu_bytes(gpu: str | None, gpu_memory: str | None) -> int | None:
 
 def _check_time_options(gpu: str | None, rows: int | None, mean_row: int | None, price: float | None) -> None:
     if (rows is None) != (mean_row is None):
-        raise output.fail("--rows and --mean-row plan the time together: give both, or none")
+        raise output.fail("the planned time needs both --rows and --mean-row: write both, or neither")
     if rows is not None and gpu is None:
         raise output.fail("--rows and --mean-row need the type of the GPUs: add --gpu NAME")
     if price is not None and rows is None:
@@ -133,7 +133,7 @@ def _check_time_options(gpu: str | None, rows: int | None, mean_row: int | None,
 def _plan_times(
     resolved: ResolvedSpec, shape: ModelShape, plans: dict[str, JobPlan], gpu: str | None, data: tuple[int | None, int | None], price: float | None
 ) -> Times:
-    """Plan the time and the cost with each method. Empty without a GPU type and data. `data`: rows, and mean tokens of a row."""
+    """Plan the time and the cost with each method. Empty without a GPU type or `data`. `data`: number of rows, and mean tokens of a row."""
     from finetune_api.errors import ConfigError
     from finetune_api.gpus import GPU_TYPES
     from finetune_api.memory.plan import change_spec
@@ -277,15 +277,15 @@ def _time_rows(times: Times) -> list[tuple[str, list[str]]]:
         return []
     durations, costs = [time for time, _ in times.values()], [cost for _, cost in times.values() if cost is not None]
     rows = [
-        ("expected time", [_hours(one.expected_seconds) for one in durations]),
-        ("time, bounds", [f"{_hours(one.lower_seconds)} - {_hours(one.upper_seconds)}" for one in durations]),
+        ("expected time", [format_hours(one.expected_seconds) for one in durations]),
+        ("time, bounds", [f"{format_hours(one.lower_seconds)} - {format_hours(one.upper_seconds)}" for one in durations]),
     ]
     if costs:
         rows += [("expected cost", [f"{one.expected:.2f}" for one in costs]), ("cost, bounds", [f"{one.lower:.2f} - {one.upper:.2f}" for one in costs])]
     return rows
 
 
-def _hours(seconds: int) -> str:
+def format_hours(seconds: int) -> str:
     minutes = -(-seconds // 60)
     return f"{minutes // 60}h{minutes % 60:02}m"
 

@@ -19,9 +19,9 @@ def serve_openai(
     context: ContextOption = None,
     kubeconfig: KubeconfigOption = None,
 ) -> None:
-    """Serve `/v1/files` and `/v1/fine_tuning/jobs` of the OpenAI API over FineTuneJobs and S3, until Ctrl-C.
+    """Serve `/v1/files` and `/v1/fine_tuning/jobs` of the OpenAI API with FineTuneJobs and S3, until Ctrl-C.
 
-    Clients change only their base URL and API key. The server reads the keys of S3 from the AWS_ variables.
+    Clients change only their base URL and API key. The server reads its S3 credentials from AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY.
 
     Example: finetune serve-openai --config server.yaml --keys keys.yaml --port 8080
     """

@@ -216,14 +216,14 @@ def _set_data_source(draft: JobDraft, key: str, path: str, document: InputDocume
 
 def _check_rows(draft: JobDraft, document: InputDocument, trainer: str) -> None:
     """Check the keys of the rows, so that data for another method is refused before a GPU is allocated."""
-    # Not splitlines(): JSON strings may contain separators of Unicode, which also end a line there.
+    # Not splitlines(): it also splits at Unicode line separators, which JSON strings may contain.
     mistake = find_row_mistake(document.name, document.text.split("\n"), trainer)
     if mistake is not None:
         draft.mistakes.append(mistake)
 
 
 def find_row_mistake(file_name: str, lines: Iterable[str], trainer: str) -> Mistake | None:
-    """Return the mistake of the first line that is no row of JSON with the keys that sft or dpo needs, or None if there is no such line."""
+    """Return the mistake of the first line that is not a JSON object with the keys that sft or dpo needs, or None if there is no such line."""
     required_keys = ("input", "preferred_output", "non_preferred_output") if trainer == "dpo" else ("messages",)
     for number, line in enumerate(lines, 1):
         if not line.strip():

@@ -1,6 +1,6 @@
 """`toml`: the importer for a TOML file with sections for training, inference, evaluation, the pipeline and a tracker.
 
-The tool has no defaults, so a missing option gets the value of the tool's main example. Two kinds of options get none:
+The tool has no defaults, so a missing option gets the value of the tool's main example. Two kinds of options get no value:
 `push_to_hub`, because the example publishes the model, and options for which the example contains its author's own data set, server or run.
 """
 

@@ -223,5 +223,5 @@ def _failure_of_bug(error: Exception) -> RequestFailure:
 
     frame = traceback.extract_tb(error.__traceback__)[-1]
     logger.error("bug: %s in %s:%s", type(error).__name__, Path(frame.filename).name, frame.lineno)
-    message = "this is a bug of the server: its administrator finds the place in the server's log"
+    message = "this is a bug in the server: ask its administrator, who finds the error in the server's log"
     return RequestFailure(HTTPStatus.INTERNAL_SERVER_ERROR, message, code="internal_error")

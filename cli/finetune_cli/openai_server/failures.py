@@ -12,7 +12,7 @@ from finetune_cli.redaction import redact_text
 
 
 class RequestFailure(Exception):
-    """A request cannot be answered. `param` names the wrong parameter, and `code` is for programs."""
+    """The server refuses a request or cannot complete it. `param` names the wrong parameter; `code` is a fixed word that programs can compare."""
 
     def __init__(self, status: HTTPStatus, message: str, *, code: str, param: str | None = None):
         super().__init__(message)

@@ -80,7 +80,7 @@ class FileStore:
         """Return the complete lines in the first chunk of a file. Errors: StorageError."""
         chunk = next(self.read_chunks(file), b"")
         complete = chunk if len(chunk) >= file.size else chunk[: chunk.rfind(b"\n") + 1]
-        # Not splitlines(): JSON strings may contain separators of Unicode, which also end a line there.
+        # Not splitlines(): it also splits at Unicode line separators, which JSON strings may contain.
         return complete.decode(errors="replace").split("\n")
 
     def delete(self, file: ClientFile) -> None:

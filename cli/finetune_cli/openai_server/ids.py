@@ -1,4 +1,4 @@
-"""Ids of jobs and files. They contain their time, so that a list of names is also a list by time."""
+"""Ids of jobs and files. An id begins with its creation time, so a list sorted by id is also sorted by time."""
 
 from __future__ import annotations
 

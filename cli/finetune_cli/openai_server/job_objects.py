@@ -14,11 +14,11 @@ from finetune_cli.cluster import event_time
 from finetune_cli.fields import get_value
 from finetune_cli.status_text import has_finished, has_succeeded, status_of
 
-WORD_BY_PHASE = {
+API_STATUS_BY_PHASE = {
     None: "validating_files", Phase.PREPARING: "validating_files", Phase.VALIDATING: "validating_files",
     Phase.PENDING: "queued", Phase.QUEUED: "queued", Phase.STARTING: "queued", Phase.SUSPENDED: "paused",
 }  # fmt: skip
-"""The API's word for each phase before the end. All other phases are `running`."""
+"""Value of the API's field `status` for each phase before the end. All other phases are `running`."""
 LEVEL_BY_TYPE = {"Normal": "info", "Warning": "warn"}
 
 
@@ -40,19 +40,19 @@ def _mapping(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def status_word(job: dict[str, Any], status: FineTuneJobStatus) -> str:
-    """Return the API's word for the state of a job. A job that will be cancelled is `cancelled` at once, because this cannot be undone."""
+def api_status(job: dict[str, Any], status: FineTuneJobStatus) -> str:
+    """Return the value of the API's field `status`. After a request to cancel, it is `cancelled` at once, because the request cannot be undone."""
     if has_succeeded(status):
         return "succeeded"
     if has_finished(status):
         return "cancelled" if status.phase == Phase.CANCELLED else "failed"
-    return "cancelled" if (job.get("spec") or {}).get("cancel") else WORD_BY_PHASE.get(status.phase, "running")
+    return "cancelled" if (job.get("spec") or {}).get("cancel") else API_STATUS_BY_PHASE.get(status.phase, "running")
 
 
 def job_object(job: dict[str, Any], result_files: list[str]) -> dict[str, Any]:
     """Return the API's object of a job. `result_files`: ids of the files with its metrics."""
     request, status, metadata = request_of(job), status_of(job), job["metadata"]
-    word = status_word(job, status)
+    word = api_status(job, status)
     has_ended = has_finished(status)
     method = str(get_value(request, "method.type") or "supervised")
     hyperparameters = _hyperparameters(job, request, status, method)

@@ -61,7 +61,7 @@ class KeyFile(WireModel):
 
 
 class KeyTable:
-    """The table of API keys in a file. A changed file is read again, so that a removed key ends without a restart of the server."""
+    """The table of API keys in a file. A changed file is read again, so that a removed key is refused without a restart of the server."""
 
     def __init__(self, path: Path):
         """Read the file. Errors: UnreadableFile, InvalidInput."""
@@ -83,7 +83,7 @@ class KeyTable:
             # With the old table, a key that was just removed would still be accepted.
             problems = error.mistakes if isinstance(error, InvalidInput) else [error]
             logger.error("the table of keys is refused: %s", "; ".join(map(str, problems)))
-            message = "the table of API keys of this server is not valid: its administrator finds the reason in the server's log"
+            message = "the table of API keys of this server is not valid: ask its administrator to correct the table; the server's log names the mistake"
             raise RequestFailure(HTTPStatus.SERVICE_UNAVAILABLE, message, code="keys_unavailable") from None
         digest = hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
         matching = [entry for entry in entries if hmac.compare_digest(entry.sha256, digest)]

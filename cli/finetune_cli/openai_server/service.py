@@ -52,7 +52,7 @@ class FineTuningService:
     """The files and jobs of all API keys."""
 
     def __init__(self, config: ServerConfig, cluster: Cluster):
-        """`cluster` has the credentials of the server. They need no right but `impersonate`."""
+        """`cluster` has the credentials of the server. The only right that they need is `impersonate`."""
         self._config, self._cluster = config, cluster
 
     @functools.cached_property
@@ -100,7 +100,7 @@ class FineTuningService:
         job = self._find_job(account, job_id)
         status = status_of(job)
         if has_finished(status):
-            message = f"{job_id} has already ended: its status is {job_objects.status_word(job, status)}"
+            message = f"{job_id} has already ended: its status is {job_objects.api_status(job, status)}"
             raise bad_request(message, "fine_tuning_job_id", "job_has_ended")
         return self._object_of(self._cluster_of(account).patch_spec(job_id, change))
 
@@ -176,7 +176,7 @@ class FineTuningService:
         return replace(self._cluster, namespace=account.namespace, impersonated_user=account.user)
 
     def _require(self, account: Account, verb: str) -> None:
-        """Check a right of the ServiceAccount before the server reads or writes S3 with its own keys. Files have the rights of FineTuneJobs."""
+        """Check a right of the ServiceAccount before the server reads or writes S3 with its own keys. Files need the same rights as FineTuneJobs."""
         if not self._cluster_of(account).can_i(verb, JOBS_RESOURCE):
             message = f"{account.user} has no right to {verb} finetunejobs in the namespace {account.namespace}"
             raise RequestFailure(HTTPStatus.FORBIDDEN, message, code="forbidden")
@@ -210,7 +210,7 @@ class FineTuningService:
     def _folder_of(self, job: KubeObject) -> str | None:
         """Return the job's folder relative to the storage of the server, or None for a job that stores elsewhere.
 
-        The server reads with its own keys. Somebody who may write FineTuneJobs with kubectl must not lead it to another store or namespace.
+        The server reads with its own S3 credentials, so a FineTuneJob that was written with kubectl must not make it read another store or namespace.
         """
         try:
             root, _ = root_of(job)

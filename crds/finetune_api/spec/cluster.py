@@ -338,8 +338,8 @@ class Policy(Group):
         example=3600,
     )
     max_cost: Annotated[float, Field(gt=0, le=1e9)] | None = spec_field(
-        "Maximum cost of the GPU-hours of all attempts, in the currency of the operator's configuration. A prepared job whose planned cost is surely "
-        "higher does not start. A running job that has spent this amount saves a checkpoint and fails. The node pool needs a price.",
+        "Maximum cost of the GPU-hours of all attempts, in the currency of the operator's configuration. A prepared job does not start if even the "
+        "lower bound of its planned cost is higher. A running job that has spent this amount saves a checkpoint and fails. The node pool needs a price.",
         default_text="no limit",
         example=250.5,
         since="0.2.0",

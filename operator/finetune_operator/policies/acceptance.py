@@ -143,9 +143,9 @@ def _refuse_unknown_price(spec: FineTuneJobSpec, pool: NodePool | None) -> Refus
     """Make a job with `policy.maxCost` wait if its GPUs have no price. A started job keeps the price that it started with."""
     if spec.policy.max_cost is None or (pool is not None and pool.price_per_gpu_hour is not None):
         return None
-    place = f"node pool {pool.name} has no pricePerGpuHour" if pool is not None else "the job uses no node pool, so its GPUs have no price"
+    pool_problem = f"node pool {pool.name} has no pricePerGpuHour" if pool is not None else "the job uses no node pool, so its GPUs have no price"
     hint = "remove policy.maxCost, or name a pool with a price in resources.nodePool"
-    return RefusedSpec(Reason.PRICE_UNKNOWN, f"spec.policy.maxCost is {spec.policy.max_cost:g}, but {place}", hint, is_final=False)
+    return RefusedSpec(Reason.PRICE_UNKNOWN, f"spec.policy.maxCost is {spec.policy.max_cost:g}, but {pool_problem}", hint, is_final=False)
 
 
 def _refuse_storage(resolved_spec: ResolvedSpec, first_attempt: FirstAttempt | None) -> RefusedSpec | None:

@@ -1,4 +1,4 @@
-"""docs/reference/stores.md says what was seen of each S3 server. The probe program must see the same again."""
+"""docs/reference/stores.md shows the features of each S3 server. The probe program must find the same features again."""
 
 from __future__ import annotations
 

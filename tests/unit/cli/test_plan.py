@@ -118,7 +118,7 @@ def test_time_and_cost_are_planned(run_command: RunCommand, job: Path, model: Pa
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--rows", 5), "--rows and --mean-row plan the time together: give both, or none"),
+        (("--rows", 5), "the planned time needs both --rows and --mean-row: write both, or neither"),
         (("--rows", 5, "--mean-row", 5), "--rows and --mean-row need the type of the GPUs: add --gpu NAME"),
         (("--price", 5), "--price needs the planned time: add --gpu, --rows and --mean-row"),
     ],

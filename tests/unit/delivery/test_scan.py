@@ -45,7 +45,7 @@ def report(*events: dict[str, str], name: str = "Pillow", ecosystem: str = "PyPI
     ],
 )  # fmt: skip
 def test_a_version_is_affected_if_a_range_contains_it(version: str, found: dict[str, Any], expected: str | None) -> None:
-    assert scan.affected_by(found, "pillow", version) == expected
+    assert scan.fixed_version_of(found, "pillow", version) == expected
 
 
 def write_database(folder: Path, *reports: dict[str, Any]) -> Path:

@@ -12,7 +12,7 @@ from finetune_api.pod import TerminationMessage
 from finetune_api.status import Attempt, AttemptTime, FineTuneJobStatus, Goodput, TimeUse
 from finetune_operator.decide import decide
 from finetune_operator.facts import Facts
-from finetune_operator.goodput import AttemptTimes, PodTime, settle_lost_steps, split_time, summarise
+from finetune_operator.goodput import AttemptTimes, PodTime, split_lost_steps, split_time, summarise
 from finetune_operator.metrics import Metrics
 from finetune_operator.plan import ActionResult
 from finetune_operator.report import KEPT_ATTEMPTS, compute_status
@@ -85,12 +85,12 @@ def entry(number: int, **parts: float) -> AttemptTime:
 
 def test_steps_that_a_later_attempt_repeats_are_lost() -> None:
     records = [Attempt(number=1, last_step=100), Attempt(number=2, resumed_from_step=75, last_step=175), Attempt(number=3, resumed_from_step=50, last_step=60)]
-    settled = settle_lost_steps([entry(1, steps=200, loading=9), entry(2, steps=100), entry(3, steps=5)], records)
+    settled = split_lost_steps([entry(1, steps=200, loading=9), entry(2, steps=100), entry(3, steps=5)], records)
     assert [one.parts for one in settled] == [{"steps": 100, "lostSteps": 100, "loading": 9}, {"lostSteps": 100}, {"steps": 5}]
-    assert settle_lost_steps(settled, records) == settled, "the split does not depend on the earlier split"
+    assert split_lost_steps(settled, records) == settled, "the split does not depend on the earlier split"
     later = [*records[:2], Attempt(number=3, resumed_from_step=150, last_step=160)]
-    assert [one.parts.get("lostSteps", 0) for one in settle_lost_steps(settled, later)] == [50, 25, 0], "the first repetition counts"
-    assert settle_lost_steps([entry(1, steps=10), entry(2)], [Attempt(number=1, last_step=5), Attempt(number=2)])[0].parts == {"steps": 10}
+    assert [one.parts.get("lostSteps", 0) for one in split_lost_steps(settled, later)] == [50, 25, 0], "the first repetition counts"
+    assert split_lost_steps([entry(1, steps=10), entry(2)], [Attempt(number=1, last_step=5), Attempt(number=2)])[0].parts == {"steps": 10}
 
 
 @given(
@@ -99,7 +99,7 @@ def test_steps_that_a_later_attempt_repeats_are_lost() -> None:
 def test_lost_steps_do_not_change_the_sum(history: list[tuple[int | None, int | None, float]]) -> None:
     records = [Attempt(number=number, resumed_from_step=start, last_step=last) for number, (start, last, _) in enumerate(history)]
     entries = [entry(number, steps=round(seconds, 3), loading=1) for number, (_, _, seconds) in enumerate(history)]
-    for one in settle_lost_steps(entries, records):
+    for one in split_lost_steps(entries, records):
         assert min(one.parts.values()) >= 0 and sum(one.parts.values()) == pytest.approx(one.wall_seconds, abs=1e-6)
 
 

@@ -83,7 +83,7 @@ class FencedOutError(PeerError):
 class CheckpointTree:
     """Reads and commits the checkpoints and the final model of one job below one storage root. Safe to use from several threads.
 
-    `checkpoint_key` signs checkpoints, but not the final model. Without it, they are not signed.
+    `checkpoint_key` signs checkpoints or prepared rows, but not the final model. Without the key, nothing is signed.
     """
 
     def __init__(self, store: Store, checkpoint_key: str | None = None) -> None:
@@ -128,7 +128,7 @@ class CheckpointTree:
         return self._checkpoint_key is not None
 
     def is_signed(self, checkpoint: CommittedCheckpoint | CommittedFolder) -> bool:
-        """Whether a pod with this tree's key has signed the manifest that the marker names. Who can only write to the store cannot sign."""
+        """Whether a pod with this tree's key has signed the manifest that the marker names. Write access to the store is not enough to sign."""
         if self._checkpoint_key is None:
             return False
         expected_signature = sign_checkpoint(self._checkpoint_key, checkpoint.folder, checkpoint.marker.manifest_sha256)

@@ -69,21 +69,21 @@ class Splits:
     test: Dataset | None = None
 
 
-class RowPreparation(Protocol):
-    """Observes how the rows of a run are prepared. A preparation pod uses it to find stored rows and to report progress."""
+class PreparationCallbacks(Protocol):
+    """Callbacks during the preparation of a run's rows. A preparation pod uses them to download stored rows and to report progress."""
 
     def provide_rows(self, digest: str) -> None:
-        """Called before the cache is searched for the rows with this digest. The function may put them there."""
+        """Called before the cache is searched for the rows with this digest. The function may write the rows to the cache."""
 
     def count_rows(self, rows: int) -> None:
         """Called with the number of rows that were just tokenised."""
 
 
-class LocalPreparation:
+class NoPreparationCallbacks:
     """The rows come from the cache on the disk, or are tokenised."""
 
     def provide_rows(self, digest: str) -> None:
-        """Do nothing: the supervisor of a training pod has downloaded stored rows before."""
+        """Do nothing: the supervisor of a training pod has already downloaded the stored rows."""
 
     def count_rows(self, rows: int) -> None:
         """Do nothing."""
@@ -108,7 +108,7 @@ class PreparedData(Splits):
 def prepare(
     run: RunConfig, inputs: Inputs, tokenizer: Any, *, max_positions: int | None, cache: Path,
     one_rank_first: AbstractContextManager[Any] | None = None, vision: VisionProcessor | None = None,
-    preparation: RowPreparation | None = None,
+    preparation: PreparationCallbacks | None = None,
 ) -> PreparedData:  # fmt: skip
     """Return the token sequences for supervised training.
 
@@ -125,7 +125,7 @@ def prepare(
             hint="give a template in dataset.chatTemplate",
         )  # fmt: skip
     digest = inputs_digest(run, inputs, tokenizer, max_length, vision)
-    preparation = preparation or LocalPreparation()
+    preparation = preparation or NoPreparationCallbacks()
     if vision is None:  # rows with images contain paths of this pod's disk
         preparation.provide_rows(digest)
     rank_order = one_rank_first or nullcontext()
@@ -225,7 +225,7 @@ def render_options(run: RunConfig, tokenizer: Any, is_templated: bool, form: Dat
 
 def _write_splits(
     run: RunConfig, inputs: Inputs, tokenizer: Any, max_length: int, is_templated: bool, vision: VisionProcessor | None, cache: Path, digest: str,
-    preparation: RowPreparation,
+    preparation: PreparationCallbacks,
 ) -> PreparedFolder:  # fmt: skip
     """Load, render, tokenise, pack and store all splits."""
     spec = run.spec.dataset

@@ -1,7 +1,7 @@
 """Lets local rank 0 of each node do long work, such as tokenising, before the other ranks, without a time limit.
 
 The other ranks cannot wait in a collective: it fails after the timeout of the process group (30 minutes), and large data sets take longer. They
-wait for keys in the store of the gang instead. The working ranks write there that they are alive, that they are done, or that they failed.
+wait for keys in the store of the gang instead. There, the working ranks write heartbeats, and report that they are done or have failed.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from finetune_api.errors import PeerError
 from finetune_trainer.checkpoint.stop import GangStore, TcpGangStore
 
 POLL_SECONDS = 0.5
-ALIVE_SECONDS = 30.0
-"""How often a working rank writes that it is alive, and how often the other ranks look."""
+HEARTBEAT_SECONDS = 30.0
+"""Seconds between two heartbeats of a working rank, and between two checks by the other ranks."""
 LOST_SECONDS = 600.0
-"""A working rank that has not written for this time is lost."""
+"""A working rank counts as lost after this time without a heartbeat."""
 FAILED_KEY = "failed"
 _uses = itertools.count()
 """Numbers the uses of `local_rank_0_first` in this process. All ranks use it in the same order, so the numbers are the same in all ranks."""
@@ -76,10 +76,10 @@ def order_ranks(
         yield
         return
     try:
-        with _writes_that_it_is_alive(store, position.rank):
+        with _send_heartbeats(store, position.rank):
             yield
     except BaseException:
-        with contextlib.suppress(Exception):  # The failure matters more than a lost store.
+        with contextlib.suppress(Exception):  # Raise the failure of the block, not that of the store.
             store.set(FAILED_KEY, str(position.rank))
         raise
     store.set(_done_key(position.rank), "1")
@@ -87,34 +87,34 @@ def order_ranks(
 
 
 def _wait_for_working_ranks(store: GangStore, ranks: range, pause: Callable[[float], None], now: Callable[[], float]) -> None:
-    last_look, changes = now(), dict.fromkeys(ranks, ("", now()))
+    last_check_time, changes = now(), dict.fromkeys(ranks, ("", now()))
     while not store.has(*map(_done_key, ranks)):
         if store.has(FAILED_KEY):
-            failed = store.get_all([FAILED_KEY], ALIVE_SECONDS)[0]
+            failed = store.get_all([FAILED_KEY], HEARTBEAT_SECONDS)[0]
             raise PeerError("PeerLost", f"rank {failed} failed while this rank waited for it", hint="see the log of that rank")
         pause(POLL_SECONDS)
-        if now() - last_look < ALIVE_SECONDS:
+        if now() - last_check_time < HEARTBEAT_SECONDS:
             continue
-        last_look = now()
+        last_check_time = now()
         for rank in ranks:
-            written = store.get_all([_alive_key(rank)], ALIVE_SECONDS)[0] if store.has(_alive_key(rank)) else ""
+            written = store.get_all([_heartbeat_key(rank)], HEARTBEAT_SECONDS)[0] if store.has(_heartbeat_key(rank)) else ""
             if written != changes[rank][0]:
-                changes[rank] = (written, last_look)
-            elif last_look - changes[rank][1] > LOST_SECONDS and not store.has(_done_key(rank)):
+                changes[rank] = (written, last_check_time)
+            elif last_check_time - changes[rank][1] > LOST_SECONDS and not store.has(_done_key(rank)):
                 raise PeerError(
                     "PeerLost", f"rank {rank}, which prepares data for other ranks, has not reported for {LOST_SECONDS:g} s", hint="see the log of that rank"
                 )
 
 
 @contextmanager
-def _writes_that_it_is_alive(store: GangStore, rank: int) -> Iterator[None]:
+def _send_heartbeats(store: GangStore, rank: int) -> Iterator[None]:
     ended = threading.Event()
 
     def write() -> None:
-        with contextlib.suppress(Exception):  # The store was in the pod of rank 0, which has ended. This rank will end too.
+        with contextlib.suppress(Exception):  # Without the store, the pod of rank 0 has ended, and this rank will end too.
             for number in itertools.count(1):
-                store.set(_alive_key(rank), str(number))
-                if ended.wait(ALIVE_SECONDS):
+                store.set(_heartbeat_key(rank), str(number))
+                if ended.wait(HEARTBEAT_SECONDS):
                     return
 
     thread = threading.Thread(target=write, name="rank-order", daemon=True)
@@ -130,5 +130,5 @@ def _done_key(rank: int) -> str:
     return f"done-{rank}"
 
 
-def _alive_key(rank: int) -> str:
+def _heartbeat_key(rank: int) -> str:
     return f"alive-{rank}"

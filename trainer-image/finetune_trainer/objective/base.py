@@ -13,7 +13,7 @@ from finetune_api.pod import RunConfig
 from finetune_api.spec.enums import DatasetFormat, TrainerType
 from transformers import TrainingArguments
 
-from finetune_trainer.data.prepare import LocalPreparation, RowPreparation, Splits
+from finetune_trainer.data.prepare import NoPreparationCallbacks, PreparationCallbacks, Splits
 from finetune_trainer.data.vision import VisionProcessor
 from finetune_trainer.distributed import DistributedStrategy, connect_trainer_class
 from finetune_trainer.hardware import Hardware
@@ -39,7 +39,7 @@ class TrainingContext:
     callbacks: Sequence[Any] = ()
     vision: VisionProcessor | None = None
     """Processor of a vision-language model; None for a text model."""
-    preparation: RowPreparation = field(default_factory=LocalPreparation)
+    preparation: PreparationCallbacks = field(default_factory=NoPreparationCallbacks)
     """Observes the preparation of the rows."""
     unquantized: tuple[str, ...] = ()
     """Modules of a quantised base model that stay unquantised, because spectrum trains them."""

@@ -87,7 +87,8 @@ def find_result_to_adopt(run: RunConfig, facts: RunFacts, state: RunState) -> Ru
         if earlier.result is not None and earlier.result.digest == digest:
             log.info("the result of the job with uid %s is adopted: %s", earlier.uid, earlier.uri)
             return earlier.result.model_copy(update={"output": earlier.result.output.model_copy(update={"adopted_uid": earlier.uid})})
-    state.add_note(f"policy.onExistingResult: {earlier_runs[0].uri} was not adopted, because {_why_other(earlier_runs[0], settings, inputs)}; the job trains")
+    difference = _explain_difference(earlier_runs[0], settings, inputs)
+    state.add_note(f"policy.onExistingResult: {earlier_runs[0].uri} was not adopted, because {difference}; the job trains")
     return None
 
 
@@ -116,13 +117,13 @@ def _read_run(run: RunConfig, uri: str, uid: str) -> EarlierRun | None:
             result = RunResult.model_validate_json(tree.store.get(RESULT_KEY) or b"")
         except ValidationError:
             return EarlierRun(uid, model_uri, None)
-        is_of_model = result.output.sha256 == committed.marker.manifest_sha256
-        return EarlierRun(uid, model_uri, result if is_of_model else None)
+        belongs_to_model = result.output.sha256 == committed.marker.manifest_sha256
+        return EarlierRun(uid, model_uri, result if belongs_to_model else None)
     finally:
         tree.store.close()
 
 
-def _why_other(earlier: EarlierRun, settings: dict[str, Any], inputs: dict[str, str]) -> str:
+def _explain_difference(earlier: EarlierRun, settings: dict[str, Any], inputs: dict[str, str]) -> str:
     if earlier.result is None:
         return "it has no record of a successful run"
     differences = result_differences(earlier.result, settings, inputs)
@@ -132,7 +133,7 @@ def _why_other(earlier: EarlierRun, settings: dict[str, Any], inputs: dict[str, 
 
 def _found_error(run: RunConfig, earlier: EarlierRun, settings: dict[str, Any], inputs: dict[str, str]) -> ConfigError:
     is_same = earlier.result is not None and earlier.result.digest == result_digest(settings, inputs)
-    comparison = "spec and inputs are the same" if is_same else _why_other(earlier, settings, inputs)
+    comparison = "spec and inputs are the same" if is_same else _explain_difference(earlier, settings, inputs)
     return ConfigError(
         "ExistingResultFound",
         f"policy.onExistingResult is fail, and an earlier FineTuneJob {run.namespace}/{run.name} (uid {earlier.uid}) has stored {earlier.uri}; {comparison}",

@@ -61,7 +61,7 @@ class SourceKind:
 
     @property
     def is_model(self) -> bool:
-        """Whether the source is a model, also if its weights are left out."""
+        """Whether the source is a model, with or without its weights."""
         return self.repo_type == "model"
 
     def skips(self, name: str) -> bool:

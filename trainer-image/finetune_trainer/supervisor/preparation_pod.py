@@ -73,7 +73,7 @@ class PreparationPod:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda _number, _frame: self._stop.set())
         processes.adopt_orphans()
-        # Without a secret of the operator, no request may read the report.
+        # Without a secret from the operator, a random one makes the server refuse every request for the report.
         server = Server(self._state, self._settings.port, attempt_secret=self._settings.attempt_secret or secrets.token_hex(32))
         log.info("listening on port %d", server.port)
         data = DataReport()
@@ -200,7 +200,7 @@ def _with_adopted_result(message: TerminationMessage, result: RunResult) -> Term
 
 
 def _remove_unused_rows(row_store: RowStore) -> None:
-    """Remove rows that no job has used for too long. A failure is only logged, because they only cost space."""
+    """Remove rows that no job has used for too long. A failure is only logged, because unused rows only occupy storage."""
     try:
         for digest in row_store.remove_expired():
             log.info("removed unused prepared rows %s", digest)

@@ -132,7 +132,7 @@ class Preparation:
     def fetch(self, *, uses_stored_rows: bool = False) -> tuple[Inputs, RunFacts]:
         """Download all inputs to the local disk and check the rows. Errors: exit codes 64, 65, 66, 67, 69, 77.
 
-        `uses_stored_rows`: download the rows of the job's preparation, if there are any. They have passed the checks.
+        `uses_stored_rows`: download the rows of the job's preparation, if there are any. These rows are not checked again.
         """
         self._state.enter_stage(Stage.DOWNLOADING)
         inputs = self._run_timed("fetch", self._fetch)
@@ -152,8 +152,8 @@ class Preparation:
             return None
         try:
             with RowStore.open(self._run) as row_store:
-                stored = row_store.fetch_for_training(facts, self._work, renews=self._node_rank == 0, byte_counter=self._count_downloaded_bytes)
-        except Exception as error:  # the rows only save time
+                stored = row_store.fetch_for_training(facts, self._work, renews_marker=self._node_rank == 0, byte_counter=self._count_downloaded_bytes)
+        except Exception as error:  # stored rows only save time, so a failure must not end the job
             log.warning("the prepared rows are not used", exc_info=error)
             problem = error.message if isinstance(error, FineTuneError) else type(error).__name__
             self._state.add_note(f"the prepared rows are not used: {problem}; this pod reads and tokenises the data")

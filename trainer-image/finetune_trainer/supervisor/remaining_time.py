@@ -13,14 +13,14 @@ RECENT_STEPS = 1000
 ENOUGH_STEPS = 5
 """From this number of measured steps on, the duration that earlier attempts suggest is not used."""
 LONGEST_STEP = 5.0
-"""A step counts at most as this many median steps, so that one hiccup does not change the estimate."""
+"""A step counts at most as this many times the median, so that one slow step hardly changes the estimate."""
 RECENT_PAUSES = 20
 
 
 class RemainingTime:
     """Steps left times the mean of the recent step durations, and the expected pauses: evaluations and checkpoints.
 
-    The mean is used because the remaining time is a sum: with rows of different lengths, the median would be wrong by their skew.
+    The mean is used because the remaining time is a sum: with rows of different lengths, the median differs from the mean.
     """
 
     def __init__(self) -> None:
@@ -55,7 +55,7 @@ class RemainingTime:
 
     @staticmethod
     def _seconds_of_pauses(pauses: list[tuple[int, float]], step: int, total: int) -> float:
-        """Seconds of the further pauses of one kind, which follow each other at the same distance as the known ones."""
+        """Return the seconds of the expected further pauses of one kind. Their distance in steps is the mean distance of the known ones."""
         steps = [at for at, _ in pauses]
         interval = (steps[-1] - steps[0]) / (len(steps) - 1) if len(steps) > 1 else steps[0]
         if interval <= 0:

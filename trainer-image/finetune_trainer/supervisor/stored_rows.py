@@ -1,8 +1,9 @@
 """Prepared rows in storage, below `<storage.uri>/<namespace>/_prepared/<digest>/`: shared by all jobs of a namespace that use the same data.
 
-A preparation commits its rows like a checkpoint: files, manifest, and the marker `_COMMITTED` last. Of two preparations at once, the first
-commit counts, and the other one uses it. A preparation uses stored rows only if a preparation of its namespace has signed them, so that
-who can only write to the store cannot choose the rows of later jobs. The status of a job records the sha256 of the manifest. Training pods
+A preparation commits its rows like a checkpoint: files, manifest, and the marker `_COMMITTED` last. If two preparations
+store the same rows at the same time, both use the first commit. With `isolation.secret`, a preparation uses stored rows only if a preparation of its
+namespace has signed them: write access to the store is then not enough
+to choose the rows of later jobs. The status of a job records the sha256 of the manifest. Training pods
 accept only this manifest, and only files with its hashes. The marker `_USED` says until when the rows are kept. Rows can be removed while a
 pod reads them; the pod then prepares the data itself.
 """
@@ -68,7 +69,7 @@ class RowStore:
     def open(run: RunConfig, signing_key: str | None = None) -> Iterator[RowStore]:
         """Open the store of a run, and close it at the end.
 
-        `signing_key`: the key with which the preparations of the namespace sign rows. Only they have it, if the operator creates secrets.
+        `signing_key`: the key with which the preparations of the namespace sign rows. Only preparations have this key. None without `isolation.secret`.
         """
         store = open_store(run.storage.model_copy(update={"uri": prepared_root(run.storage.uri)}))
         try:
@@ -82,16 +83,16 @@ class RowStore:
 
     # ---- reading ----
 
-    def fetch_for_training(self, facts: RunFacts, work: Path, *, renews: bool, byte_counter: ByteCounter | None = None) -> StoredRows:
-        """Download the rows that `run.json` names. `renews`: move the time of `_USED` forward.
+    def fetch_for_training(self, facts: RunFacts, work: Path, *, renews_marker: bool, byte_counter: ByteCounter | None = None) -> StoredRows:
+        """Download the rows that `run.json` names. `renews_marker`: move the time of `_USED` forward.
 
         Errors: StorageError PreparedDataMissing, PreparedDataDamaged, PreparedDataDiffers; errors of the store.
         """
         digest, expected = self._options.digest or "", self._options.manifest_sha256
-        if renews:
+        if renews_marker:
             try:
                 self._renew(digest)
-            except FineTuneError as error:  # the rows may be readable only
+            except FineTuneError as error:  # the credentials may permit only reading
                 log.warning("the time of the prepared rows could not be moved forward: %s", error)
         stored, committed = self._find(digest, expected)
         if _data_of(stored.manifest.facts) != _data_of(facts):
@@ -159,7 +160,7 @@ class RowStore:
         If another preparation has committed equal rows in the meantime, its commit is used. Errors: StorageError PreparedDataDiffers if these
         rows are not equal; errors of the store.
         """
-        self._renew(digest)  # before the first file, so that the files of a killed preparation are removed some day
+        self._renew(digest)  # before the first file, so that the files of a killed preparation are removed after `prepare.ttlDays`
         entries = self._tree.upload(digest, incarnation, folder)
         manifest = Manifest(
             job=f"{self._run.namespace}/{self._run.name}/{self._run.uid}", attempt=self._run.attempt, incarnation=incarnation, step=0,
@@ -181,7 +182,7 @@ class RowStore:
         store.put(key, renewed_marker(UsedMarker.parse(store.get(key)), datetime.now(UTC), self._options.ttl_days).to_bytes())
 
     def remove_expired(self, now: Callable[[], datetime] = lambda: datetime.now(UTC)) -> list[str]:
-        """Remove the rows of all jobs that nobody has used for `prepare.ttlDays`. Returns their digests. Errors: those of the store.
+        """Remove all rows of the namespace that no job has used for `prepare.ttlDays`. Returns their digests. Errors: those of the store.
 
         A folder without a readable marker `_USED` gets one, and is removed later.
         """

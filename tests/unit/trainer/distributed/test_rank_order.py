@@ -34,7 +34,7 @@ class Clock:
 
 
 class Store(SingleRankStore):
-    """A store whose working rank 0 writes that it is alive, until `last_sign` seconds, and is done at `done_at`."""
+    """A store whose working rank 0 writes heartbeats until `last_sign` seconds, and is done at `done_at`."""
 
     def __init__(self, clock: Clock, last_sign: float, done_at: float) -> None:
         super().__init__()
@@ -88,7 +88,7 @@ def test_a_working_rank_that_is_no_longer_alive_is_lost() -> None:
     with pytest.raises(PeerError) as caught, order_ranks(Store(clock, last_sign=300, done_at=1e9), RankPosition(1, 1, 2, 2), clock.pause, clock.now):
         pytest.fail("the block must not run")
     assert caught.value.code == "PeerLost" and "rank 0" in caught.value.message
-    assert 300 + rank_order.LOST_SECONDS < clock.time <= 300 + rank_order.LOST_SECONDS + 3 * rank_order.ALIVE_SECONDS
+    assert 300 + rank_order.LOST_SECONDS < clock.time <= 300 + rank_order.LOST_SECONDS + 3 * rank_order.HEARTBEAT_SECONDS
 
 
 def test_a_failure_of_the_working_rank_ends_the_wait_of_the_others() -> None:

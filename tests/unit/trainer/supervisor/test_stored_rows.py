@@ -75,7 +75,7 @@ def test_a_training_pod_gets_the_rows_and_the_result_of_their_check(scene: Scene
     assert scene.names() == ["_COMMITTED", "_USED", *(f"a1-00000001/{name}" for name in files)]
     training = scene.row_store(key=None, digest=DIGEST, manifest_sha256=sha256)
     facts = FACTS.model_copy(update={"other_inputs": FACTS.other_inputs | {"contents of ConfigMaps": "x"}})
-    stored = training.fetch_for_training(facts, scene.work("t"), renews=True)
+    stored = training.fetch_for_training(facts, scene.work("t"), renews_marker=True)
     assert (stored.summary, stored.row_count, stored.manifest_sha256) == (SUMMARY, 2, sha256)
     prepared = open_prepared(prepared_folder(scene.work("t") / TOKENS_FOLDER, DIGEST), DIGEST)
     prepared.verify()
@@ -113,7 +113,7 @@ def test_rows_that_are_not_verified_are_refused(
     sha256 = scene.commit("1")
     change(scene)
     with pytest.raises(StorageError) as caught:
-        scene.row_store(None, digest=DIGEST, manifest_sha256=expected or sha256).fetch_for_training(facts, scene.work("t"), renews=False)
+        scene.row_store(None, digest=DIGEST, manifest_sha256=expected or sha256).fetch_for_training(facts, scene.work("t"), renews_marker=False)
     assert caught.value.code == code
     assert not list((scene.work("t")).rglob("*.arrow")), "no unverified rows stay on the disk"
 
@@ -175,10 +175,10 @@ def test_only_rows_that_are_unused_for_too_long_are_removed(scene: Scene) -> Non
 def test_every_use_keeps_the_rows_and_never_shortens_their_time(scene: Scene) -> None:
     sha256 = scene.commit("1", scene.row_store(ttl_days=60))
     long = UsedMarker.parse((scene.root / DIGEST / "_USED").read_bytes())
-    scene.row_store(None, digest=DIGEST, manifest_sha256=sha256, ttl_days=7).fetch_for_training(FACTS, scene.work("t"), renews=True)
+    scene.row_store(None, digest=DIGEST, manifest_sha256=sha256, ttl_days=7).fetch_for_training(FACTS, scene.work("t"), renews_marker=True)
     assert UsedMarker.parse((scene.root / DIGEST / "_USED").read_bytes()) == long
     scene.mark_used("2026-01-01T00:00:00Z")
-    scene.row_store(None, digest=DIGEST, manifest_sha256=sha256, ttl_days=7).fetch_for_training(FACTS, scene.work("t"), renews=True)
+    scene.row_store(None, digest=DIGEST, manifest_sha256=sha256, ttl_days=7).fetch_for_training(FACTS, scene.work("t"), renews_marker=True)
     assert scene.row_store().remove_expired(lambda: datetime.now(UTC) + timedelta(days=6)) == []
     assert scene.row_store().remove_expired(lambda: datetime.now(UTC) + timedelta(days=8)) == [DIGEST]
 
@@ -196,7 +196,7 @@ def test_a_reader_whose_rows_are_removed_falls_back(scene: Scene, monkeypatch: p
 
     monkeypatch.setattr(FolderStore, "download", remove_first)
     with pytest.raises(StorageError) as caught:
-        reader.fetch_for_training(FACTS, scene.work("t"), renews=True)
+        reader.fetch_for_training(FACTS, scene.work("t"), renews_marker=True)
     assert caught.value.code == "PreparedDataDamaged" and "is missing" in caught.value.message
 
 
@@ -220,7 +220,7 @@ def test_a_pod_that_may_only_read_the_rows_uses_them(scene: Scene, monkeypatch: 
 
     monkeypatch.setattr(FolderStore, "put", refuse)
     reader = scene.row_store(None, digest=DIGEST, manifest_sha256=sha256)
-    assert reader.fetch_for_training(FACTS, scene.work("t"), renews=True).row_count == 2
+    assert reader.fetch_for_training(FACTS, scene.work("t"), renews_marker=True).row_count == 2
 
 
 def test_removal_begins_with_the_marker_of_the_commit() -> None:
