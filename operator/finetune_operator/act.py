@@ -17,7 +17,7 @@ from finetune_api.pod import RunConfig
 from finetune_operator.attempt_secrets import AttemptSecrets
 from finetune_operator.builders.isolation import build_attempt_secret, build_network_policy
 from finetune_operator.builders.job import build_job, build_preparation_job, build_service
-from finetune_operator.builders.run_config import build_run_config
+from finetune_operator.builders.run_config import ON_EXISTING_RESULT, build_run_config, for_preparation
 from finetune_operator.facts import Facts
 from finetune_operator.killpoints import KillPoint, kill_if_requested
 from finetune_operator.kube import AlreadyExists, Forbidden, Invalid, KubeClient, KubeError, NotFound, OutcomeUnknown
@@ -144,9 +144,9 @@ class PlanExecutor:
         with _spec_rejected_on_error(facts, 1):
             name = preparation_job_name(facts.job.name, number)
             secret_name = self._secrets.secret_name(name, uid, PREPARATION_ATTEMPT) if self._secrets.is_enabled else ""
-            return build_preparation_job(
-                facts.job, _build_run(facts, accepted_spec, 1), number, facts.spec.prepare.resources, accepted_spec.pool, self._config, secret_name
-            )
+            written = None if ON_EXISTING_RESULT in accepted_spec.defaults else facts.spec.policy.on_existing_result
+            run = for_preparation(_build_run(facts, accepted_spec, 1), written)
+            return build_preparation_job(facts.job, run, number, facts.spec.prepare.resources, accepted_spec.pool, self._config, secret_name)
 
     async def _ensure_children(self, job: JobView) -> BlockingCondition | None:
         """Create the objects of the Job that are missing. Return a blocking condition if one of them cannot be created.

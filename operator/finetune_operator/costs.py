@@ -77,8 +77,13 @@ def budget_spent_at(facts: Facts) -> datetime | None:
 
 
 def too_expensive_message(facts: Facts) -> str:
-    """Return a message if the lower bound of the planned cost is above `policy.maxCost`, otherwise an empty string. Only a job without attempts is refused."""
+    """Return a message if the lower bound of the planned cost is above `policy.maxCost`, otherwise an empty string. Only a job without attempts is refused.
+
+    The plan counts all steps. A job that begins at a checkpoint of another job, or that may stop early, can cost less, so it is not refused.
+    """
     plan, limit = facts.job.status.plan, facts.max_cost
+    if facts.spec.checkpoint.resume not in (None, "auto", "never") or facts.spec.training.early_stopping is not None:
+        return ""
     cost = plan.cost if plan is not None else None
     if limit is None or cost is None or facts.job.status.attempts or cost.lower <= limit:
         return ""
@@ -129,4 +134,4 @@ def _gpu_seconds(facts: Facts, until: datetime) -> float:
 
 
 def _end_of(pod: PodView) -> datetime | None:
-    return (pod.terminated.finished_at if pod.terminated else None) or (pod.deletion_timestamp if pod.is_deleted else None)
+    return (pod.terminated.finished_at if pod.terminated else None) or (pod.deletion_timestamp or pod.removed_at if pod.is_deleted else None)

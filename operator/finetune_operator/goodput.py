@@ -206,6 +206,6 @@ def _time_of_pod(facts: Facts, pod: PodView) -> PodTime:
         last_part = "other"
     return PodTime(
         created_at=pod.created_at, scheduled_at=pod.scheduled_at, started_at=(ended.started_at if ended else None) or pod.running_since,
-        ended_at=(ended.finished_at if ended else None) or (pod.deletion_timestamp if pod.is_deleted else None),
+        ended_at=(ended.finished_at if ended else None) or (pod.deletion_timestamp or pod.removed_at if pod.is_deleted else None),
         reported=time_use.seconds() if time_use is not None else None, last_part=last_part,
     )  # fmt: skip

@@ -139,7 +139,7 @@ def reduced_status(new_status: FineTuneJobStatus, stored_status: FineTuneJobStat
         checkpoints=stored_status.checkpoints,
         latest_checkpoint=stored_status.latest_checkpoint,
         latest_checkpoint_step=stored_status.latest_checkpoint_step,
-        output=Output(uri=new_status.output.uri) if new_status.output else None,
+        output=Output(uri=new_status.output.uri, adopted_uid=new_status.output.adopted_uid) if new_status.output else None,
         evaluation=stored_status.evaluation,
         failure=_reduced_failure(new_status.failure),
         adaptations=new_status.adaptations,

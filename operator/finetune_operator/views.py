@@ -102,6 +102,8 @@ class PodView:
     node: str = ""
     deletion_timestamp: datetime | None = None
     """`metadata.deletionTimestamp`: when the pod's grace period ends, or None if the pod is not being deleted."""
+    removed_at: datetime | None = None
+    """When this process learned that the pod no longer exists; None while it exists."""
     reason: str = ""
     message: str = ""
     scheduled_at: datetime | None = None
@@ -323,7 +325,7 @@ def _unschedulable_message(body: Object, scheduled_condition: Object) -> str:
 
 def as_deleted(pod: PodView) -> PodView:
     """Return the last known state of a pod, marked as deleted."""
-    return replace(pod, is_deleted=True, is_ready=False)
+    return replace(pod, is_deleted=True, is_ready=False, removed_at=pod.removed_at or datetime.now(UTC))
 
 
 def _read_terminated_state(value: Object | None) -> TerminatedState | None:

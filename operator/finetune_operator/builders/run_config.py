@@ -21,7 +21,7 @@ from finetune_api.pod import PreparedRows, ResumeConfig, RunConfig, StoreTarget,
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.cluster import Prepare
 from finetune_api.spec.common import StorageConnection
-from finetune_api.spec.enums import PrepareStrategy
+from finetune_api.spec.enums import OnExistingResult, PrepareStrategy
 
 from finetune_operator.builders.mounts import CA_FILES
 from finetune_operator.views import JobObject
@@ -41,16 +41,16 @@ def build_run_config(
 ) -> RunConfig:  # fmt: skip
     """Return the run configuration of an attempt.
 
-    `spec` is resolved, and all adaptations are applied. Its group `prepare` is omitted, because only the operator reads it. The default of
-    `policy.onExistingResult` is omitted, because the trainer adopts a result only in a preparation pod.
+    `spec` is resolved, and all adaptations are applied. Its group `prepare` and `policy.maxCost` are omitted, because only the operator reads them.
+    `policy.onExistingResult` is omitted, because only preparation pods adopt results (`for_preparation`). So an older trainer image can run the job.
     `committed_step` is the newest step that is known to be in storage, or 0.
     `max_step` is the newest step that the attempt may start from; None means no limit. It does not apply to checkpoints of
     `rolled_back_attempt` and later attempts: the operator may not know their newest checkpoint. `before_adaptation` holds the original values
     of adapted fields, by path.
     """
     prepared = _prepared_rows(job, spec)
-    kept_policy = spec.policy if ON_EXISTING_RESULT not in defaults else spec.policy.model_copy(update={"on_existing_result": None})
-    spec = spec.model_copy(update={"prepare": Prepare(), "policy": kept_policy})
+    policy = spec.policy.model_copy(update={"max_cost": None, "on_existing_result": None})
+    spec = spec.model_copy(update={"prepare": Prepare(), "policy": policy})
     defaults = {path: value for path, value in defaults.items() if not path.startswith("prepare.") and path != ON_EXISTING_RESULT}
     root = f"{(spec.storage.uri or '').rstrip('/')}"
     publish_uri = f"{root}/{spec.output.dir.strip('/')}" if spec.output.dir else None
@@ -98,6 +98,12 @@ def _grace_seconds(job: JobObject, spec: FineTuneJobSpec, defaults: Mapping[str,
     newest_checkpoint = max(measured_checkpoints, key=lambda checkpoint: checkpoint.step, default=None)
     save_seconds = newest_checkpoint.save_seconds if newest_checkpoint is not None and newest_checkpoint.save_seconds is not None else 0.0
     return min(MAX_GRACE_SECONDS, max(grace_seconds, math.ceil(SAVES_PER_GRACE_PERIOD * save_seconds)))
+
+
+def for_preparation(run: RunConfig, on_existing_result: OnExistingResult | None) -> RunConfig:
+    """Return the run configuration of a preparation pod. `on_existing_result`: what the user wrote, or None."""
+    policy = run.spec.policy.model_copy(update={"on_existing_result": on_existing_result})
+    return run.model_copy(update={"spec": run.spec.model_copy(update={"policy": policy})})
 
 
 def _build_world(job: JobObject, spec: FineTuneJobSpec, attempt: int) -> World:

@@ -100,7 +100,10 @@ def accept(
     if refusal is not None:
         return replace(refusal, spec=resolved_spec.spec)
     # If an older operator started the job, the rules of a newer operator must not end it, because the user cannot change the spec.
-    newer_rules = [clean(f"a new job would be refused: {problem}") for problem in (*rule_problems, *forbidden_values, *placement_conflicts)]
+    newer_problems = [*rule_problems, *forbidden_values, *placement_conflicts]
+    if unpriced := _refuse_unknown_price(spec, pool):  # of a started job, so `policy.maxCost` limits nothing unless the price was recorded
+        newer_problems.append(unpriced.message)
+    newer_rules = [clean(f"a new job would be refused: {problem}") for problem in newer_problems]
     notes, max_duration_seconds = (*resolved_spec.notes, *newer_rules), platform_rules.max_duration_seconds if is_new else None
     return AcceptedSpec(resolved_spec.spec, resolved_spec.defaults, notes, pool, spec_digest, max_duration_seconds)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,10 +12,10 @@ from finetune_operator.costs import budget_spent_at, compute_cost, plan_with_cos
 from finetune_operator.decide import decide
 from finetune_operator.facts import Facts
 from finetune_operator.plan import ActionResult, Outcome, Situation, Termination
-from finetune_operator.policies.acceptance import RefusedSpec, accept
+from finetune_operator.policies.acceptance import AcceptedSpec, FirstAttempt, RefusedSpec, accept
 from finetune_operator.report import compute_status
 from finetune_operator.settings import OperatorConfig, SettingsError, parse_config
-from finetune_operator.views import TerminatedState
+from finetune_operator.views import TerminatedState, as_deleted
 
 from tests.unit.operator.samples import at, facts, iso_time, job, pod, report, spec, status
 
@@ -134,3 +135,30 @@ def test_a_limit_without_a_price_waits() -> None:
 def test_an_unknown_type_of_gpu_is_refused() -> None:
     with pytest.raises(SettingsError, match="the type h100 is not known: write one of t4-16gb"):
         config_with(gpuType="h100")
+
+
+@pytest.mark.parametrize(
+    "group",
+    [
+        {"checkpoint": {"resume": "s3://models/ft/team/old/u/checkpoints/step-00000600"}},
+        {"training": {"earlyStopping": {"patience": 2}}, "dataset": {"validation": "s3://data/v.jsonl"}},
+    ],
+    ids=["begins at a checkpoint", "may stop early"],
+)
+def test_a_job_that_may_train_fewer_steps_than_planned_starts(group: dict[str, Any]) -> None:
+    planned = FineTuneJobStatus(plan=RunPlan(work=WORK, cost=CostPlan(gpu_hours=0.3, lower=0.58, expected=1.1, upper=4.8, currency="EUR")))
+    job_spec = spec(resources={"gpusPerNode": 2, "nodes": 2}, policy={"maxCost": 0.5}, **group)
+    assert decide(facts(spec=job_spec, status=planned, config=CONFIG)).situation is not Situation.FINISHED
+
+
+def test_a_limit_that_is_set_on_a_started_job_without_a_price_is_noted() -> None:
+    accepted = accept(gpu_spec(maxCost=5), config_with(pricePerGpuHour=None), FirstAttempt())
+    assert isinstance(accepted, AcceptedSpec)
+    assert accepted.notes[-1] == "a new job would be refused: spec.policy.maxCost is 5, but node pool h100 has no pricePerGpuHour"
+
+
+def test_a_pod_that_was_removed_unseen_costs_nothing_after_its_removal() -> None:
+    running_pod, removed_pod = gpu_pods()
+    pods = [running_pod, replace(as_deleted(removed_pod), removed_at=at(60))]
+    found = compute_cost(running(110, pods=pods), None)
+    assert found is not None and found.gpu_hours == round(2 * (100 + 49) / 3600, 4)

@@ -11,6 +11,7 @@ import pytest
 from finetune_api import names
 from finetune_api.names import Condition, ExitCode, FailureClass, Phase, Reason
 from finetune_api.pod import ProgressReport, RunConfig, TerminationMessage
+from finetune_api.spec.enums import OnExistingResult
 from finetune_api.status import (
     DataReport,
     EvaluationResult,
@@ -25,7 +26,7 @@ from finetune_api.status import (
 )
 from finetune_operator.blocking_conditions import find_missing_pods
 from finetune_operator.builders.job import build_preparation_job
-from finetune_operator.builders.run_config import build_run_config
+from finetune_operator.builders.run_config import build_run_config, for_preparation
 from finetune_operator.decide import decide
 from finetune_operator.events import draft_events
 from finetune_operator.facts import Facts, ReceivedReport
@@ -550,6 +551,22 @@ def test_only_jobs_that_are_prepared_adopt_by_default(groups: dict[str, Any], co
     assert (accepted.spec.policy.on_existing_result, accepted.defaults["policy.onExistingResult"]) == (default, default)
     run = build_run_config(finetunejob(spec()), accepted.spec, 1, defaults=accepted.defaults, committed_step=0, max_step=None)
     assert "onExistingResult" not in run.to_wire()["spec"].get("policy", {}), "trainer 0.1.0 does not know the field"
+
+
+def test_values_that_only_operator_and_preparation_read_do_not_require_a_new_trainer() -> None:
+    accepted = accept_spec(spec(resources={"gpusPerNode": 8}, policy={"onExistingResult": "train", "retries": 1}), CONFIG_WITH_PREPARATION)
+    limited = accepted.spec.model_copy(update={"policy": accepted.spec.policy.model_copy(update={"max_cost": 5.0})})
+    run = build_run_config(finetunejob(spec()), limited, 2, defaults=accepted.defaults, committed_step=0, max_step=None)
+    assert run.to_wire()["spec"]["policy"] == run.to_wire()["spec"]["policy"] | {"retries": 1}
+    assert not {"maxCost", "onExistingResult"} & run.to_wire()["spec"]["policy"].keys()
+    assert "#minTrainerVersion 0.1.0" in run.to_wire()["defaults"]
+    assert for_preparation(run, OnExistingResult.FAIL).to_wire()["spec"]["policy"]["onExistingResult"] == "fail"
+
+
+def test_reduced_status_keeps_the_uid_of_an_adopted_result() -> None:
+    adopted = status(output={"uri": "s3://b/old/model", "adoptedUid": "old"})
+    reduced = reduced_status(adopted, status()).output
+    assert reduced is not None and reduced.to_wire() == {"uri": "s3://b/old/model", "adoptedUid": "old"}
 
 
 @pytest.mark.parametrize("mode", ["adopt", "fail"])

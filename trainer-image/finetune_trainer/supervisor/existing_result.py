@@ -71,12 +71,14 @@ def find_result_to_adopt(run: RunConfig, facts: RunFacts, state: RunState) -> Ru
     if mode is OnExistingResult.TRAIN:
         return None
     try:
-        earlier_runs = list_earlier_runs(run)
+        earlier_runs, unreadable = list_earlier_runs(run)
     except FineTuneError as error:
         if mode is not None:
             raise
         state.add_note(f"policy.onExistingResult: the results of earlier jobs could not be read, so the job trains: {error.code}")
         return None
+    for uid, error in unreadable.items():
+        state.add_note(f"policy.onExistingResult: the result of the job with uid {uid} could not be read, so it is not compared: {error.code}")
     if not earlier_runs:
         return None
     settings, inputs = result_settings(run.spec, run.defaults, run.before_adaptation), compared_inputs(facts)
@@ -92,17 +94,28 @@ def find_result_to_adopt(run: RunConfig, facts: RunFacts, state: RunState) -> Ru
     return None
 
 
-def list_earlier_runs(run: RunConfig) -> list[EarlierRun]:
-    """Return the complete final models of earlier jobs of the same name. Those with a result come first, the newest first. Errors: those of storage."""
+def list_earlier_runs(run: RunConfig) -> tuple[list[EarlierRun], dict[str, FineTuneError]]:
+    """Return the complete final models of earlier jobs of the same name, and the errors of those that could not be read, by uid.
+
+    Those with a result come first, the newest first. Errors: those of listing the folder; those of reading, if no earlier run could be read.
+    """
     root, _, own_uid = run.storage.uri.rstrip("/").rpartition("/")
     folder = open_store(run.storage.model_copy(update={"uri": root}))
     try:
         uids = [uid for uid in folder.list_folders() if uid != own_uid]
     finally:
         folder.close()
-    runs = [earlier for uid in uids if (earlier := _read_run(run, f"{root}/{uid}", uid)) is not None]
+    runs: list[EarlierRun] = []
+    unreadable: dict[str, FineTuneError] = {}
+    for uid in uids:
+        try:
+            runs += [earlier] if (earlier := _read_run(run, f"{root}/{uid}", uid)) is not None else []
+        except FineTuneError as error:  # for example encrypted with the key of another job
+            unreadable[uid] = error
+    if unreadable and not runs:
+        raise next(iter(unreadable.values()))
     runs.sort(key=lambda earlier: earlier.result.finished_at.timestamp() if earlier.result is not None else 0.0, reverse=True)
-    return runs
+    return runs, unreadable
 
 
 def _read_run(run: RunConfig, uri: str, uid: str) -> EarlierRun | None:

@@ -117,7 +117,7 @@ class Fetcher:
         self.run, self.work, self.byte_counter, self._model_kind = run, work, byte_counter, model_kind
         self.digests = FileDigests() if digests is None else digests
         self.source_versions: dict[str, str] = {}
-        """Version of each fetched model with weights, by spec path."""
+        """Version of each fetched model with weights and each folder of a benchmark, by spec path."""
 
     def model(self, text: str, path: str, name: str) -> FetchedSource:
         """Fetch a folder with a model. `path` is the spec field, `name` the folder to download into.
@@ -176,6 +176,8 @@ class Fetcher:
                 f"{kind.code}NotFound", f"{path} is {redact_source(text)}, which is a file, but a folder is needed",
                 hint=f"set {path} to the folder that holds the file", failure_class=FailureClass.DATA,
             )  # fmt: skip
+        if kind is BENCHMARK_SOURCE:  # images are compared by content
+            self.source_versions[path] = fetched.source_version
         return fetched.path
 
     def _fetch(self, text: str, path: str, target: Path, kind: SourceKind) -> FetchedSource:

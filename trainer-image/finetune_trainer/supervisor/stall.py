@@ -2,8 +2,8 @@
 
 While a pod trains, evaluates, merges or stops, a rank must send a heartbeat (a step, a micro-step, an evaluation batch) within the
 stall timeout. The timeout is `policy.stallTimeoutSeconds`. The default is twenty times the median step and at least ten
-minutes; it applies from the first measured step. Loading and tokenising are not checked, because their duration is unknown, and collective
-operations have their own time limits. Before a stalled attempt ends, every rank writes the stacks of its threads to the log.
+minutes; it applies from the first measured step. Loading and tokenising are not checked, because their duration is unknown. If they
+hang, only `policy.activeDeadlineSeconds` ends the attempt. Before a stalled attempt ends, every rank writes the stacks of its threads to the log.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from finetune_api.status import EvaluationResult, Metrics, Output, Progress, Res
 from finetune_trainer.checkpoint.manifest import Manifest, RunFacts, entries_of
 from finetune_trainer.checkpoint.tree import CheckpointTree
 from finetune_trainer.storage.folder import FolderStore
+from finetune_trainer.supervisor import existing_result
 from finetune_trainer.supervisor.existing_result import find_result_to_adopt, store_result
 from finetune_trainer.supervisor.run_state import RunState
 
@@ -183,3 +184,24 @@ def test_a_store_that_cannot_be_listed_ends_only_a_job_that_asked(run_of: Callab
     for mode in ("adopt", "fail"):
         with pytest.raises(FineTuneError, match="s3:ListBucket"):
             find_result_to_adopt(run_of("new", mode), FACTS, RunState())
+
+
+def test_an_earlier_run_that_cannot_be_read_does_not_hide_the_others(
+    run_of: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = complete(run_of("old"), tmp_path)
+    complete(run_of("encrypted"), tmp_path)
+    read_run = existing_result._read_run
+
+    def read_or_refuse(run: RunConfig, uri: str, uid: str) -> object:
+        if uid == "encrypted":
+            raise CredentialsError("EncryptionRefused", "the store refused the key")
+        return read_run(run, uri, uid)
+
+    monkeypatch.setattr(existing_result, "_read_run", read_or_refuse)
+    state = RunState()
+    result = find_result_to_adopt(run_of("new", "adopt"), FACTS_WITHOUT_WEIGHTS, state)
+    assert result is not None and result.output.uri == output.uri
+    assert notes_of(state) == [
+        "policy.onExistingResult: the result of the job with uid encrypted could not be read, so it is not compared: EncryptionRefused"
+    ]
