@@ -160,6 +160,7 @@ def test_an_adapter_of_another_base_model_is_refused_before_any_stage(trained: t
     assert "which was trained from the base model" in (message.message or "") and "model.source" in (message.hint or "")
 
 
+@pytest.mark.slow
 def test_both_models_answer_the_prompts_and_unreadable_prompts_end_the_job_before_training(
     model: Path, tmp_path: Path
 ) -> None:

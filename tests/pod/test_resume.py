@@ -67,7 +67,7 @@ def resume_case(
 @pytest.mark.parametrize(
     ("method", "processes", "interrupt", "variant"),
     [
-        resume_case("lora", 2, pod_stopped, "windows", is_quick=True), resume_case("full", 1, pod_killed, "end", is_quick=True),
+        resume_case("lora", 2, pod_stopped, "windows", is_quick=True), resume_case("full", 1, pod_killed, "end"),
         resume_case("full", 1, pod_killed, "plain"), resume_case("lora", 1, pod_killed, "early-end"),
         resume_case("lora", 2, rank_killed, "windows"), resume_case("full", 1, pod_stopped, "plain"), resume_case("lora", 1, pod_stopped, "packing"),
         resume_case("full", 1, pod_stopped, "boundary"), resume_case("lora", 2, agent_killed, "boundary"),

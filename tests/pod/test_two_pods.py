@@ -72,7 +72,7 @@ def stop_case(phase: str, signalled_pod: int, stop_step: int, *, is_quick: bool 
 @pytest.mark.parametrize(
     ("gang", "phase", "signalled", "stop"),
     [
-        stop_case("accumulation:12", 1, 12, is_quick=True), stop_case("forward:12", 0, 12), stop_case("forward:12", 1, 12),
+        stop_case("accumulation:12", 1, 12), stop_case("forward:12", 0, 12), stop_case("forward:12", 1, 12),
         stop_case("accumulation:12", 0, 12), stop_case("save:8", 0, 9), stop_case("save:8", 1, 9),
         stop_case("evaluation:16", 0, 17, variant="best"), stop_case("evaluation:16", 1, 17, variant="best"),
     ],

@@ -146,6 +146,7 @@ def repeating(uri: str, **changes: Any) -> dict[str, Any]:
     return merge({"phases": {"train": False, "from": uri}, "dataset": {"train": None, "split": None}}, changes)
 
 
+@pytest.mark.slow
 def test_a_job_without_training_repeats_the_verification_of_another_job(unverified: tuple[Path, str], model: Path) -> None:
     folder, uri = unverified
     other_files = files_of(stored(folder, "", OTHER_JOB))

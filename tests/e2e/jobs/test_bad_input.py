@@ -157,6 +157,7 @@ def test_secrets_appear_in_no_status_or_log(failing_jobs: JobNamespace) -> None:
             assert failing_jobs.installation.cluster.s3.secret_key not in status.model_dump_json()
 
 
+@pytest.mark.slow  # tests/integration/operator shows what such a job waits for
 def test_job_waits_for_a_missing_secret(job_namespace: JobNamespace) -> None:
     """The job is Pending with a reason and runs once the Secret exists."""
     job_namespace.apply(

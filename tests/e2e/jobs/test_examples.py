@@ -33,8 +33,8 @@ class ExampleRunner:
 
     def wait_finished(self, name: str) -> FineTuneJobStatus:
         """Apply this example and the next example, then wait until this example ends."""
-        index = self.names.index(name)
-        for one in self.names[index : index + 2]:
+        next_names = self.names[self.names.index(name) + 1 :][:1] if name in self.names else []
+        for one in (name, *next_names):
             if one not in self.applied_names:
                 self.applied_names.add(one)
                 self.job_namespace.apply(ROOT / f"examples/{one}.yaml")

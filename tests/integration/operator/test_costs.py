@@ -45,7 +45,7 @@ async def test_a_prepared_job_that_is_surely_too_expensive_starts_no_attempt(wor
     await world.create(resources={"gpusPerNode": 1}, policy={"maxCost": 500}, prepare={"strategy": "always"})
     work = {"steps": 100, "tokens": 1000, "petaflop": 0.989 * 620, "trafficTerabytes": 0}
     message = TerminationMessage.model_validate({"plan": {"work": work}, "data": {"tokens": 1000}})
-    await world.kubelet.end(await world.pod("run-prepare-1", 0, "Running"), 0, message)
+    await world.kubelet.end(await world.pod("run-prepare1", 0, "Running"), 0, message)
     status = await world.wait_for_phase("Failed")
     assert status["failure"]["code"] == "BudgetExceeded"
     assert status["failure"]["message"] == "the optimizer steps alone cost at least 1000 EUR (expected: 1723), but policy.maxCost is 500"

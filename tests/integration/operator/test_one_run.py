@@ -40,7 +40,7 @@ async def test_a_job_that_is_created_again_adopts_the_result_of_its_preparation(
     """The trainer decides what can be adopted: tests/pod/test_existing_result.py. Here, the operator acts on the message of its pod."""
     policy = {"onExistingResult": "adopt"}
     first = await world.create(policy=policy)
-    await world.kubelet.end(await world.pod("run-prepare-1", 0, "Running"), 0, TerminationMessage(exit_code=0))
+    await world.kubelet.end(await world.pod("run-prepare1", 0, "Running"), 0, TerminationMessage(exit_code=0))
     await world.kubelet.succeed(await world.pod("run-1", 0, "Running"))
     trained = await world.wait_for_phase("Succeeded")
     await world.kube.delete(FINETUNEJOB, world.namespace, "run", uid=first["metadata"]["uid"], foreground=False)
@@ -50,8 +50,8 @@ async def test_a_job_that_is_created_again_adopts_the_result_of_its_preparation(
     second = await world.create(policy=policy)
     output = trained["output"] | {"adoptedUid": first["metadata"]["uid"]}
     message = TerminationMessage.model_validate({"exitCode": 0, "output": output, "metrics": trained["metrics"], "step": 100})
-    await world.kubelet.end(await world.pod("run-prepare-1", 0, "Running"), 0, message)
+    await world.kubelet.end(await world.pod("run-prepare1", 0, "Running"), 0, message)
     adopted = await world.wait_for_phase("Succeeded")
     assert (adopted["output"], adopted["metrics"], adopted["reason"]) == (output, trained["metrics"], "ExistingResultAdopted")
     assert (adopted["attempts"], adopted.get("attempt"), adopted["preparation"]["reason"]) == ([], None, "ExistingResultAdopted")
-    assert {name: body["metadata"]["ownerReferences"][0]["uid"] for name, body in world.jobs.items.items()} == {"run-prepare-1": second["metadata"]["uid"]}
+    assert {name: body["metadata"]["ownerReferences"][0]["uid"] for name, body in world.jobs.items.items()} == {"run-prepare1": second["metadata"]["uid"]}

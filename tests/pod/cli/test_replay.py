@@ -33,6 +33,7 @@ def run_folder(folder: Path) -> Path:
     return found
 
 
+@pytest.mark.slow
 def test_a_replay_has_equal_weights(folder: Path, run_folder: Path) -> None:
     result = run_finetune(folder, "replay", f"file://{run_folder}", "--keep", "again")
     assert (result.returncode, "equal: all " in result.stdout) == (0, True), result.stdout + result.stderr

@@ -142,6 +142,7 @@ def train_two_ranks(rank: int, model: str, folder: str) -> None:
     distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_ranks_may_choose_differently(model: Path, tmp_path: Path) -> None:
     torch.multiprocessing.spawn(train_two_ranks, (str(model), str(tmp_path)), nprocs=2)
     ranks = [torch.load(tmp_path / f"weights-{rank}.pt") for rank in (0, 1)]

@@ -36,8 +36,8 @@ QUEUED_SPEC = spec(placement={"queueName": "q"})
 IN_PROGRESS, CURRENT, FAILED = ("InProgress", "Progressing"), ("Current", "Healthy"), ("Failed", "Degraded")
 
 
-PREPARED_JOB = job(0, name="run-prepare-1", uid="prepare-1", completed_at=at(50))
-PREPARED_POD = pod(0, name="run-prepare-1-0-x", uid="pod-prepare-1", job_uid="prepare-1")
+PREPARED_JOB = job(0, name="run-prepare1", uid="prepare-1", completed_at=at(50))
+PREPARED_POD = pod(0, name="run-prepare1-0-x", uid="pod-prepare-1", job_uid="prepare-1")
 ADOPTED = TerminationMessage(exit_code=0, output=Output(uri="s3://models/test/team/run/old/model/a1-12345678", adopted_uid="old"))
 FOUND_POD = end_pod(PREPARED_POD, 64, TerminationMessage(class_=FailureClass.USER, code="ExistingResultFound", message="stored", exit_code=64))
 ADOPTING = facts(

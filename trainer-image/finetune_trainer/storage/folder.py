@@ -99,7 +99,7 @@ class FolderStore:
     def list(self, prefix: str) -> Iterator[ObjectStat]:
         base = self.root / prefix.rpartition("/")[0]
         with self._translate_os_errors(f"list {prefix}"):
-            for path in sorted(_list_files(base)):
+            for path in sorted(path for path in _walk(base) if not path.name.startswith(PARTIAL_FILE_PREFIX)):
                 key = path.relative_to(self.root).as_posix()
                 if key.startswith(prefix) and (stat := self.stat(key)):
                     yield stat
@@ -118,11 +118,11 @@ class FolderStore:
                 self._remove_empty_folders((self.root / key).parent)
 
     def sweep(self, prefix: str) -> int:
-        base = self.root / prefix
-        partial_file = [path for path in base.rglob(PARTIAL_FILE_PREFIX + "*") if path.is_file()] if base.is_dir() else []
-        for path in partial_file:
-            path.unlink(missing_ok=True)
-        return len(partial_file)
+        with self._translate_os_errors(f"delete partial files of {prefix}"):
+            partial_files = [path for path in _walk(self.root / prefix) if path.name.startswith(PARTIAL_FILE_PREFIX)]
+            for path in partial_files:
+                path.unlink(missing_ok=True)
+        return len(partial_files)
 
     def close(self) -> None:
         """Do nothing: there are no connections."""
@@ -173,15 +173,15 @@ class FolderStore:
             raise StorageError("StorageFailed", f"cannot {action} below {self.uri}: {error.strerror or error}") from error
 
 
-def _list_files(base: Path) -> Iterator[Path]:
-    """Yield the files below a folder, except hidden partial files. An unreadable folder raises an error; otherwise it would look empty."""
+def _walk(base: Path) -> Iterator[Path]:
+    """Yield the files below a folder, also while another process removes some. An unreadable folder raises an error; otherwise it would look empty."""
 
     def raise_if_unreadable(error: OSError) -> None:
         if not isinstance(error, FileNotFoundError | NotADirectoryError):
             raise error
 
     for folder, _, names in os.walk(base, onerror=raise_if_unreadable):
-        yield from (Path(folder, name) for name in names if not name.startswith(PARTIAL_FILE_PREFIX))
+        yield from (Path(folder, name) for name in names)
 
 
 def _create_in_place(target: Path, data: bytes) -> CreateResult:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -189,9 +190,14 @@ def test_a_reader_whose_rows_are_removed_falls_back(scene: Scene, monkeypatch: p
     reader = scene.row_store(None, digest=DIGEST, manifest_sha256=sha256)
     download = FolderStore.download
 
+    removed: list[str] = []
+    lock = threading.Lock()  # files are downloaded in several threads
+
     def remove_first(self: FolderStore, *arguments: Any, **options: Any) -> str | None:
-        scene.mark_used("2026-01-01T00:00:00Z")
-        scene.row_store().remove_expired()
+        with lock:
+            if not removed:
+                scene.mark_used("2026-01-01T00:00:00Z")
+                removed.extend(scene.row_store().remove_expired())
         return download(self, *arguments, **options)
 
     monkeypatch.setattr(FolderStore, "download", remove_first)
