@@ -1,0 +1,96 @@
+"""The official `openai` client against `finetune serve-openai` in a pod of the chart: only base URL and API key differ from the hosted API."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import secrets
+import subprocess
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import yaml
+from finetune_api.names import Phase
+from openai import AuthenticationError, OpenAI
+
+from localcluster import build, images
+from localcluster.steps import shown_step
+from tests.e2e.jobs.installation import MODEL, ROOT, Installation, JobNamespace, demo
+
+CLI_IMAGE = "localhost/finetune-cli"
+ACCOUNT = "openai-client"
+KEY = f"sk-{secrets.token_hex(32)}"
+
+
+def guide_objects() -> list[dict[str, Any]]:
+    """The ServiceAccount, role and binding that the guide gives to a client."""
+    text = (ROOT / "docs/guides/openai.md").read_text("utf-8")
+    block = re.search(r"```yaml\n(apiVersion: v1\nkind: ServiceAccount.*?)```", text, re.DOTALL)
+    assert block is not None
+    return list(yaml.safe_load_all(block[1]))
+
+
+@pytest.fixture
+def base_url(installation: Installation, job_namespace: JobNamespace) -> Iterator[str]:
+    """The address of the server, which the chart installs for one test."""
+    namespace, cluster = job_namespace.namespace, installation.cluster
+    images.build_images([images.ImageName.CLI], shown_step)
+    cluster.load_image(f"{CLI_IMAGE}:dev")
+    for item in guide_objects():
+        if item["kind"] == "RoleBinding":
+            item["subjects"][0]["namespace"] = namespace
+        job_namespace.apply(item)
+    table = {"keys": [{"sha256": hashlib.sha256(KEY.encode()).hexdigest(), "namespace": namespace, "serviceAccount": ACCOUNT}]}
+    operator_namespace = JobNamespace(installation, demo.RELEASE_NAME)
+    operator_namespace.secret("openai-keys", {"keys.yaml": yaml.safe_dump(table)})
+    operator_namespace.secret("openai-s3", {"AWS_ACCESS_KEY_ID": cluster.s3.access_key, "AWS_SECRET_ACCESS_KEY": cluster.s3.secret_key})
+    spec = {"model": {"source": MODEL}, "resources": {"gpusPerNode": 0, "cpu": "100m", "memory": "2Gi"}, "checkpoint": {"steps": 2}}
+    installation.install(openaiServer={
+        "enabled": True, "image": {"repository": CLI_IMAGE, "tag": "dev"}, "models": {"gpt-4o-mini": {"spec": spec}}, "keysSecret": "openai-keys",
+        "credentialsSecret": "openai-s3", "accounts": [{"namespace": namespace, "serviceAccounts": [ACCOUNT]}],
+    })  # fmt: skip
+    command = [str(build.ensure_built(build.KUBE_PROGRAM)), "kubectl", "--kubeconfig", str(cluster.kubeconfig), "-n", demo.RELEASE_NAME]
+    (service,) = [
+        one["metadata"]["name"] for one in installation.api.list("services", demo.RELEASE_NAME) if "openai" in one["metadata"]["name"]
+    ]
+    with subprocess.Popen([*command, "port-forward", f"service/{service}", ":80"], stdout=subprocess.PIPE, text=True) as forward:
+        assert forward.stdout is not None
+        port = re.search(r"127\.0\.0\.1:(\d+)", forward.stdout.readline())
+        assert port is not None
+        yield f"http://127.0.0.1:{port[1]}/v1"
+        forward.kill()
+    installation.install()
+
+
+def test_the_official_client_trains_a_model(base_url: str, job_namespace: JobNamespace) -> None:
+    client = OpenAI(base_url=base_url, api_key=KEY, max_retries=0)
+    rows = (ROOT / "examples/data/captain.jsonl").read_bytes()
+    file = client.files.create(file=("captain.jsonl", rows), purpose="fine-tune")
+    assert client.files.content(file.id).read() == rows
+
+    job = client.fine_tuning.jobs.create(model="gpt-4o-mini", training_file=file.id, hyperparameters={"n_epochs": 1})
+    assert job.status in ("validating_files", "queued") and job.id in {one.id for one in client.fine_tuning.jobs.list()}
+    job_namespace.wait_finished(job.id)
+    done = client.fine_tuning.jobs.retrieve(job.id)
+    assert (done.status, done.error) == ("succeeded", None)
+    assert done.fine_tuned_model == job_namespace.status(job.id).output.uri  # type: ignore[union-attr]
+    assert (done.trained_tokens or 0) > 0
+    assert done.finished_at is not None and list(client.fine_tuning.jobs.list_events(job.id))
+    assert [one.step_number for one in client.fine_tuning.jobs.checkpoints.list(job.id)]
+    (result_file,) = done.result_files
+    assert client.files.content(result_file).text.startswith("step,")
+
+    other = client.fine_tuning.jobs.create(model="gpt-4o-mini", training_file=file.id, hyperparameters={"n_epochs": 50})
+    client.fine_tuning.jobs.pause(other.id)
+    job_namespace.wait(other.id, lambda s: s.phase is Phase.SUSPENDED, "suspended")
+    assert client.fine_tuning.jobs.retrieve(other.id).status == "paused"
+    client.fine_tuning.jobs.resume(other.id)
+    job_namespace.wait(other.id, lambda s: s.phase is not Phase.SUSPENDED, "resumed")
+    assert client.fine_tuning.jobs.cancel(other.id).status == "cancelled"
+    job_namespace.wait_finished(other.id, Phase.CANCELLED)
+
+
+def test_an_unknown_key_is_refused(base_url: str) -> None:
+    with pytest.raises(AuthenticationError):
+        OpenAI(base_url=base_url, api_key="sk-unknown", max_retries=0).files.list()
