@@ -13,19 +13,35 @@ from finetune_cli.job_storage import JobStorage, StoredObject
 
 @dataclass(frozen=True)
 class UnusedRows:
-    """Prepared rows that may be removed. `objects` are in the order of their removal."""
+    """Prepared rows that may be removed."""
 
     storage: JobStorage
-    objects: list[StoredObject]
+    groups_by_digest: dict[str, list[list[StoredObject]]]
+    """For each digest, groups of objects in the order of their removal. The first group is the marker of the commit."""
+
+    @property
+    def objects(self) -> list[StoredObject]:
+        """All objects."""
+        return [stored for groups in self.groups_by_digest.values() for group in groups for stored in group]
 
     @property
     def bytes(self) -> int:
         """Size of all objects."""
         return sum(stored.size for stored in self.objects)
 
-    def delete(self) -> None:
-        """Delete the objects. Raises StorageError."""
-        self.storage.delete_objects(self.objects)
+    def delete(self, now: datetime) -> UnusedRows:
+        """Delete the rows that are still unused, and return them. A job may have used some since they were found. Raises StorageError.
+
+        The groups are deleted one after the other, because a store may delete the objects of one request in any order.
+        """
+        deleted = {}
+        for digest, groups in self.groups_by_digest.items():
+            if not _is_unused(self.storage, digest, now):
+                continue
+            for group in groups:
+                self.storage.delete_objects(group)
+            deleted[digest] = groups
+        return UnusedRows(self.storage, deleted)
 
 
 def find_unused_rows(job_storage: JobStorage, now: datetime) -> UnusedRows:
@@ -37,9 +53,14 @@ def find_unused_rows(job_storage: JobStorage, now: datetime) -> UnusedRows:
     by_digest: dict[str, dict[str, StoredObject]] = {}
     for stored in storage.list_objects():
         by_digest.setdefault(stored.key.partition("/")[0], {})[stored.key] = stored
-    unused = []
-    for digest, objects in by_digest.items():
-        marker = UsedMarker.parse(storage.read_if_exists(f"{digest}/{USED_MARKER}"))
-        if marker is not None and marker.is_expired(now):
-            unused += [objects[key] for group in removal_order(objects) for key in group]
+    unused = {
+        digest: [[objects[key] for key in group] for group in removal_order(objects)]
+        for digest, objects in by_digest.items()
+        if _is_unused(storage, digest, now)
+    }
     return UnusedRows(storage, unused)
+
+
+def _is_unused(storage: JobStorage, digest: str, now: datetime) -> bool:
+    marker = UsedMarker.parse(storage.read_if_exists(f"{digest}/{USED_MARKER}"))
+    return marker is not None and marker.is_expired(now)

@@ -146,7 +146,8 @@ DAMAGES: dict[str, tuple[Callable[[Bucket, DataReport], None], str]] = {
 }
 
 
-@pytest.mark.parametrize("damage", [pytest.param(name, marks=() if name == "flipped byte" else pytest.mark.slow) for name in DAMAGES])
+@pytest.mark.slow  # tests/unit/trainer/supervisor/test_stored_rows.py damages rows too
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_rows_that_cannot_be_used_are_prepared_again_with_a_note(
     s3_server: S3Endpoint, bucket: Bucket, model: Path, rows: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, damage: str
 ) -> None:

@@ -54,7 +54,7 @@ def check(run: RunConfig, channel: Channel, inputs: Inputs, preparation: Supervi
     from finetune_api.memory.description import Facts as MemoryFacts
 
     from finetune_trainer import model
-    from finetune_trainer.data.prepare import NoPreparationCallbacks
+    from finetune_trainer.data.prepare import NoPreparationCallbacks, writes_date
     from finetune_trainer.distributed import DistributedStrategy
     from finetune_trainer.memory_plan import plan_with_facts, plan_work_of_run
     from finetune_trainer.objective.base import TrainingContext
@@ -73,6 +73,8 @@ def check(run: RunConfig, channel: Channel, inputs: Inputs, preparation: Supervi
     _, facts = objective.load_data(context)
     for note in (*notes, *facts.notes):
         channel.report_note(note)
+    if preparation is not None and writes_date(tokenizer):
+        channel.report_note("prepared rows are neither stored nor used, because the chat template can write the date; the training pods tokenise the data")
     memory = plan_with_facts(run, config, MemoryFacts(longest_tokens=facts.longest_sequence or None))
     channel.report_stage(Stage.CHECKING, "model and method")
     trainable, total = _check_method(run, channel, inputs, context, config, objective.model_kind)

@@ -69,8 +69,8 @@ def purge(
         opened.delete_objects(_markers_first(objects))
         output.write(f"{name}: {len(objects)} objects, {total}, deleted")
     if unused.objects:
-        unused.delete()
-        output.write(f"unused prepared rows: {unused_total}, deleted")
+        deleted = unused.delete(datetime.now(UTC))
+        output.write(f"unused prepared rows: {len(deleted.objects)} objects, {format_bytes(deleted.bytes)}, deleted")
 
 
 def _finished_job(cluster: Cluster, name: str, uid: str | None) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from finetune_api.pod import RunConfig
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.cluster import EnvVar, PrepareResources
 from finetune_api.spec.common import SecretKeyRef, SecretRef, StorageConnection
+from finetune_api.tenancy import user_code_in_preparation
 
 from finetune_operator.builders.mounts import build_mounts
 from finetune_operator.builders.run_config import customer_key_variable
@@ -110,6 +111,9 @@ def _build_preparation_pod(
         "spec": run.spec.with_values(values),
     })  # fmt: skip
     pod = _build_pod_spec("", pod_run, run_sha256, pool if mounts_claim else None, config, secret_name)
+    if user_code_in_preparation(run.spec):
+        # The user's code could sign rows for all jobs of the namespace.
+        pod["volumes"][0] = _build_run_volume(secret_name, (names.ATTEMPT_SECRET_KEY,))
     container = pod["containers"][0]
     container["args"] = ["prepare"]
     # With a limit, the trainer starts as many processes as the pod has CPUs, instead of one for each CPU of the node.
@@ -283,13 +287,13 @@ def _operator_volumes(spec: FineTuneJobSpec, secret_name: str) -> list[Object]:
     ]
 
 
-def _build_run_volume(secret_name: str) -> Object:
-    """The folder with `run.json` and, if the attempt has a Secret, with its files."""
+def _build_run_volume(secret_name: str, keys: tuple[str, ...] = (names.ATTEMPT_SECRET_KEY, names.CHECKPOINT_KEY)) -> Object:
+    """The folder with `run.json` and, if the attempt has a Secret, with its files `keys`."""
     item = {"path": names.RUN_FILE_NAME, "fieldRef": {"fieldPath": f"metadata.annotations['{Annotation.RUN_CONFIG}']"}}
     run_config = {"downwardAPI": {"items": [item]}}
     if not secret_name:
         return {"name": "run", **run_config}
-    items = [{"key": key, "path": key} for key in (names.ATTEMPT_SECRET_KEY, names.CHECKPOINT_KEY)]
+    items = [{"key": key, "path": key} for key in keys]
     return {"name": "run", "projected": {"sources": [run_config, {"secret": {"name": secret_name, "items": items}}]}}
 
 

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
+from finetune_api.spec.cluster import StorageRoot
 from finetune_cli.commands import delete, purge
+from finetune_cli.job_storage import JobStorage
+from finetune_cli.prepared_rows import find_unused_rows
 
 from tests.unit.cli.conftest import RunCommand
 
@@ -56,6 +60,29 @@ def test_unused_prepared_rows_of_the_namespace_are_deleted_too(
     kept = sorted({path.relative_to(tmp_path / "store").as_posix().split("/")[2] for path in tmp_path.rglob("_COMMITTED")})
     assert (kept, checkpoint.exists()) == (["damaged", "old", "unmarked", "used"], False)
     assert not [path for path in (rows / "old").rglob("*") if path.is_file()]
+
+
+def test_rows_that_a_job_uses_after_they_were_found_are_kept(tmp_path: Path) -> None:
+    rows, now = tmp_path / "default/_prepared", datetime(2026, 1, 1, tzinfo=UTC)
+    for digest in ("old", "older"):
+        store_rows(rows, digest, "2020-01-01T00:00:00Z")
+    unused = find_unused_rows(JobStorage(f"file://{tmp_path}/default/bot/u1", StorageRoot()), now)
+    assert sorted(unused.groups_by_digest) == ["old", "older"]
+    (rows / "old/_USED").write_text(json.dumps({"until": "2026-02-01T00:00:00Z"}), encoding="utf-8")
+    deleted = unused.delete(now)
+    assert list(deleted.groups_by_digest) == ["older"]
+    assert sorted(path.relative_to(rows).as_posix() for path in rows.rglob("*") if path.is_file()) == [
+        "old/_COMMITTED", "old/_USED", "old/a1-12345678/manifest.json", "old/a1-12345678/train/00000.arrow",
+    ]  # fmt: skip
+
+
+def test_the_marker_of_the_commit_is_deleted_in_a_request_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store_rows(tmp_path / "default/_prepared", "old", "2020-01-01T00:00:00Z")
+    requests: list[list[str]] = []
+    monkeypatch.setattr(JobStorage, "delete_objects", lambda self, objects: requests.append([stored.key for stored in objects]))
+    now = datetime(2026, 1, 1, tzinfo=UTC)
+    find_unused_rows(JobStorage(f"file://{tmp_path}/default/bot/u1", StorageRoot()), now).delete(now)
+    assert requests == [["old/_COMMITTED"], ["old/a1-12345678/manifest.json"], ["old/a1-12345678/train/00000.arrow"], ["old/_USED"]]
 
 
 def adopted_job() -> dict[str, Any]:

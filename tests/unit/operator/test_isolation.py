@@ -139,6 +139,27 @@ async def test_a_preparation_gets_a_secret_with_the_key_for_prepared_rows_of_its
     assert volume["projected"]["sources"][1]["secret"]["name"] == name
 
 
+@pytest.mark.parametrize(
+    ("groups", "has_key"),
+    [
+        ({}, True),
+        ({"model": {"trustRemoteCode": True}}, False),
+        ({"placement": {"image": "registry.example.com/own:1"}}, False),
+        ({"placement": {"env": [{"name": "NCCL_DEBUG", "value": "INFO"}]}}, True),
+        ({"trainer": {"type": "grpo", "rewards": [{"configMapRef": {"name": "rewards", "key": "rewards.py"}}]}}, False),
+        ({"trainer": {"type": "grpo", "rewards": [{"builtin": "regex", "parameters": {"pattern": "x"}}]}}, True),
+    ],
+)
+async def test_a_preparation_that_runs_other_code_does_not_get_the_key_of_the_namespace(groups: dict[str, Any], has_key: bool) -> None:
+    server, config = new_server(), isolated_config(network_policy=False)
+    observed = facts(spec=spec(resources={"gpusPerNode": 1}, prepare={"strategy": "always"}, **groups), config=config)
+    await executor(server, config).act(observed, Plan(Situation.PREPARING, create_preparation=1))
+    volumes = server.objects[JOB.plural, "run-prepare1"]["spec"]["template"]["spec"]["volumes"]
+    sources = [source for volume in volumes if volume["name"] == "run" for source in volume["projected"]["sources"]]
+    mounted = [item["key"] for source in sources if "secret" in source for item in source["secret"]["items"]]
+    assert mounted == ["attempt-secret", *(["checkpoint-key"] if has_key else [])]
+
+
 async def test_by_default_an_attempt_gets_neither_secret_nor_policy() -> None:
     server = new_server()
     await create_first_attempt(server, CONFIG)

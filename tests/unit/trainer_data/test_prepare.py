@@ -155,6 +155,38 @@ def test_the_digest_depends_on_contents_and_not_on_addresses(tmp_path: Path) -> 
     assert len({first, *others}) == len(others) + 1
 
 
+def test_the_digest_depends_on_settings_of_the_tokenizer_that_are_not_in_its_backend(tmp_path: Path) -> None:
+    run, inputs = make_run(tmp_path, Path("/models/tiny"), {}, list(TEN_ROWS))
+    tok = tokenizer(tmp_path)
+    first = inputs_digest(run, inputs, tok, 512)
+    tok.init_kwargs |= {"name_or_path": "/elsewhere", "tokenizer_file": "/elsewhere/tokenizer.json", "cache_dir": "/elsewhere", "_commit_hash": "f"}
+    assert inputs_digest(run, inputs, tok, 512) == first
+    tok.init_kwargs["split_special_tokens"] = True
+    assert inputs_digest(run, inputs, tok, 512) != first
+
+
+def test_the_digest_depends_on_remote_code(tmp_path: Path) -> None:
+    run, inputs = make_run(tmp_path, Path("/models/tiny"), {"model": {"trustRemoteCode": True}}, list(TEN_ROWS))
+    tok = tokenizer(tmp_path)
+    inputs = inputs.model_copy(update={"tokenizer": tmp_path / "own"})
+    (tmp_path / "own/parts").mkdir(parents=True)
+    digests = set()
+    for code in ("one = 1", "one = 2"):
+        (tmp_path / "own/parts/tokenization_own.py").write_text(code)
+        digests.add(inputs_digest(run, inputs, tok, 512))
+    assert len(digests) == 2
+
+
+@pytest.mark.parametrize(("text", "is_shared"), [("{{ strftime_now('%d %b %Y') }}", False), ("", True)])
+def test_rows_with_the_date_are_not_shared(tmp_path: Path, text: str, is_shared: bool) -> None:
+    template = text + "{% for m in messages %}{{ m.role + '=' + m.content + '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}assistant={% endif %}"
+    run, inputs = make_run(tmp_path, Path("/models/tiny"), {"dataset": {"chatTemplate": {"text": template}}}, list(TEN_ROWS))
+    requested: list[str] = []
+    observer = SimpleNamespace(provide_rows=requested.append, count_rows=lambda _: None)
+    prepare(run, inputs, tokenizer(tmp_path), max_positions=512, cache=tmp_path / "tokens", preparation=observer)
+    assert len(requested) == is_shared
+
+
 def test_chat_template_of_the_spec_is_used(tmp_path: Path) -> None:
     tok = tokenizer(tmp_path)
     template = "{% for m in messages %}{{ m.role + '=' + m.content + '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}assistant={% endif %}"

@@ -54,6 +54,10 @@ OPTIONS_WITHOUT_EFFECT = ("train", "validation", "test", "storage", "numProc", "
 MAX_SEQUENCE_LENGTH = "dataset.maxSequenceLength"
 DEFAULT_MAX_SEQUENCE_LENGTH = 2048
 TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+SETTINGS_WITH_ADDRESSES = frozenset({"name_or_path", "cache_dir", "_commit_hash"})
+"""Settings of a tokenizer that are not part of the digest. Those whose names end with `_file` are paths, too."""
+DATE_FUNCTION = "strftime_now"
+"""Function of chat templates that writes the current date."""
 SHORTEST_SEQUENCE = 2
 """Minimum number of tokens in a row: the model predicts the second token from the first."""
 NO_TOKENIZER_LIMIT = 1 << 24
@@ -126,7 +130,7 @@ def prepare(
         )  # fmt: skip
     digest = inputs_digest(run, inputs, tokenizer, max_length, vision)
     preparation = preparation or NoPreparationCallbacks()
-    if vision is None:  # rows with images contain paths of this pod's disk
+    if vision is None and not writes_date(tokenizer):  # rows with images contain paths of this pod's disk
         preparation.provide_rows(digest)
     rank_order = one_rank_first or nullcontext()
     with rank_order:
@@ -348,6 +352,7 @@ def inputs_digest(run: RunConfig, inputs: Inputs, tokenizer: Any, max_length: in
         "maxLength": max_length,
         "seed": run.spec.training.seed if run.spec.dataset.mixture else None,
         "tokenizer": [tokenizer.chat_template, tokenizer.special_tokens_map, _tokenizer_facts(inputs, tokenizer)],
+        "code": _file_facts(inputs, sorted((inputs.tokenizer or inputs.model).rglob("*.py"))) if run.spec.model.trust_remote_code else [],
         # The number of an image's tokens depends on its size.
         "vision": [vision.identity, inputs.image_digests] if vision is not None else None,
     }
@@ -368,13 +373,18 @@ def _options_of_rows(run: RunConfig, vision: VisionProcessor | None) -> dict[str
 
 
 def _tokenizer_facts(inputs: Inputs, tokenizer: Any) -> Any:
-    """What the tokenizer computes, as a text. A tokenizer in Python is identified by its class and its files."""
+    """What the tokenizer computes. A tokenizer in Python is identified by its class and its files."""
+    settings = {name: value for name, value in tokenizer.init_kwargs.items() if name not in SETTINGS_WITH_ADDRESSES and not name.endswith("_file")}
     if hasattr(tokenizer, "backend_tokenizer"):
-        return tokenizer.backend_tokenizer.to_str()
+        return [type(tokenizer).__name__, settings, tokenizer.backend_tokenizer.to_str()]
     folder = inputs.tokenizer or inputs.model
     files = [folder / name for name in sorted({*tokenizer.vocab_files_names.values(), *TOKENIZER_FILES})]
-    settings = {name: value for name, value in tokenizer.init_kwargs.items() if name != "name_or_path"}
     return [type(tokenizer).__name__, settings, sorted(tokenizer.get_added_vocab().items()), _file_facts(inputs, [file for file in files if file.is_file()])]
+
+
+def writes_date(tokenizer: Any) -> bool:
+    """Whether the chat template can write the current date. Such rows are not shared: another day's pod makes other rows from the same data."""
+    return DATE_FUNCTION in str(tokenizer.chat_template)
 
 
 def notes_on_stored_rows(inputs: Inputs, digest: str) -> list[str]:

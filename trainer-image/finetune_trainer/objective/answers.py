@@ -28,6 +28,7 @@ from finetune_trainer.data.prepare import (
     rows_folder,
     splits_of,
     use_chat_template,
+    writes_date,
 )
 from finetune_trainer.data.prepared import PreparedFolder, prepared_folder, write_prepared
 from finetune_trainer.data.rows import IGNORED_LABEL, Conversation, Example, LabelledAnswer, Preference, RowError, Turn
@@ -155,7 +156,8 @@ def load_rows(context: TrainingContext, layout: RowLayout) -> tuple[Splits, Data
     is_templated = use_chat_template(context.run, context.inputs, context.tokenizer)
     limits = length_limits(context)
     digest = inputs_digest(context.run, context.inputs, context.tokenizer, limits.max_row_length)
-    context.preparation.provide_rows(digest)
+    if not writes_date(context.tokenizer):
+        context.preparation.provide_rows(digest)
     with local_rank_0_first():
         prepared = find_prepared(context.token_cache, digest) or _write_splits(context, layout, is_templated, limits, digest)
     splits, summary = splits_of(prepared), prepared.manifest.summary

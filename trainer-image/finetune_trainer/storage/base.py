@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import datetime
 from enum import Enum
 from pathlib import Path
 from typing import Protocol
@@ -20,11 +21,12 @@ ByteCounter = Callable[[int], None]
 
 @dataclass(frozen=True)
 class ObjectStat:
-    """The key (relative to the root), size in bytes and version tag (ETag or mtime) of an object."""
+    """The key (relative to the root), size in bytes and version tag (ETag or mtime) of an object, and when it was written, if known."""
 
     key: str
     size: int
     tag: str = ""
+    modified: datetime | None = field(default=None, compare=False)
 
 
 class CreateResult(Enum):

@@ -12,6 +12,7 @@ import hashlib
 import os
 import uuid
 from collections.abc import Iterable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 
 from finetune_api.errors import CredentialsError, FineTuneError, StorageError, StorageSetupError
@@ -94,7 +95,7 @@ class FolderStore:
                 status = (self.root / key).stat()
             except (FileNotFoundError, NotADirectoryError):
                 return None
-        return ObjectStat(key, status.st_size, str(status.st_mtime_ns))
+        return ObjectStat(key, status.st_size, str(status.st_mtime_ns), datetime.fromtimestamp(status.st_mtime, UTC))
 
     def list(self, prefix: str) -> Iterator[ObjectStat]:
         base = self.root / prefix.rpartition("/")[0]

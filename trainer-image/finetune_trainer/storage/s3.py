@@ -287,7 +287,8 @@ class S3Store:
         try:
             for page in self._client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=full):
                 for entry in page.get("Contents", []):
-                    yield ObjectStat(entry["Key"][prefix_length:], int(entry["Size"]), str(entry.get("ETag", "")).strip('"'))
+                    tag = str(entry.get("ETag", "")).strip('"')
+                    yield ObjectStat(entry["Key"][prefix_length:], int(entry["Size"]), tag, entry.get("LastModified"))
         except Exception as error:
             raise explain(error, self.connection, operation="ListObjectsV2") from error
 

@@ -13,6 +13,8 @@ import shutil
 import signal
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune_api.base import ReportModel
@@ -20,6 +22,7 @@ from finetune_api.existing_result import RunResult
 from finetune_api.names import PREPARATION_ATTEMPT, ExitCode
 from finetune_api.pod import RunConfig, TerminationMessage
 from finetune_api.status import DataReport, ResolvedConfig, Stage
+from finetune_api.tenancy import user_code_in_preparation
 
 from finetune_trainer import processes, rows_request
 from finetune_trainer.checkpoint.manifest import RunFacts
@@ -64,9 +67,13 @@ class PreparationPod:
             self._stop.set()
         self._result: CheckResult | None = None
         self._row_store: RowStore | None = None
+        """None if this preparation neither stores nor uses prepared rows."""
         self._stored: StoredRows | None = None
         """Rows of an earlier preparation that this pod uses."""
         self._adopted: RunResult | None = None
+        self._requested_digest: str | None = None
+        """The digest of the first request of the process `check`. Other digests are refused."""
+        self._search: threading.Thread | None = None
 
     def run(self) -> int:
         """Check everything, report the result to the operator, and return the exit code."""
@@ -119,21 +126,32 @@ class PreparationPod:
         facts = run_until(self._stop.is_set, fetch)
         address: dict[str, str] = {}
         with RowStore.open(run, self._settings.checkpoint_key) as row_store:
-            self._row_store = row_store
+            self._row_store = row_store if self._may_share_rows(run) else None
             if self._adopted is None:
                 self._run_process(run)
             summary, checked = preparation.data_summary, self._result
             self._state.merge_resolved(checked.resolved if checked is not None else ResolvedConfig())
             if summary is None:
                 return DataReport()
-            if checked is not None:
+            if checked is not None and self._row_store is not None:
                 address = run_until(self._stop.is_set, lambda: self._store_rows(row_store, run, checked.data.digest, facts, summary))
-            run_until(self._stop.is_set, lambda: _remove_unused_rows(row_store))
+            with suppress(StoppedError):  # the preparation is complete; a later one removes the rows
+                run_until(self._stop.is_set, lambda: _remove_unused_rows(row_store))
         findings = summary.findings
         counts = DataReport(
             rows=summary.rows, bad_rows=summary.bad_rows, duplicates=findings.duplicate_count, personal_data=findings.personal_data_counts
         )
         return counts.model_copy(update=(checked.data.model_dump(exclude_none=True) if checked is not None else {}) | address)
+
+    def _may_share_rows(self, run: RunConfig) -> bool:
+        """Whether this preparation stores rows and uses stored rows. Code of the user could change them for all jobs of the namespace."""
+        fields = user_code_in_preparation(run.spec)
+        if fields:
+            self._state.add_note(
+                f"prepared rows are neither stored nor used, because {', '.join(fields)} can run other code in the preparation; "
+                "the training pods tokenise the data"
+            )
+        return not fields
 
     def _run_process(self, run: RunConfig) -> None:
         """Run the checks that need large libraries in a process of its own. Errors: the failure that it reports; StoppedError."""
@@ -146,16 +164,30 @@ class PreparationPod:
         if end.failure is not None:
             raise end.failure
 
+    def _answer_request(self, digest: Any) -> None:
+        """Start the search for stored rows. A repeated request gets a sign that the search goes on, or the answer again."""
+        if not rows_request.is_digest(digest) or self._requested_digest not in (None, digest):
+            log.warning("a request for prepared rows is not valid")
+            return
+        if self._search is None:
+            self._requested_digest = digest
+            self._search = threading.Thread(target=self._provide_rows, args=(digest,), name="stored-rows", daemon=True)
+            self._search.start()
+        elif self._search.is_alive():
+            _touch(rows_request.working_file(self._settings.work, digest))
+        else:
+            _touch(rows_request.answer_file(self._settings.work, digest))
+
     def _provide_rows(self, digest: str) -> None:
         """Download rows that an earlier preparation has stored, and let the process `check` continue. Runs in a thread of its own."""
-        assert self._row_store is not None
         work = self._settings.work
         try:
-            self._stored = self._row_store.fetch_for_preparation(digest, work)
+            if self._row_store is not None:
+                self._stored = self._row_store.fetch_for_preparation(digest, work)
         except Exception as error:
             log.warning("stored rows could not be read", exc_info=error)
         finally:
-            rows_request.answer_file(work, digest).touch()
+            _touch(rows_request.answer_file(work, digest))
 
     def _store_rows(self, row_store: RowStore, run: RunConfig, digest: str | None, facts: RunFacts, summary: DataSummary) -> dict[str, str]:
         """Store the rows, unless an earlier preparation has done so. Returns the fields of `DataReport` with their address.
@@ -163,6 +195,9 @@ class PreparationPod:
         `digest`: None if the rows of this run are not stored. A failure only adds a note, because the training pods can prepare the data themselves.
         """
         if digest is None:
+            return {}
+        if not rows_request.is_digest(digest) or digest != self._requested_digest:
+            self._state.add_note("the prepared rows were not stored: their digest is not the one that was requested; the training pods tokenise the data")
             return {}
         folder = prepared_folder(self._settings.work / TOKENS_FOLDER, digest)
         try:
@@ -180,7 +215,7 @@ class PreparationPod:
     def _handle_message(self, message: dict[str, Any]) -> None:
         match message.get("kind"):
             case rows_request.ROWS_NEEDED:
-                threading.Thread(target=self._provide_rows, args=(str(message["digest"]),), name="stored-rows", daemon=True).start()
+                self._answer_request(message.get("digest"))
             case rows_request.ROWS_TOKENISED:
                 self._state.set_data(DataReport(tokenised_rows=int(message["rows"])))
             case "checked":
@@ -197,6 +232,14 @@ def _with_adopted_result(message: TerminationMessage, result: RunResult) -> Term
         "output": result.output, "evaluation": result.evaluation, "metrics": result.metrics, "progress": result.progress,
         "step": result.progress.step if result.progress is not None else None, "resolved": resolved,
     })  # fmt: skip
+
+
+def _touch(file: Path) -> None:
+    """Create or touch a file. A failure is only logged: the process `check` repeats its request, and in the end tokenises the data itself."""
+    try:
+        file.touch()
+    except OSError as error:
+        log.warning("%s could not be written: %s", file.name, error)
 
 
 def _remove_unused_rows(row_store: RowStore) -> None:

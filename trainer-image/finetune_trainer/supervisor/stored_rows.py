@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +29,7 @@ from finetune_trainer.checkpoint.manifest import CommitMarker, Manifest, RunFact
 from finetune_trainer.checkpoint.restore import fetch_verified
 from finetune_trainer.checkpoint.tree import CheckpointTree, CommittedFolder, FencedOutError
 from finetune_trainer.data.prepared import TOKENS_FOLDER, open_prepared, partial_folder, prepared_folder
-from finetune_trainer.storage.base import ByteCounter, join
+from finetune_trainer.storage.base import ByteCounter, ObjectStat, join
 from finetune_trainer.storage.roots import open_store
 
 if TYPE_CHECKING:
@@ -41,6 +41,9 @@ SUMMARY = "summary"
 NO_ACTION = "no action is needed: the data are prepared again"
 DATA_INPUTS = ("validation data", "test data")
 """Inputs in `RunFacts.other_inputs` from which rows are made."""
+
+LEFTOVER_AGE = timedelta(days=1)
+"""Age after which files without a commit are no longer needed. A preparation ends after six hours at the latest."""
 
 
 @dataclass(frozen=True)
@@ -182,30 +185,57 @@ class RowStore:
         store.put(key, renewed_marker(UsedMarker.parse(store.get(key)), datetime.now(UTC), self._options.ttl_days).to_bytes())
 
     def remove_expired(self, now: Callable[[], datetime] = lambda: datetime.now(UTC)) -> list[str]:
-        """Remove all rows of the namespace that no job has used for `prepare.ttlDays`. Returns their digests. Errors: those of the store.
+        """Remove all rows of the namespace that no job has used for `prepare.ttlDays`. Returns their digests. Errors: those of the store for the list.
 
-        A folder without a readable marker `_USED` gets one, and is removed later.
+        A folder without a readable marker `_USED` gets one, and is removed later. Rows for which a request fails are kept.
         """
         store = self._tree.store
-        keys_by_digest: dict[str, list[str]] = {}
+        stats_by_digest: dict[str, list[ObjectStat]] = {}
         for stat in store.list(""):
             digest, _, rest = stat.key.partition("/")
             if rest:
-                keys_by_digest.setdefault(digest, []).append(stat.key)
+                stats_by_digest.setdefault(digest, []).append(stat)
         removed = []
-        for digest, keys in keys_by_digest.items():
-            marker = UsedMarker.parse(store.get(join(digest, USED_MARKER)))
-            if marker is None:
-                self._renew(digest)
-            elif marker.is_expired(now()):
-                for group in removal_order(keys):
-                    store.delete(group)
-                removed.append(digest)
-                try:
-                    store.sweep(f"{digest}/")
-                except FineTuneError as error:  # not every role may list unfinished uploads
-                    log.warning("unfinished uploads of removed rows were kept: %s", error)
+        for digest, stats in stats_by_digest.items():
+            try:
+                if self._remove_if_expired(digest, [stat.key for stat in stats], now()):
+                    removed.append(digest)
+                else:
+                    self._remove_leftovers(digest, stats, now())
+            except FineTuneError as error:
+                log.warning("the time of the prepared rows %s was not checked: %s", digest, error)
         return removed
+
+    def _remove_if_expired(self, digest: str, keys: list[str], now: datetime) -> bool:
+        """Remove the rows if no job has used them for too long; return whether they were removed. Errors: those of the store."""
+        store = self._tree.store
+        marker = UsedMarker.parse(store.get(join(digest, USED_MARKER)))
+        if marker is None:
+            self._renew(digest)
+        if marker is None or not marker.is_expired(now):
+            return False
+        for group in removal_order(keys):
+            store.delete(group)
+        try:
+            store.sweep(f"{digest}/")
+        except FineTuneError as error:  # not every role may list unfinished uploads
+            log.warning("unfinished uploads of removed rows were kept: %s", error)
+        return True
+
+
+    def _remove_leftovers(self, digest: str, stats: list[ObjectStat], now: datetime) -> None:
+        """Remove the folders of preparations that ended long ago without a commit. Rows without a commit are kept. Errors: those of the store."""
+        committed = self._tree.get_committed_folder(digest)
+        if committed is None:
+            return
+        stats_by_folder: dict[str, list[ObjectStat]] = {}
+        for stat in stats:
+            folder, separator, _ = stat.key.removeprefix(f"{digest}/").partition("/")
+            if separator and folder != committed.marker.path:
+                stats_by_folder.setdefault(folder, []).append(stat)
+        for folder_stats in stats_by_folder.values():
+            if all(stat.modified is not None and now - stat.modified > LEFTOVER_AGE for stat in folder_stats):
+                self._tree.store.delete([stat.key for stat in folder_stats])
 
 
 def _summary_adapter() -> TypeAdapter[Any]:

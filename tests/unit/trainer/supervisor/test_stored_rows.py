@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -173,6 +174,25 @@ def test_only_rows_that_are_unused_for_too_long_are_removed(scene: Scene) -> Non
     assert UsedMarker.parse((scene.root / ("c" * 64) / "_USED").read_bytes()) is not None, "rows without a marker get one first"
 
 
+def test_rows_that_cannot_be_read_do_not_keep_others_from_being_removed(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for number, digest in enumerate(("a" * 64, "b" * 64)):
+        scene.commit(str(number), digest=digest)
+        scene.mark_used("2026-01-01T00:00:00Z", digest)
+    get = FolderStore.get
+
+    def refuse_first(self: FolderStore, key: str) -> bytes | None:
+        if key == "a" * 64 + "/_USED":
+            raise CredentialsError("AccessDenied", "GetObject is not allowed")
+        return get(self, key)
+
+    monkeypatch.setattr(FolderStore, "get", refuse_first)
+    assert scene.row_store().remove_expired() == ["b" * 64]
+    assert len(scene.names("a" * 64)) == 6
+    assert "the prepared rows " + "a" * 64 in caplog.text
+
+
 def test_every_use_keeps_the_rows_and_never_shortens_their_time(scene: Scene) -> None:
     sha256 = scene.commit("1", scene.row_store(ttl_days=60))
     long = UsedMarker.parse((scene.root / DIGEST / "_USED").read_bytes())
@@ -188,13 +208,11 @@ def test_a_reader_whose_rows_are_removed_falls_back(scene: Scene, monkeypatch: p
     """The rows are removed after the reader has read the manifest: the reader finds that files are missing, and never uses a part of them."""
     sha256 = scene.commit("1")
     reader = scene.row_store(None, digest=DIGEST, manifest_sha256=sha256)
-    download = FolderStore.download
-
+    download, lock = FolderStore.download, threading.Lock()
     removed: list[str] = []
-    lock = threading.Lock()  # files are downloaded in several threads
 
     def remove_first(self: FolderStore, *arguments: Any, **options: Any) -> str | None:
-        with lock:
+        with lock:  # several threads download
             if not removed:
                 scene.mark_used("2026-01-01T00:00:00Z")
                 removed.extend(scene.row_store().remove_expired())
@@ -216,6 +234,23 @@ def test_files_of_a_killed_preparation_are_removed_some_day(scene: Scene, monkey
     assert "_USED" in scene.names() and "_COMMITTED" not in scene.names()
     assert scene.row_store().remove_expired(lambda: datetime.now(UTC) + timedelta(days=31)) == [DIGEST]
     assert not scene.root.exists() or not list(scene.root.iterdir())
+
+
+def test_files_of_a_killed_preparation_do_not_stay_beside_rows_in_use(scene: Scene) -> None:
+    scene.commit("1")
+    committed = scene.names()
+    for name in ("a1-00000002/train/00000.arrow", "a1-00000003/train/00000.arrow", "a1-00000003/train/00001.arrow"):
+        file = scene.root / DIGEST / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(b"x")
+    now = datetime.now(UTC)
+    old = (now - timedelta(days=2)).timestamp()
+    for file in (scene.root / DIGEST).rglob("*"):
+        if file.name != "00001.arrow":
+            os.utime(file, (old, old))
+    assert scene.row_store().remove_expired(lambda: now) == []
+    recent = ["a1-00000003/train/00000.arrow", "a1-00000003/train/00001.arrow"]
+    assert scene.names() == sorted([*committed, *recent]), "one of two files of the third folder is not old"
 
 
 def test_a_pod_that_may_only_read_the_rows_uses_them(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,28 @@
+"""Which specs let a preparation run code that the platform has not chosen."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from finetune_api.spec import FineTuneJobSpec
+from finetune_api.tenancy import user_code_in_preparation
+
+
+@pytest.mark.parametrize(
+    ("spec", "fields"),
+    [
+        ({}, []),
+        ({"model": {"source": "hf://a/b", "trustRemoteCode": False}, "placement": {"env": [{"name": "NCCL_DEBUG", "value": "INFO"}]}}, []),
+        ({"model": {"source": "hf://a/b", "trustRemoteCode": True}}, ["model.trustRemoteCode"]),
+        ({"placement": {"env": [{"name": "LD_PRELOAD", "value": "/x.so"}]}}, ["placement.env[0].name"]),
+        (
+            {"placement": {"volumes": [{"name": "v", "persistentVolumeClaim": "c"}], "volumeMounts": [{"name": "v", "mountPath": "/opt/venv/lib"}]}},
+            ["placement.volumeMounts[0].mountPath"],
+        ),
+        ({"placement": {"nodeSelector": {"a": "b"}, "serviceAccountName": "own"}}, []),
+        ({"checkpoint": {"allowPickle": True}}, []),
+    ],
+)  # fmt: skip
+def test_fields_that_run_other_code_in_a_preparation(spec: dict[str, Any], fields: list[str]) -> None:
+    assert user_code_in_preparation(FineTuneJobSpec.model_validate(spec)) == fields

@@ -1,0 +1,173 @@
+"""The pod of a preparation: which rows it shares, and which messages of its process it accepts."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from finetune_api.pod import RunConfig
+from finetune_api.status import DataReport, ResolvedConfig
+from finetune_trainer import rows_request
+from finetune_trainer.checkpoint.manifest import RunFacts
+from finetune_trainer.settings import Settings
+from finetune_trainer.supervisor import preparation_pod
+from finetune_trainer.supervisor.preparation_pod import CheckResult, PreparationPod
+
+from tests.support.learning import make_run
+
+DIGEST = "d" * 64
+SUMMARY = SimpleNamespace(rows={"train": 3}, bad_rows=0, findings=SimpleNamespace(duplicate_count=0, personal_data_counts={}))
+STORED = {"prepared_uri": f"s3://rows/{DIGEST}", "prepared_sha256": "e" * 64}
+
+
+class FakeStore:
+    """A row store that records what it is asked for."""
+
+    def __init__(self) -> None:
+        self.fetched: list[str] = []
+        self.committed: list[str] = []
+        self.on_cleanup: Callable[[], None] = lambda: None
+
+    def fetch_for_preparation(self, digest: str, work: Path) -> None:
+        self.fetched.append(digest)
+
+    def commit(self, digest: str, folder: Path, **_: Any) -> str:
+        self.committed.append(digest)
+        return "e" * 64
+
+    def uri(self, digest: str) -> str:
+        return f"s3://rows/{digest}"
+
+    def remove_expired(self) -> list[str]:
+        self.on_cleanup()
+        return []
+
+
+class Scene:
+    """A preparation pod whose process requests rows with the digest `requested` and reports the digest `checked`."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.folder, self.store = folder, FakeStore()
+        self.requested: Any = DIGEST
+        self.checked = DIGEST
+        self.pod = PreparationPod(Settings(folder / "run.json", None, folder / "work", folder / "log", 0, 0, "", "uid"))
+        self.run: RunConfig = self.run_of({})
+        monkeypatch.setattr(preparation_pod, "load_run", lambda _: (self.run, "sha"))
+        monkeypatch.setattr(preparation_pod, "Preparation", lambda *_: SimpleNamespace(
+            check_hub_token=lambda: None, preflight=lambda: None, data_summary=SUMMARY,
+            fetch=lambda: (SimpleNamespace(write=lambda _: None), RunFacts(dataset_digest="t")),
+        ))  # fmt: skip
+        monkeypatch.setattr(preparation_pod, "find_result_to_adopt", lambda *_: None)
+        monkeypatch.setattr(preparation_pod, "run_child", self._run_child)
+        monkeypatch.setattr(preparation_pod.RowStore, "open", self._open)
+
+    def run_of(self, spec: dict[str, Any]) -> RunConfig:
+        return make_run(self.folder, Path("/models/tiny"), spec)[0]
+
+    @contextmanager
+    def _open(self, *_: Any) -> Iterator[FakeStore]:
+        yield self.store
+
+    def _run_child(self, *_: Any, handle_message: Callable[[dict[str, Any]], None], **__: Any) -> SimpleNamespace:
+        if self.requested is not None:
+            handle_message({"kind": rows_request.ROWS_NEEDED, "digest": self.requested})
+        for thread in threading.enumerate():
+            if thread.name == "stored-rows":
+                thread.join()
+        checked = CheckResult(data=DataReport(rows={"train": 3}, digest=self.checked), resolved=ResolvedConfig())
+        handle_message({"kind": "checked", "value": checked.to_wire()})
+        return SimpleNamespace(failure=None)
+
+    def check(self) -> DataReport:
+        return self.pod._check()
+
+    def notes(self) -> list[str]:
+        resolved = self.pod._state.report().resolved
+        return list((resolved.notes if resolved is not None else None) or [])
+
+    @property
+    def is_answered(self) -> bool:
+        return rows_request.answer_file(self.folder / "work", DIGEST).exists()
+
+
+@pytest.fixture
+def scene(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Scene:
+    return Scene(tmp_path, monkeypatch)
+
+
+def test_a_preparation_looks_for_rows_and_stores_them(scene: Scene) -> None:
+    report = scene.check()
+    assert (report.prepared_uri, report.prepared_sha256) == tuple(STORED.values())
+    assert (scene.store.fetched, scene.store.committed, scene.is_answered, scene.notes()) == ([DIGEST], [DIGEST], True, [])
+
+
+@pytest.mark.parametrize(
+    ("spec", "field"),
+    [
+        ({"model": {"trustRemoteCode": True}}, "model.trustRemoteCode"),
+        ({"placement": {"image": "registry.example.com/own:1"}}, "placement.image"),
+        ({"placement": {"env": [{"name": "PYTHONPATH", "value": "/mnt/code"}]}}, "placement.env[0].name"),
+        (
+            {"trainer": {"type": "grpo", "rewards": [{"configMapRef": {"name": "rewards", "key": "rewards.py"}}]}},
+            "trainer.rewards[0].configMapRef",
+        ),
+    ],
+)
+def test_a_preparation_that_runs_other_code_neither_stores_nor_uses_rows(scene: Scene, spec: dict[str, Any], field: str) -> None:
+    scene.run = scene.run_of(spec)
+    report = scene.check()
+    assert (report.rows, report.prepared_uri, report.prepared_sha256) == ({"train": 3}, None, None)
+    assert (scene.store.fetched, scene.store.committed, scene.is_answered) == ([], [], True)
+    assert scene.notes() == [
+        f"prepared rows are neither stored nor used, because {field} can run other code in the preparation; the training pods tokenise the data"
+    ]
+
+
+def test_a_repeated_request_gets_a_sign_during_the_search_and_the_answer_after_it(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    (scene.folder / "work").mkdir()
+    request = {"kind": rows_request.ROWS_NEEDED, "digest": DIGEST}
+    may_end, scene.pod._row_store = threading.Event(), scene.store  # type: ignore[assignment]
+    monkeypatch.setattr(scene.store, "fetch_for_preparation", lambda *_: may_end.wait())
+    scene.pod._handle_message(request)
+    scene.pod._handle_message(request)
+    assert rows_request.working_file(scene.folder / "work", DIGEST).exists() and not scene.is_answered
+    may_end.set()
+    assert scene.pod._search is not None
+    scene.pod._search.join()
+    assert scene.is_answered
+    rows_request.answer_file(scene.folder / "work", DIGEST).unlink()
+    scene.pod._handle_message(request)
+    assert scene.is_answered, "the first answer was lost"
+
+
+@pytest.mark.parametrize(
+    ("requested", "checked", "fetched"),
+    [
+        (DIGEST, "f" * 64, [DIGEST]), (DIGEST, "../" + "d" * 61, [DIGEST]), ("../../other", "../../other", []), ("D" * 64, "D" * 64, []),
+        (None, DIGEST, []), (["d"], DIGEST, []),
+    ],
+    ids=["another digest", "path at the end", "path", "capitals", "no request", "list"],
+)  # fmt: skip
+def test_a_digest_that_is_not_valid_or_not_the_requested_one_stores_nothing(scene: Scene, requested: Any, checked: str, fetched: list[str]) -> None:
+    scene.requested, scene.checked = requested, checked
+    report = scene.check()
+    assert (report.prepared_uri, report.prepared_sha256, scene.store.fetched, scene.store.committed) == (None, None, fetched, [])
+    assert scene.notes() == ["the prepared rows were not stored: their digest is not the one that was requested; the training pods tokenise the data"]
+
+
+def test_a_stop_during_the_cleanup_keeps_the_result(scene: Scene) -> None:
+    may_end = threading.Event()
+
+    def stop() -> None:
+        scene.pod._stop.set()
+        may_end.wait()
+
+    scene.store.on_cleanup = stop
+    report = scene.check()
+    may_end.set()
+    assert (report.rows, report.prepared_sha256, scene.store.committed) == ({"train": 3}, "e" * 64, [DIGEST])
