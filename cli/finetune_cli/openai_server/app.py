@@ -14,6 +14,7 @@ from typing import Any
 from urllib.parse import quote
 
 from aiohttp import BodyPartReader, web
+from aiohttp.http_exceptions import HttpProcessingError
 
 from finetune_cli.cluster import ClusterError
 from finetune_cli.job_storage import StorageError
@@ -27,6 +28,10 @@ ACCOUNT: web.RequestKey[Account] = web.RequestKey("account", Account)
 MAX_BODY_BYTES = 1 << 20
 MAX_FIELD_BYTES = 1 << 10
 HEALTH_PATH = "/healthz"
+CLIENT_CLOSED_REQUEST = 499
+"""Status in the log of a request whose client disconnected. No client receives it."""
+MAX_UPLOADS = 4
+"""Uploads at the same time. The chart gives the pod space for this number of files."""
 UPLOAD_HINT = "send multipart/form-data with the fields purpose and file"
 
 
@@ -48,7 +53,7 @@ def create_app(service: FineTuningService, keys: KeyTable) -> web.Application:
         web.post("/v1/files", handlers.create_file),
         web.get("/v1/files", handlers.call_with_query(service.list_files)),
         web.get("/v1/files/{id}", handlers.call(service.get_file)),
-        web.get("/v1/files/{id}/content", handlers.read_file),
+        web.get("/v1/files/{id}/content", handlers.read_file, allow_head=False),
         web.delete("/v1/files/{id}", handlers.call(service.delete_file)),
     ])  # fmt: skip
     return app
@@ -59,6 +64,7 @@ class Handlers:
 
     def __init__(self, service: FineTuningService):
         self._service = service
+        self._uploads = asyncio.Semaphore(MAX_UPLOADS)
 
     def call(self, function: Callable[[Account, str], Any]) -> Handler:
         """Return a handler that calls a function with the account and the id in the path."""
@@ -85,6 +91,8 @@ class Handlers:
             body = json.loads(await request.text())
         except (ValueError, RecursionError):
             raise bad_request("the body of the request is not valid JSON", None, "invalid_json") from None
+        except LookupError:
+            raise bad_request(f"the charset {request.charset} is unknown: write Content-Type: application/json", None, "invalid_json") from None
         return web.json_response(await asyncio.to_thread(self._service.create_job, request[ACCOUNT], body))
 
     async def create_file(self, request: web.Request) -> web.Response:
@@ -92,10 +100,14 @@ class Handlers:
         await asyncio.to_thread(self._service.check_upload, account)
         if not request.content_type.startswith("multipart/"):
             raise bad_request(f"this is not an upload: {UPLOAD_HINT}", None, "invalid_upload")
-        with tempfile.TemporaryDirectory(prefix="upload-") as folder:
-            path = Path(folder) / "rows.jsonl"
-            name = await self._receive_upload(request, path)
-            return web.json_response(await asyncio.to_thread(self._service.add_file, account, name, path))
+        if self._uploads.locked():
+            message = f"this server receives {MAX_UPLOADS} files already, and cannot store more at the same time: send the file again later"
+            raise RequestFailure(HTTPStatus.TOO_MANY_REQUESTS, message, code="rate_limit_exceeded")
+        async with self._uploads:
+            with tempfile.TemporaryDirectory(prefix="upload-") as folder:
+                path = Path(folder) / "rows.jsonl"
+                name = await self._receive_upload(request, path)
+                return web.json_response(await asyncio.to_thread(self._service.add_file, account, name, path))
 
     async def _receive_upload(self, request: web.Request, path: Path) -> str:
         """Write the uploaded file to `path`, and return its name. Errors: RequestFailure."""
@@ -141,13 +153,15 @@ class Handlers:
             while chunk:
                 await response.write(chunk)
                 chunk = await asyncio.to_thread(next, content.chunks, b"")
-        except StorageError as error:
+            await response.write_eof()
+        except ConnectionError:
+            _log_lost_client(request)
+        except Exception as error:
             # The status is sent already. Without the end of the body, the client notices that the content is incomplete.
-            logger.error("the content of a file could not be read to its end: %s", failure_of_storage(error).message)
+            failure = failure_of_storage(error) if isinstance(error, StorageError) else _failure_of_bug(error)
+            logger.error("the content of a file could not be read to its end: %s", failure.to_body()["error"]["message"])
             if request.transport is not None:
                 request.transport.abort()
-            return response
-        await response.write_eof()
         return response
 
 
@@ -180,7 +194,7 @@ def _require_key(keys: KeyTable) -> Any:
         scheme, _, key = request.headers.get("Authorization", "").partition(" ")
         account = await asyncio.to_thread(keys.find, key.strip()) if scheme.lower() == "bearer" and key.strip() else None
         if account is None:
-            message = "the API key is missing or not valid: send a key of this server in the header `Authorization: Bearer KEY`"
+            message = "the API key is missing or not valid: send a key of this server as bearer token in the header Authorization"
             raise RequestFailure(HTTPStatus.UNAUTHORIZED, message, code="invalid_api_key")
         request[ACCOUNT] = account
         return await handler(request)
@@ -204,11 +218,30 @@ async def _answer_failures(request: web.Request, handler: Handler) -> web.Stream
         status = HTTPStatus(error.status)
         message = f"{request.method} {request.path}: {status.phrase.lower()}"
         response = _failure_response(RequestFailure(status, message, code=status.phrase.lower().replace(" ", "_")))
+    except (web.RequestPayloadError, HttpProcessingError):
+        response = _answer_damaged_body(request)
+    except ConnectionError:
+        _log_lost_client(request)
+        response = web.Response(status=CLIENT_CLOSED_REQUEST)
     except Exception as error:
         response = _failure_response(_failure_of_bug(error))
     account = f"{request[ACCOUNT].namespace}/{request[ACCOUNT].service_account}" if ACCOUNT in request else "-"
     logger.info("%s %s %s %s", account, request.method, request.rel_url.raw_path, response.status)
     return response
+
+
+def _answer_damaged_body(request: web.Request) -> web.Response:
+    message = "the body of the request is damaged: its encoding, or the header of a part, cannot be read"
+    response = _failure_response(bad_request(message, None, "invalid_body"))
+    if request.content.exception() is not None:
+        # aiohttp would read the rest of the body, fail again, and log this failure as its own.
+        request.content.feed_eof()
+        response.force_close()
+    return response
+
+
+def _log_lost_client(request: web.Request) -> None:
+    logger.info("the client disconnected before the end of %s %s", request.method, request.rel_url.raw_path)
 
 
 def _failure_response(failure: RequestFailure) -> web.Response:

@@ -25,6 +25,13 @@ FIELDS_OF_THE_SERVER = (
 """Fields of a job that the server sets itself, from the client's request or from `storage`."""
 
 
+UNUSED_STORAGE_FIELDS = {
+    "encryption": "remove it, and set the default encryption of the bucket",
+    "caBundleRef": "remove it, and write an endpoint whose certificate a public CA has signed",
+}
+"""Fields of `storage` that the server's own requests to S3 would ignore, with what to write instead."""
+
+
 class ServedModel(WireModel):
     """One model that clients may fine-tune: the fields of FineTuneJob.spec that every job with this model gets."""
 
@@ -57,15 +64,20 @@ def load_config(path: Path) -> ServerConfig:
         config = ServerConfig.model_validate(values)
     except ValidationError as error:
         raise InvalidInput(list(mistakes_of(error, name, lines, f"unknown key; {HINT}"))) from None
-    mistakes = []
-    for model, served in config.models.items():
-        for path_in_spec, message in _problems_of_spec(served.spec):
-            key = f"models.{model}.spec" + (f".{path_in_spec}" if path_in_spec else "")
-            line = lines.get(key)
-            mistakes.append(Mistake(f"{name}:{line}" if line else name, key, message))
+    mistakes = [Mistake(f"{name}:{lines[key]}" if lines.get(key) else name, key, message) for key, message in _problems_of(config)]
     if mistakes:
         raise InvalidInput(mistakes)
     return config
+
+
+def _problems_of(config: ServerConfig) -> Iterator[tuple[str, str]]:
+    """Yield (path, message) of each wrong field of the configuration."""
+    for field, instead in UNUSED_STORAGE_FIELDS.items():
+        if field in config.storage.to_wire():
+            yield f"storage.{field}", f"the server cannot use this field when it writes the files of clients: {instead}"
+    for model, served in config.models.items():
+        for path, message in _problems_of_spec(served.spec):
+            yield f"models.{model}.spec" + (f".{path}" if path else ""), message
 
 
 def _problems_of_spec(spec: dict[str, Any]) -> Iterator[tuple[str, str]]:

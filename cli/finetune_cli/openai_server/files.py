@@ -22,7 +22,8 @@ FILES_FOLDER = "_files"
 ROWS_NAME = "rows.jsonl"
 MAX_NAME_LENGTH = 512
 """Longest encoded name. S3 allows keys of 1024 bytes."""
-MAX_LINE_BYTES = 16 << 20
+MAX_LINE_BYTES = 2 << 20
+"""Longest row. Its Python objects can take thirty times as much memory."""
 
 
 @dataclass(frozen=True)

@@ -148,6 +148,8 @@ def _check_method(request: dict[str, Any]) -> None:
     if not isinstance(method, dict) or "type" not in method:
         raise bad_request('method is not an object with a type: write for example {"type": "supervised"}', "method")
     kind = method["type"]
+    if not isinstance(kind, str):
+        raise bad_request("method.type is not a text: write supervised or dpo", "method.type")
     if kind == "reinforcement":
         raise bad_request(f"reinforcement fine-tuning is not possible: {GRADERS_HINT}", "method.type", "unsupported_value")
     for other in method:
@@ -159,10 +161,12 @@ def _check_method(request: dict[str, Any]) -> None:
 
 
 def _check_texts(request: dict[str, Any]) -> None:
-    """Check suffix and metadata with the limits of the API."""
+    """Check suffix and metadata with the limits of the API, and that no free text contains a secret."""
     suffix = request.get("suffix")
     if suffix is not None and (not isinstance(suffix, str) or not 0 < len(suffix) <= MAX_SUFFIX):
         raise bad_request(f"suffix must be a text of 1 to {MAX_SUFFIX} characters", "suffix")
+    if suffix is not None and not suffix.isprintable():
+        raise bad_request("suffix contains a control character: remove it", "suffix")
     metadata = request.get("metadata", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise bad_request('metadata must be an object with texts: write for example {"team": "support"}', "metadata")
@@ -170,9 +174,11 @@ def _check_texts(request: dict[str, Any]) -> None:
     if len(metadata) > MAX_METADATA or is_too_long:
         limits = f"at most {MAX_METADATA} pairs, with keys of {MAX_METADATA_KEY} and values of {MAX_METADATA_VALUE} characters"
         raise bad_request(f"metadata is too large: write {limits}", "metadata")
-    if contains_secret(metadata):
-        # Everyone who may read the FineTuneJob can read its annotations.
-        raise bad_request("metadata contains a text that looks like a token or password: remove it", "metadata")
+    for parameter in ("suffix", "metadata", "integrations"):
+        value = request.get(parameter)
+        if contains_secret([value, *value] if isinstance(value, dict) else value):
+            # Everyone who may read the FineTuneJob can read its spec and annotations.
+            raise bad_request(f"{parameter} contains a text that looks like a token or password: remove it", parameter)
 
 
 def _find_files(request: dict[str, Any], find_file: FindFile) -> dict[str, ClientFile]:

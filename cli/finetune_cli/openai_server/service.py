@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from http import HTTPStatus
@@ -54,6 +55,8 @@ class FineTuningService:
     def __init__(self, config: ServerConfig, cluster: Cluster):
         """`cluster` has the credentials of the server. The only right that they need is `impersonate`."""
         self._config, self._cluster = config, cluster
+        self._row_check = threading.Lock()
+        """Only one file is checked at a time, because the check of a row can take much memory."""
 
     @functools.cached_property
     def _storage(self) -> JobStorage:
@@ -126,7 +129,8 @@ class FineTuningService:
 
     def add_file(self, account: Account, name: str, path: Path) -> KubeObject:
         """Store a local file that a client has sent."""
-        check_rows(path)
+        with self._row_check:
+            check_rows(path)
         return _file_object(self._files.add(account.namespace, name, path))
 
     def list_files(self, account: Account, query: Query) -> KubeObject:

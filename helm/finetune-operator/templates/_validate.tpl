@@ -71,6 +71,11 @@
 {{- if not (hasPrefix "s3://" ($storage.uri | default "")) -}}
 {{- fail "openaiServer.enabled is true, but neither openaiServer.storage.uri nor storage.uri is an S3 address, so files of clients could not be stored: write s3://bucket/prefix" -}}
 {{- end -}}
+{{- range $field, $instead := dict "encryption" "set the default encryption of the bucket" "caBundleRef" "write an endpoint whose certificate a public CA has signed" -}}
+{{- if index $storage $field -}}
+{{- fail (printf "%s.%s is set, but the OpenAI server cannot use this field when it writes the files of clients: %s, and write openaiServer.storage without %s" (ternary "openaiServer.storage" "storage" (not (empty $server.storage))) $field $instead $field) -}}
+{{- end -}}
+{{- end -}}
 {{- if not $server.models -}}
 {{- fail "openaiServer.enabled is true and openaiServer.models is empty: write the name of each model and its spec" -}}
 {{- end -}}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import threading
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from http import HTTPStatus
@@ -21,10 +22,11 @@ from finetune_cli.mistakes import InvalidInput
 from finetune_cli.openai_server import ids, job_objects
 from finetune_cli.openai_server.config import ServerConfig, load_config
 from finetune_cli.openai_server.failures import RequestFailure, failure_of_cluster, failure_of_storage
-from finetune_cli.openai_server.files import ClientFile, FileStore
+from finetune_cli.openai_server.files import ClientFile, FileStore, check_rows
 from finetune_cli.openai_server.job_requests import build_job, check_models
 from finetune_cli.openai_server.keys import Account, KeyTable
 from finetune_cli.openai_server.pages import page_of, read_page_request
+from finetune_cli.openai_server.results import result_rows
 from finetune_cli.openai_server.service import FineTuningService
 
 from tests.unit.cli.conftest import WriteFile
@@ -34,6 +36,7 @@ GUIDE_FILE = Path(__file__).parents[3] / "docs" / "guides" / "openai.md"
 FILE = ClientFile("file-0123456789abcdef01234567", "train.jsonl", 10, "team-a/_files/file-0123456789abcdef01234567/train.jsonl/rows.jsonl")
 MESSAGES, PAIRS = '{"messages": []}', '{"input": {}, "preferred_output": [], "non_preferred_output": []}'
 REQUEST = {"model": "gpt-4o-mini", "training_file": FILE.id}
+SECRET = "hf_" + "aB3" * 12
 JOB_ID = "ftjob-0123456789abcdef01234567"
 
 
@@ -132,6 +135,8 @@ def test_tracker_needs_a_key_of_the_server() -> None:
     assert spec["tracking"] == {"reportTo": ["wandb"], "wandb": {**tracking["wandb"], "project": "p", "entity": "e"}}
     assert spec["output"]["runName"] == {"name": "run"}
     assert "tracking" not in build(REQUEST, tracking=tracking)["spec"]
+    named = {**REQUEST, "integrations": [{"type": "wandb", "wandb": {"project": "p", "name": SECRET}}]}
+    assert (refusal(named, tracking=tracking).param, SECRET in refusal(named, tracking=tracking).message) == ("integrations", False)
     tagged = {**REQUEST, "integrations": [{"type": "wandb", "wandb": {"project": "p", "tags": ["a"]}}]}
     refused = refusal(tagged, tracking=tracking)
     assert (refused.param, refused.message) == (
@@ -160,6 +165,9 @@ METHODS: dict[str, dict[str, Any]] = {
         ({**REQUEST, "method": METHODS["beta"]}, "method.supervised.hyperparameters.beta", "beta has no effect"),
         ({**REQUEST, "method": METHODS["unknown"]}, "method.type", '"ppo"'),
         ({**REQUEST, "method": "supervised"}, "method", "method is not an object with a type"),
+        ({**REQUEST, "method": {"type": ["dpo"]}}, "method.type", "method.type is not a text: write supervised or dpo"),
+        ({**REQUEST, "method": {"type": {"dpo": 1}}}, "method.type", "method.type is not a text"),
+        ({**REQUEST, "method": {"type": None}}, "method.type", "method.type is not a text"),
         ({**REQUEST, "method": {"type": "dpo"}}, "training_file", "train.jsonl:1: input, preferred_output, non_preferred_output: the key is missing"),
         (supervised(learning_rate_multiplier=0), "method.supervised.hyperparameters.learning_rate_multiplier", "allowed: "),
         ({**REQUEST, "hyperparameters": {"n_epochs": "many"}}, "hyperparameters.n_epochs", '"many"'),
@@ -170,7 +178,11 @@ METHODS: dict[str, dict[str, Any]] = {
         ({**REQUEST, "suffix": "a@b"}, "suffix", ""),
         ({**REQUEST, "metadata": {"a": 1}}, "metadata", "an object with texts"),
         ({**REQUEST, "metadata": {str(number): "" for number in range(17)}}, "metadata", "at most 16 pairs"),
-        ({**REQUEST, "metadata": {"a": "hf_" + "aB3" * 12}}, "metadata", "looks like a token or password"),
+        ({**REQUEST, "metadata": {"a": SECRET}}, "metadata", "looks like a token or password"),
+        ({**REQUEST, "metadata": {SECRET: "a"}}, "metadata", "looks like a token or password"),
+        ({**REQUEST, "suffix": SECRET}, "suffix", "suffix contains a text that looks like a token or password"),
+        ({**REQUEST, "suffix": "a\0b"}, "suffix", "suffix contains a control character: remove it"),
+        ({**REQUEST, "suffix": "a\nb"}, "suffix", "suffix contains a control character: remove it"),
         ({**REQUEST, "integrations": "wandb"}, "integrations", "no key for Weights & Biases"),
     ],
 )
@@ -191,6 +203,12 @@ def test_wrong_request_names_the_parameter(request_body: Any, param: str | None,
         ("storage: {uri: s3://abc}\nmodels:\n  m:\n    spec: {model: {}}\n", "models.m.spec.model.source: the base model is missing"),
         ("storage: {uri: s3://abc}\nmodels:\n  m:\n    spec:\n      model: {source: o/m}\n      trainng: {}\n", ":6: models.m.spec.trainng: "),
         ("storage: {uri: s3://abc}\nmodels:\n  m:\n    spec:\n      model: {source: o/m}\n      suspend: true\n", ":6: models.m.spec.suspend: the server"),
+        ("storage: {uri: s3://abc}\nmodels:\n  m:\n    spec:\n      model: {source: o/m}\n      storage: {encryption: {type: s3}}\n",
+         ":6: models.m.spec.storage: the server sets this field of each job itself: remove it"),
+        ("storage:\n  uri: s3://abc\n  encryption: {type: s3}\nmodels: {m: {spec: {model: {source: o/m}}}}\n",
+         ":3: storage.encryption: the server cannot use this field when it writes the files of clients: remove it, and set the default encryption"),
+        ("storage:\n  uri: s3://abc\n  caBundleRef: {name: ca, key: ca.crt}\nmodels: {m: {spec: {model: {source: o/m}}}}\n",
+         ":3: storage.caBundleRef: the server cannot use this field when it writes the files of clients: remove it, and write an endpoint whose certificate"),
         ("storage: {uri: s3://abc}\n", "server.yaml: models: this required field is missing"),
         ("storage: {uri: s3://abc}\nmodles: {}\n", ":2: modles: unknown key; write `storage:"),
     ],
@@ -321,6 +339,39 @@ def test_metrics_are_read_only_from_the_storage_of_the_server(storage: dict[str,
         assert missing.value.status == HTTPStatus.NOT_FOUND
 
 
+def write_metrics(folder: Path, name: str, content: bytes) -> JobStorage:
+    """Write a metrics file of the job `team-a/run`. Returns the storage."""
+    (folder / "team-a/run/metrics").mkdir(parents=True, exist_ok=True)
+    (folder / "team-a/run/metrics" / name).write_bytes(content)
+    return JobStorage(f"file://{folder}", StorageRoot())
+
+
+def test_damaged_lines_of_metrics_are_skipped(tmp_path: Path) -> None:
+    damaged = b'{"train_runtime": 3}\n[1]\n\n\xff\n{"step": "2"}\n{"step": null}\n{"step": true}\n{"step": NaN}\n' + b"[" * 100_000 + b'\n{"step": 2, "lo'
+    write_metrics(tmp_path, "a1-1.jsonl", b'{"step": 1, "loss": 3.0}\n' + damaged)
+    storage = write_metrics(tmp_path, "a2-1.jsonl", b'{"step": 2, "note": "a\xe2\x80\xa8b"}\n')
+    assert result_rows(storage, "team-a/run").decode() == "step,train_loss,valid_loss,note\n1,3.0,,\n2,,,a\u2028b\n"
+
+
+def test_rows_of_the_test_set_are_no_metrics(tmp_path: Path) -> None:
+    write_metrics(tmp_path, "test_split.jsonl", b'{"step": 0, "text": "private"}\n')
+    storage = write_metrics(tmp_path, "a1-1.jsonl", b'{"step": 1, "loss": 3.0}\n')
+    assert result_rows(storage, "team-a/run") == b"step,train_loss,valid_loss\n1,3.0,\n"
+
+
+def test_large_metrics_are_not_read(tmp_path: Path) -> None:
+    write_metrics(tmp_path, "a1-1.jsonl", b" " * (8 << 20))
+    storage = write_metrics(tmp_path, "a2-1.jsonl", b" " * (8 << 20))
+    assert result_rows(storage, "team-a/run") == b"step,train_loss,valid_loss\n"
+    write_metrics(tmp_path, "a2-1.jsonl", b" " * (9 << 20))
+    with pytest.raises(RequestFailure) as refused:
+        result_rows(storage, "team-a/run")
+    assert (refused.value.status, refused.value.code, refused.value.message) == (
+        HTTPStatus.BAD_REQUEST, "result_file_too_large",
+        f"the metrics of this job have 17.0 MiB, and this server reads at most 16 MiB: read them in file://{tmp_path}/team-a/run/metrics",
+    )  # fmt: skip
+
+
 # --- pages, ids, files, failures ------------------------------------------------------------------------------------
 
 
@@ -351,6 +402,43 @@ def test_first_rows_end_only_at_newlines(tmp_path: Path) -> None:
     rows.write_text(f"{row}\n{row}", encoding="utf-8")
     store = FileStore(JobStorage(f"file://{tmp_path}/store", StorageRoot()))
     assert store.read_first_lines(store.add("team-a", "a", rows)) == [row, row]
+
+
+def test_row_has_at_most_two_mebibytes(tmp_path: Path) -> None:
+    rows = tmp_path / "rows"
+    row = json.dumps({"a": "x" * ((2 << 20) - 10)}).encode() + b"\n"
+    rows.write_bytes(b"{}\n" + row)
+    assert len(row) == 2 << 20
+    check_rows(rows)
+    rows.write_bytes(b"{}\n" + row[:-1] + b" \n")
+    with pytest.raises(RequestFailure) as refused:
+        check_rows(rows)
+    assert (refused.value.status, refused.value.param, refused.value.code, refused.value.message) == (
+        HTTPStatus.BAD_REQUEST, "file", "invalid_file", "line 2 is longer than 2 MiB: write one JSON object in each line",
+    )  # fmt: skip
+
+
+def test_only_one_file_is_checked_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[str] = []
+
+    class Lock:
+        def __enter__(self) -> None:
+            steps.append("lock")
+
+        def __exit__(self, *error: object) -> None:
+            steps.append("unlock")
+
+    def check(path: Path) -> None:
+        steps.append(path.name)
+        raise RequestFailure(HTTPStatus.BAD_REQUEST, "wrong row", code="invalid_file")
+
+    service = FineTuningService(config(), Cluster(None, "default"))
+    assert isinstance(getattr(service, "_row_check", None), type(threading.Lock()))
+    monkeypatch.setattr(service, "_row_check", Lock())
+    monkeypatch.setattr("finetune_cli.openai_server.service.check_rows", check)
+    with pytest.raises(RequestFailure):
+        service.add_file(Account("team-a", "alice"), "a", tmp_path / "rows")
+    assert steps == ["lock", "rows", "unlock"]
 
 
 @pytest.mark.parametrize("name", ["train.jsonl", "a b/ü=%2F.jsonl", "..", "~x", "upload"])
