@@ -61,9 +61,14 @@ def base_url(installation: Installation, job_namespace: JobNamespace) -> Iterato
         yield f"http://127.0.0.1:{port[1]}/v1"
         forward.kill()
     installation.install()
+    for name in ("openai-keys", "openai-s3"):
+        installation.api.delete("secrets", demo.RELEASE_NAME, name)
 
 
+@pytest.mark.slow
 def test_the_official_client_trains_a_model(base_url: str, job_namespace: JobNamespace) -> None:
+    with pytest.raises(AuthenticationError):
+        OpenAI(base_url=base_url, api_key="sk-unknown", max_retries=0).files.list()
     client = OpenAI(base_url=base_url, api_key=KEY, max_retries=0)
     rows = (ROOT / "examples/data/captain.jsonl").read_bytes()
     file = client.files.create(file=("captain.jsonl", rows), purpose="fine-tune")
@@ -89,8 +94,3 @@ def test_the_official_client_trains_a_model(base_url: str, job_namespace: JobNam
     job_namespace.wait(other.id, lambda s: s.phase is not Phase.SUSPENDED, "resumed")
     assert client.fine_tuning.jobs.cancel(other.id).status == "cancelled"
     job_namespace.wait_finished(other.id, Phase.CANCELLED)
-
-
-def test_an_unknown_key_is_refused(base_url: str) -> None:
-    with pytest.raises(AuthenticationError):
-        OpenAI(base_url=base_url, api_key="sk-unknown", max_retries=0).files.list()
