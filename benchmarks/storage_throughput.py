@@ -25,7 +25,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from finetune_api.pod import StoreTarget
-from finetune_trainer.storage.base import sha256_file
+from finetune_trainer.file_entry import sha256_file
 from finetune_trainer.storage.s3 import S3Store
 
 from benchmarks import record

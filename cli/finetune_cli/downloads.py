@@ -188,7 +188,7 @@ class Download:
     def _compare(self, path: Path) -> tuple[Check, str, bool]:
         """Compare a local file with the object. Return the kind of check, the file's sha256, and whether both are equal.
 
-        The sha256 of a target with another size is not computed, because nobody needs it.
+        The sha256 is empty for a target with another size, because callers do not read it.
         """
         if path.stat().st_size != self._file.size:
             return Check.SIZE, sha256_of_file(path) if path == self._part else "", False

@@ -252,9 +252,13 @@ def test_of_two_preparations_at_once_the_first_commit_counts(bucket: Bucket, mod
 
 
 @pytest.mark.slow
-def test_a_damaged_commit_is_replaced_by_the_next_preparation(bucket: Bucket, model: Path, rows: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("spoil", [flip_byte, replace_commit], ids=["damaged", "without the signature of a preparation"])
+def test_rows_that_cannot_be_trusted_are_prepared_again(
+    bucket: Bucket, model: Path, rows: Path, tmp_path: Path, spoil: Callable[[Bucket, DataReport], object]
+) -> None:
+    """Without a signature: an attacker with write access to the bucket commits rows before the first preparation of a job searches for them."""
     spec = spec_of(model, rows, "full")
-    flip_byte(bucket, data_of(prepare(bucket, tmp_path / "one", spec)))
+    spoil(bucket, data_of(prepare(bucket, tmp_path / "one", spec)))
     second = data_of(prepare(bucket, tmp_path / "two", spec, OTHER_UID))
     third = data_of(prepare(bucket, tmp_path / "three", spec))
     assert (second.tokenised_rows, third.tokenised_rows, third.prepared_sha256) == (36, 0, second.prepared_sha256)
@@ -269,16 +273,6 @@ def test_a_preparation_removes_rows_that_are_unused_for_too_long(bucket: Bucket,
     new = data_of(prepare(bucket, tmp_path / "new", merge(spec, {"dataset": {"maxSequenceLength": 64}}), OTHER_UID, ttl_days=7))
     assert {key.split("/")[0] for key in stored_keys(bucket)} == {new.digest}
     assert datetime.fromisoformat(json.loads(read(bucket, f"{new.digest}/_USED"))["until"]) < datetime.now(UTC) + timedelta(days=8)
-
-
-@pytest.mark.slow
-def test_rows_without_the_signature_of_a_preparation_are_prepared_again(bucket: Bucket, model: Path, rows: Path, tmp_path: Path) -> None:
-    """An attacker with write access to the bucket commits rows before the first preparation of a job searches for them."""
-    spec = spec_of(model, rows, "full")
-    replace_commit(bucket, data_of(prepare(bucket, tmp_path / "one", spec)))
-    second = data_of(prepare(bucket, tmp_path / "two", spec, OTHER_UID))
-    third = data_of(prepare(bucket, tmp_path / "three", spec))
-    assert (second.tokenised_rows, third.tokenised_rows, third.prepared_sha256) == (36, 0, second.prepared_sha256)
 
 
 PAIRS = [{"prompt": f"{a} + 1?", "chosen": f"It is {a + 1}.", "rejected": f"It is {a}."} for a in range(12)]

@@ -18,8 +18,8 @@ from finetune_api.spec.enums import OutputKind
 from finetune_api.status import ResolvedConfig
 from finetune_trainer.checkpoint.manifest import Manifest, prefix_of
 from finetune_trainer.checkpoint.tree import CheckpointTree
+from finetune_trainer.file_entry import sha256_file
 from finetune_trainer.inputs import Inputs
-from finetune_trainer.storage.base import sha256_file
 from finetune_trainer.storage.roots import open_store
 from finetune_trainer.supervisor.attempt_recorder import AttemptRecorder
 from finetune_trainer.supervisor.fetch import combined_digest, fingerprint

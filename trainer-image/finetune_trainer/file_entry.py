@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+from pathlib import Path
+
 from finetune_api.base import LenientModel
 from pydantic import Field
 
@@ -12,3 +15,9 @@ class FileEntry(LenientModel):
     path: str = Field(description="Relative to the folder of the manifest.")
     size: int = Field(description="Bytes.")
     sha256: str = Field(description="Hex.")
+
+
+def sha256_file(path: Path) -> str:
+    """Return the sha256 (hex) of a file's bytes. Errors: OSError."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -214,7 +214,7 @@ def test_the_progress_of_a_preparation_is_shown_and_does_not_hurry_the_status() 
     observed = replace(facts(RECORD, preparation_job(), (preparation_pod(),)), config=config)
     plan = decide(observed)
     assert plan.scrape_pod is not None and plan.scrape_pod.uid == "pod-prepare-1"
-    assert decide(replace(observed, config=CONFIG)).scrape_pod is None, "without a secret, the pod answers nobody"
+    assert decide(replace(observed, config=CONFIG)).scrape_pod is None, "without a secret, the pod refuses every request"
     first, second = (
         status_of(seen := replace(observed, preparation_report=running_report("checking", rows)), decide(seen)) for rows in (1000, 2000)
     )

@@ -17,8 +17,8 @@ from finetune_api.names import Storage, checkpoint_folder
 from finetune_api.spec.enums import OutputKind
 from pydantic import Field
 
-from finetune_trainer.file_entry import FileEntry
-from finetune_trainer.storage.base import join, sha256_file
+from finetune_trainer.file_entry import FileEntry, sha256_file
+from finetune_trainer.storage.base import join
 
 _STEP_FOLDER_PATTERN = re.compile(r"^step-(\d{8,})$")
 

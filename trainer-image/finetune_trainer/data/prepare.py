@@ -31,7 +31,6 @@ from finetune_trainer.data.prepared import (
     PreparedFolder,
     open_prepared,
     prepared_folder,
-    sha256_of,
     write_prepared,
 )
 from finetune_trainer.data.rows import IGNORED_LABEL, Completion, Example
@@ -39,6 +38,7 @@ from finetune_trainer.data.supervised import FittingEncoder, RowEncoder, Supervi
 from finetune_trainer.data.template import RenderOptions
 from finetune_trainer.data.tokenise import TokeniseOptions, TokenReport, no_row_left
 from finetune_trainer.data.vision import ROWS_WITHOUT_WORKERS, VisionEncoder, VisionProcessor
+from finetune_trainer.file_entry import sha256_file
 from finetune_trainer.inputs import Inputs
 
 if TYPE_CHECKING:
@@ -361,7 +361,7 @@ def inputs_digest(run: RunConfig, inputs: Inputs, tokenizer: Any, max_length: in
 
 def _file_facts(inputs: Inputs, files: Sequence[Path]) -> list[list[str]]:
     """Name and sha256 of each file."""
-    return [[file.name, inputs.file_digests.get(file) or sha256_of(file)] for file in files]
+    return [[file.name, inputs.file_digests.get(file) or sha256_file(file)] for file in files]
 
 
 def _options_of_rows(run: RunConfig, vision: VisionProcessor | None) -> dict[str, Any]:

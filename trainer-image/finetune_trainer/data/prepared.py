@@ -7,7 +7,6 @@ by their hashes.
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from finetune_api.errors import StorageError
 from pydantic import Field, ValidationError
 
 from finetune_trainer.data.shards import ShardWriter, SplitManifest
-from finetune_trainer.file_entry import FileEntry
+from finetune_trainer.file_entry import FileEntry, sha256_file
 
 if TYPE_CHECKING:
     import pyarrow
@@ -69,7 +68,7 @@ class PreparedFolder:
     def verify(self) -> None:
         """Read all shards and compare their sha256 with the manifest. Errors: StorageError PreparedDataDamaged."""
         for file in self.manifest.files:
-            if sha256_of(self.folder / file.path) != file.sha256:
+            if sha256_file(self.folder / file.path) != file.sha256:
                 raise _damaged(self.folder, f"{file.path} does not have the sha256 of the manifest")
 
 
@@ -122,12 +121,6 @@ def open_prepared(folder: Path, inputs_digest: str | None = None) -> PreparedFol
 def prepared_folder(cache: Path, digest: str) -> Path:
     """Folder of the rows that were prepared from the inputs with this digest."""
     return cache / digest[:24]
-
-
-def sha256_of(path: Path) -> str:
-    """Return the sha256 (hex) of a file."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def partial_folder(folder: Path) -> Path:

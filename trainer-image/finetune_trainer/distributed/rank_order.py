@@ -9,14 +9,14 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 from finetune_api.errors import PeerError
 
+from finetune_trainer.background import repeat_in_background
 from finetune_trainer.checkpoint.stop import GangStore, TcpGangStore
 
 POLL_SECONDS = 0.5
@@ -106,24 +106,14 @@ def _wait_for_working_ranks(store: GangStore, ranks: range, pause: Callable[[flo
                 )
 
 
-@contextmanager
-def _send_heartbeats(store: GangStore, rank: int) -> Iterator[None]:
-    ended = threading.Event()
+def _send_heartbeats(store: GangStore, rank: int) -> AbstractContextManager[None]:
+    numbers = itertools.count(1)
 
     def write() -> None:
         with contextlib.suppress(Exception):  # Without the store, the pod of rank 0 has ended, and this rank will end too.
-            for number in itertools.count(1):
-                store.set(_heartbeat_key(rank), str(number))
-                if ended.wait(HEARTBEAT_SECONDS):
-                    return
+            store.set(_heartbeat_key(rank), str(next(numbers)))
 
-    thread = threading.Thread(target=write, name="rank-order", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
+    return repeat_in_background(write, HEARTBEAT_SECONDS, "rank-order")
 
 
 def _done_key(rank: int) -> str:

@@ -6,7 +6,6 @@ failure (`storage.errors`). If an object is missing, methods return None instead
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -75,12 +74,6 @@ class Store(Protocol):
 
     def close(self) -> None:
         """Close connections."""
-
-
-def sha256_file(path: Path) -> str:
-    """Return the sha256 (hex) of a file's bytes."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def join(*parts: str) -> str:

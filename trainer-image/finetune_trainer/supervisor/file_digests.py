@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from finetune_trainer.storage.base import sha256_file
+from finetune_trainer.file_entry import sha256_file
 
 
 class FileDigests:

@@ -33,6 +33,7 @@ from pydantic import ValidationError
 from finetune_trainer.checkpoint.address import download_committed
 from finetune_trainer.checkpoint.tree import CheckpointTree, FencedOutError
 from finetune_trainer.failure import classify_error
+from finetune_trainer.file_entry import sha256_file
 from finetune_trainer.inputs import Inputs
 from finetune_trainer.settings import Settings
 from finetune_trainer.stages.files import (
@@ -47,7 +48,7 @@ from finetune_trainer.stages.files import (
     StoredFile,
 )
 from finetune_trainer.stages.plan import planned_stages
-from finetune_trainer.storage.base import join, sha256_file
+from finetune_trainer.storage.base import join
 from finetune_trainer.supervisor.child_run import run_child
 from finetune_trainer.supervisor.existing_model import ExistingModel
 from finetune_trainer.supervisor.exit_decision import StageFailure, StageReport

@@ -27,10 +27,10 @@ from finetune_trainer.artefact.combination import adapter_name, require_combinab
 from finetune_trainer.checkpoint.manifest import RunFacts
 from finetune_trainer.checkpoint.restore import RestoreResult, restore
 from finetune_trainer.checkpoint.tree import CheckpointTree
+from finetune_trainer.file_entry import sha256_file
 from finetune_trainer.inputs import Inputs, RestoredCheckpoint
 from finetune_trainer.results.model_comparison import read_prompts
 from finetune_trainer.settings import Settings
-from finetune_trainer.storage.base import sha256_file
 from finetune_trainer.storage.preflight import preflight
 from finetune_trainer.supervisor.existing_model import (
     ExistingModel,

@@ -21,11 +21,12 @@ from finetune_api.status import Output
 
 from finetune_trainer.checkpoint.manifest import Manifest
 from finetune_trainer.checkpoint.tree import CheckpointTree
+from finetune_trainer.file_entry import sha256_file
 from finetune_trainer.results.file_names import ResultFile
 from finetune_trainer.results.layout import CopyFolder, copy_folder
 from finetune_trainer.results.log_entry import LogEntry
 from finetune_trainer.results.metric_files import RunDescription, metric_files
-from finetune_trainer.storage.base import ByteCounter, join, sha256_file
+from finetune_trainer.storage.base import ByteCounter, join
 from finetune_trainer.storage.roots import open_store
 from finetune_trainer.supervisor.published_copy import PublishedCopy
 from finetune_trainer.verification import reference

@@ -17,7 +17,8 @@ from finetune_api.names import FailureClass
 from finetune_api.pod import StoreTarget
 from finetune_trainer.checkpoint.manifest import Manifest, prefix_of
 from finetune_trainer.checkpoint.tree import CheckpointTree
-from finetune_trainer.storage.base import ObjectStat, sha256_file
+from finetune_trainer.file_entry import sha256_file
+from finetune_trainer.storage.base import ObjectStat
 from finetune_trainer.storage.folder import FolderStore
 from finetune_trainer.storage.roots import open_store
 from finetune_trainer.storage.web import MAX_ATTEMPTS

@@ -15,8 +15,8 @@ from finetune_api.pod import ProgressReport, RunConfig, StoreTarget, Termination
 from finetune_api.status import Progress, ResolvedConfig
 from finetune_trainer.checkpoint.manifest import RunFacts
 from finetune_trainer.checkpoint.tree import CheckpointTree
+from finetune_trainer.file_entry import sha256_file
 from finetune_trainer.settings import Settings
-from finetune_trainer.storage.base import sha256_file
 from finetune_trainer.storage.roots import open_store
 from finetune_trainer.supervisor import file_digests
 from finetune_trainer.supervisor import lineage as subject

@@ -15,9 +15,9 @@ from finetune_api.spec import FineTuneJobSpec
 from finetune_trainer.checkpoint.manifest import Manifest, RunFacts
 from finetune_trainer.checkpoint.restore import RestoreResult
 from finetune_trainer.checkpoint.tree import CheckpointTree, FencedOutError, SweepResult
+from finetune_trainer.file_entry import sha256_file
 from finetune_trainer.inputs import Inputs
 from finetune_trainer.settings import Settings
-from finetune_trainer.storage.base import sha256_file
 from finetune_trainer.storage.folder import FolderStore
 from finetune_trainer.storage.preflight import StoreAbilities
 from finetune_trainer.supervisor import prepare as subject
