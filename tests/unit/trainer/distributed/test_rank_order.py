@@ -133,7 +133,7 @@ def run_rank(rank: int, port: int) -> None:
         if rank == 0:
             store.get_all(["rank 1 waits"], 120)
             store.set("result", "of rank 0")
-        assert store.get_all(["result"], 0.001) == ["of rank 0"]
+        assert store.has("result") and store.get_all(["result"], 120) == ["of rank 0"]
     os._exit(0)  # the connection of the process group is not needed any more
 
 
