@@ -15,6 +15,8 @@ IMAGE_REASONS = (
     "ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "ImageInspectError", "RegistryUnavailable",
 )  # fmt: skip
 CONFIG_REASONS = ("CreateContainerConfigError", "CreateContainerError", "RunContainerError")
+SLOW_NODE_PHRASES = ("context deadline exceeded", "failed to reserve container name")
+"""Messages of the container runtime when the node is too slow to create a container; the kubelet tries again."""
 ADMISSION_PHRASES = ("admission webhook", "ValidatingAdmissionPolicy", "failed calling webhook")
 MOUNT_REASONS = ("FailedMount", "FailedAttachVolume")
 
@@ -40,6 +42,8 @@ def _blocking_condition_of_pod(pod: PodView) -> BlockingCondition | None:
     detail = clean(f"{pod.waiting_reason}: {pod.waiting_message}" if pod.waiting_message else pod.waiting_reason)
     if pod.waiting_reason in IMAGE_REASONS:
         return BlockingCondition(Reason.IMAGE_PULL_FAILED, detail)
+    if any(phrase in detail for phrase in SLOW_NODE_PHRASES):
+        return BlockingCondition(Reason.PODS_NOT_READY, detail)
     if pod.waiting_reason in CONFIG_REASONS:
         return BlockingCondition(Reason.CONFIG_MISSING, detail)
     if pod.terminated is not None and pod.phase == "Running":

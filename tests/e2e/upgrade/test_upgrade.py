@@ -19,7 +19,8 @@ from localcluster.steps import shown_step
 from tests.e2e.jobs.installation import ROOT, SMALL_RESOURCES, ChartInputs, Installation, JobNamespace, demo, job
 from tests.support.kubeapi import Object
 
-pytestmark = pytest.mark.faults
+# The first run builds the images of release 0.1.0: several minutes.
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(2400)]
 
 OLD_COMMIT = "d755abe"
 """Commit of release 0.1.0."""

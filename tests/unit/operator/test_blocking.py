@@ -34,6 +34,19 @@ def test_pod_status_shows_the_blocking_condition() -> None:
 
 
 @pytest.mark.parametrize(
+    ("message", "reason"),
+    [
+        ('secret "s3" not found', Reason.CONFIG_MISSING),
+        ("context deadline exceeded", Reason.PODS_NOT_READY),
+        ('failed to reserve container name "trainer_0": name is reserved', Reason.PODS_NOT_READY),
+    ],
+)
+def test_slow_container_runtime_is_not_a_missing_configuration(message: str, reason: Reason) -> None:
+    waiting = replace(pod(), phase="Pending", waiting_reason="CreateContainerError", waiting_message=message)
+    assert blocking_condition_of_pods([waiting]) == BlockingCondition(reason, f"CreateContainerError: {message}")
+
+
+@pytest.mark.parametrize(
     ("reason", "note", "found"),
     [
         ("FailedCreate", 'pods "x" is forbidden: exceeded quota: q', Reason.QUOTA_EXCEEDED),
