@@ -146,6 +146,10 @@ def _model_and_method(spec: dict[str, Any], status: FineTuneJobStatus) -> list[s
         )
     if resolved is not None and resolved.trainable_parameters:
         parts.append(f"trainable {resolved.trainable_parameters:,} of {resolved.total_parameters or 0:,} parameters")
+    choices = (status.plan.choices if status.plan is not None else None) or []
+    if choices:
+        texts = [f"{choice.field.rpartition('.')[2]} {choice.value}" for choice in choices]
+        parts.append(f"by plan   {', '.join(texts)}")
     return parts
 
 

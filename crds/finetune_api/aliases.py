@@ -31,7 +31,7 @@ FIELD_ALIASES: dict[str, str] = {
     "lr": "training.learningRate", "numepochs": "training.epochs", "nepochs": "training.epochs", "numtrainepochs": "training.epochs",
     "training.steps": "training.maxSteps", "maxtrainsteps": "training.maxSteps", "numtrainsteps": "training.maxSteps", "totalsteps": "training.maxSteps",
     "iterations": "training.maxSteps", "iters": "training.maxSteps", "numsteps": "training.maxSteps", "batchsize": "training.batchSizePerDevice",
-    "microbatchsize": "training.batchSizePerDevice",
+    "microbatchsize": "training.batchSizePerDevice", "effectivebatch": "training.effectiveBatchSize", "globalbatchsize": "training.effectiveBatchSize",
     "trainbatchsize": "training.batchSizePerDevice", "perdevicetrainbatchsize": "training.batchSizePerDevice",
     "gradaccsteps": "training.gradientAccumulationSteps", "gradaccumulation": "training.gradientAccumulationSteps",
     "gradientaccumulation": "training.gradientAccumulationSteps", "optim": "training.optimizer", "lrscheduler": "training.scheduler",

@@ -6,7 +6,7 @@ declared with their fields (`option(default=...)`). This module computes the def
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, NamedTuple
@@ -20,6 +20,7 @@ from finetune_api.rules import (
     BASE_WEIGHT_METHODS,
     LORA_METHODS,
     PROMPT_METHODS,
+    batch_split,
     evaluates_during_training,
     given_bits,
     gpus_per_node,
@@ -93,14 +94,26 @@ OPTIONAL_GROUPS = METHOD_GROUPS | frozenset({
 """Groups without automatic defaults: a group is present only if the user sets it, or the method or objective needs it."""
 
 
-def resolve_defaults(spec: FineTuneJobSpec, *, platform_defaults: PlatformDefaults | None = None) -> ResolvedSpec:
-    """Fill in every default. This function does not check the spec: call `rules.check` first."""
+def resolve_defaults(
+    spec: FineTuneJobSpec, *, platform_defaults: PlatformDefaults | None = None, choices: Mapping[str, Any] | None = None
+) -> ResolvedSpec:
+    """Fill in every default. This function does not check the spec: call `rules.check` first.
+
+    `choices`: values that the plan chose for fields that the user has left out, by spec path. They take precedence over defaults.
+    """
     platform_defaults = platform_defaults or PlatformDefaults()
+    applied = {path: value for path, value in (choices or {}).items() if spec.value(path) is None}
+    usual_batch = batch_split(spec)[0]
+    spec = spec.with_values(applied)
     value = spec.to_wire()
     filled_values: dict[str, Any] = {}
     notes: list[str] = []
-    for path, default in _computed_defaults(spec, platform_defaults).items():
+    computed = _computed_defaults(spec, platform_defaults)
+    # The plan does not count the memory of an evaluation, so its micro-batch is not raised.
+    computed["evaluation.batchSizePerDevice"] = min(usual_batch, computed["evaluation.batchSizePerDevice"])
+    for path, default in computed.items():
         _fill_in(value, path, default, filled_values)
+    filled_values |= applied
     method = method_type_of(spec)
     if f"method.{method}" in METHOD_GROUPS:
         value.setdefault("method", {}).setdefault(method.value, {})
@@ -136,12 +149,14 @@ def _computed_defaults(spec: FineTuneJobSpec, platform_defaults: PlatformDefault
         "prepare.resources.ephemeralStorage": platform_defaults.prepare_ephemeral_storage,
         "distributed.strategy": "ddp" if world_size(spec) > 1 else "none",
         "evaluation.strategy": "steps" if has_validation_set(spec) else "no",
-        "evaluation.batchSizePerDevice": spec.training.batch_size_per_device or 4,
+        "evaluation.batchSizePerDevice": batch_split(spec)[0],
         "phases.evaluate": bool(spec.evaluation.metrics or spec.evaluation.benchmarks),
         "dataset.responseOnly.enabled": spec.dataset.format not in FORMATS_WITHOUT_TURNS,
     }
     if spec.trainer.backend is TrainerBackend.UNSLOTH:
         result["model.ligerKernels"] = True
+    if spec.training.effective_batch_size is not None:
+        result["training.batchSizePerDevice"], result["training.gradientAccumulationSteps"] = batch_split(spec)
     if spec.training.warmup_steps is None:
         result["training.warmupRatio"] = WARMUP_RATIO
     if evaluates_during_training(spec) and spec.evaluation.strategy in (None, IntervalStrategy.STEPS):
@@ -248,9 +263,10 @@ def _differs_from_recorded(resolved_spec: ResolvedSpec, path: str, recorded: Any
     return path in FORMER_DEFAULTS and resolved_spec.spec.value(path) is None
 
 
-def origins_of(filled_paths: Iterable[str]) -> dict[str, Origin]:
-    """Return the origins of filled-in values, by spec path. Values of origin `default` are omitted."""
-    return {path: Origin.PLATFORM for path in filled_paths if path in FROM_PLATFORM or path.startswith("storage.")}
+def origins_of(filled_paths: Iterable[str], chosen_paths: Collection[str] = ()) -> dict[str, Origin]:
+    """Return the origins of filled-in values, by spec path. Values of origin `default` are omitted. `chosen_paths`: those that the plan chose."""
+    platform_paths = {path for path in filled_paths if path in FROM_PLATFORM or path.startswith("storage.")}
+    return dict.fromkeys(platform_paths, Origin.PLATFORM) | {path: Origin.PLAN for path in filled_paths if path in chosen_paths}
 
 
 DEFAULT_CONDITIONS: dict[str, Callable[[dict[str, Any]], bool]] = {

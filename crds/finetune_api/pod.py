@@ -103,12 +103,24 @@ class PreparedRows(WireModel):
     ttl_days: int = Field(default=30, ge=1, description="Days after their last use after which rows may be removed.")
 
 
+class GpuPool(WireModel):
+    """A node pool that the job may use, for the choices of its preparation."""
+
+    name: str = Field(description="Name of the pool.")
+    memory_bytes: int | None = Field(default=None, ge=1, description="Memory of each GPU. Absent if it is not known.")
+    gpu_type: str | None = Field(default=None, description="Type of the GPUs. Absent if it is not known.")
+    price_per_gpu_hour: float | None = Field(default=None, ge=0, description="Price of one GPU for one hour. Absent if it is not known.")
+    gpus_per_node: int = Field(default=1, ge=1, description="Largest number of GPUs that the job may request on each node.")
+    is_current: bool = Field(default=False, description="Whether the job uses this pool if the plan chooses none.")
+
+
 _MARK_PREFIX = "#"
 _MIN_TRAINER_VERSION = "minTrainerVersion"
 _ROLLED_BACK_ATTEMPT = "rolledBackAttempt"
 _CHECKPOINT = "checkpoint"
 _PREPARED_ROWS = "preparedRows"
 _PREPARED_TTL_DAYS = "preparedTtlDays"
+_GPU_POOL = "gpuPool"
 
 
 class RunConfig(WireModel):
@@ -117,7 +129,7 @@ class RunConfig(WireModel):
     Trainer 0.1.0 refuses unknown fields, but ignores unknown entries of the list `defaults`. Therefore `to_wire` writes `origins`,
     `min_trainer_version`, `resume.rolled_back_attempt`, `resume.known_checkpoints` and `prepared` as entries of this list, called marks:
     `#platform resources.cpu`, `#minTrainerVersion 0.2.0`, `#rolledBackAttempt 3`, `#checkpoint step-00000400/a1-1f3c9a2b <sha256>`,
-    `#preparedTtlDays 30`, `#preparedRows <digest> <sha256>`.
+    `#preparedTtlDays 30`, `#preparedRows <digest> <sha256>`, `#gpuPool <JSON>`.
     """
 
     version: int = Field(default=CONTRACT_VERSION, description="Version of the format of `run.json`.")
@@ -145,6 +157,7 @@ class RunConfig(WireModel):
     dataset_store: StoreTarget | None = Field(default=None, description="Connection to the store of s3:// data. Default: the connection of `storage`.")
     resume: ResumeConfig = Field(description="The checkpoint from which the attempt starts.")
     prepared: PreparedRows | None = Field(default=None, description="Prepared rows in storage. Absent for jobs without a preparation.")
+    pools: list[GpuPool] = Field(default=[], description="Node pools that the job may use. Only for the preparation, which chooses one of them.")
     grace_seconds: int = Field(ge=1, description="Seconds between SIGTERM and SIGKILL, in which the pod can save a checkpoint.")
 
     def origin(self, path: str) -> Origin:
@@ -173,6 +186,7 @@ class RunConfig(WireModel):
             mark_entries.append(f"{_MARK_PREFIX}{_PREPARED_TTL_DAYS} {self.prepared.ttl_days}")
             if self.prepared.digest and self.prepared.manifest_sha256:
                 mark_entries.append(f"{_MARK_PREFIX}{_PREPARED_ROWS} {self.prepared.digest} {self.prepared.manifest_sha256}")
+        mark_entries += [f"{_MARK_PREFIX}{_GPU_POOL} {json.dumps(pool, sort_keys=True)}" for pool in value.pop("pools", [])]
         return value | {"defaults": [*self.defaults, *sorted(mark_entries)]}
 
     @model_validator(mode="before")
@@ -209,6 +223,8 @@ def read_marks(data: dict[str, Any]) -> dict[str, Any]:
             result["resume"] = {**resume, "knownCheckpoints": {**resume.get("knownCheckpoints", {}), folder: sha256}}
         elif key == _PREPARED_TTL_DAYS:
             result["prepared"] = {**(result.get("prepared") or {}), "ttlDays": value}
+        elif key == _GPU_POOL:
+            result["pools"] = [*result.get("pools", []), json.loads(value)]
         elif key == _PREPARED_ROWS:
             digest, _, sha256 = value.partition(" ")
             result["prepared"] = {**(result.get("prepared") or {}), "digest": digest, "manifestSha256": sha256}

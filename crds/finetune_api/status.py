@@ -412,8 +412,21 @@ class CostPlan(ReportModel):
     currency: str = status_field("Currency of the costs.", default="", example="EUR")
 
 
+class Choice(ReportModel):
+    """A value that the plan chose, because the spec leaves it out."""
+
+    field: str = status_field("Path of the field in the spec.", default=..., example="training.batchSizePerDevice")
+    value: Annotated[int | str, Field(json_schema_extra={"x-kubernetes-int-or-string": True})] = status_field("The chosen value.", default=..., example=16)
+    reason: str = status_field("Why this value was chosen.", default=..., example="the largest micro-batch that fits: at most 31.2 of 85.5 GB")
+
+
 class RunPlan(ReportModel):
     """What the run was expected to need, and what it needed."""
+
+    choices: list[Choice] | None = status_field("Values that the plan chose before the first attempt. All attempts use them.")
+    no_choices: str | None = status_field(
+        "Why the plan chose no values, so that the values that the spec leaves out are the defaults.", example="the job uses no GPU"
+    )
 
     memory: MemoryPlan | None = status_field("Planned memory of each rank. Absent if the plan does not know this kind of run.")
     work: WorkPlan | None = status_field("Planned work. Absent if the plan does not know this kind of run.")

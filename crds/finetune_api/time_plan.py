@@ -93,11 +93,20 @@ def plan_time(work: WorkPlan, gpu: GpuType, gpus: int) -> TimePlan:
     """Return the planned time on `gpus` GPUs of one type."""
 
     def seconds(efficiency: Efficiency) -> int:
-        compute = work.petaflop * PETA / (gpu.peak_flops * efficiency.compute)
-        memory = work.traffic_terabytes * TERA / (gpu.bandwidth * efficiency.memory)
-        return math.ceil((compute + memory) / gpus * (efficiency.gang if gpus > 1 else 1.0))
+        return math.ceil(_gpu_seconds(work, gpu, gpus, efficiency) / gpus)
 
     return TimePlan(expected_seconds=seconds(EXPECTED), lower_seconds=seconds(FASTEST), upper_seconds=seconds(SLOWEST))
+
+
+def expected_gpu_seconds(work: WorkPlan, gpu: GpuType, gpus: int) -> float:
+    """Return the expected seconds of all GPUs together."""
+    return _gpu_seconds(work, gpu, gpus, EXPECTED)
+
+
+def _gpu_seconds(work: WorkPlan, gpu: GpuType, gpus: int, efficiency: Efficiency) -> float:
+    compute = work.petaflop * PETA / (gpu.peak_flops * efficiency.compute)
+    memory = work.traffic_terabytes * TERA / (gpu.bandwidth * efficiency.memory)
+    return (compute + memory) * (efficiency.gang if gpus > 1 else 1.0)
 
 
 def plan_cost(time: TimePlan, gpus: int, price_per_gpu_hour: float, currency: str) -> CostPlan:

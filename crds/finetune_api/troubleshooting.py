@@ -28,6 +28,8 @@ NO_ACTION = "No action is needed."
 
 FAILURE_REMEDIES: dict[str, tuple[Remedy, ...]] = {
     "Memory plan (`finetune plan`)": _remedies(
+        ("ChoicesNotPlanned", "Another file or checkpoint decides about the values, or the job uses no GPU, so the plan chooses none.", NO_ACTION + " The defaults are used."),
+        ("GpuMemoryUnknown", "The plan does not know the memory of the GPUs, so it chooses no values.", "Set `gpuType` or `gpuMemory` of the node pool in the chart's values."),
         ("MethodNotPlanned", "The plan does not know the memory of this method or option.", "Plan a method that the message lists. The job itself can run, and records its measured peak."),
         ("ModelConfigIncomplete", "`config.json` lacks a number that the plan needs.", "Give the unchanged `config.json` of the base model."),
         ("ModelConfigNotFound", "The folder holds no `config.json`.", "Name the folder with the model's `config.json` in `--model-config`."),
@@ -71,6 +73,7 @@ FAILURE_REMEDIES: dict[str, tuple[Remedy, ...]] = {
     ),
     "Memory and numbers": _remedies(
         ("Diverged", "Loss or gradients were not finite.", "Lower `training.learningRate` or `training.maxGradNorm`, or raise the warm-up."),
+        ("DoesNotFit", "By the memory plan, the job fits on no GPU that it may use.", "Write one of the changes in the hint. If the plan is wrong, write `prepare: {strategy: never}`."),
         ("GpuMemory", "GPU memory was exhausted.", "Lower `training.batchSizePerDevice` or `dataset.maxSequenceLength`, or use `method.type: qlora`."),
         ("GpuOutOfMemory", "GPU memory was exhausted.", "Lower `training.batchSizePerDevice` and raise `training.gradientAccumulationSteps`, or enable `training.gradientCheckpointing`."),
         ("GradientNotFinite", "The gradient norm was not finite.", "Lower `training.learningRate`, raise the warm-up, or use bf16 instead of fp16."),
@@ -364,6 +367,7 @@ RULE_REMEDIES: tuple[Remedy, ...] = _remedies(
     ("DatasetMissing", "The spec names no training data, or names both `train` and `mixture`.", "Write one of `dataset.train` and `dataset.mixture`."),
     ("DeviceOfAnotherMachine", "`training.device` names a device that the pods do not have.", "Remove `device`, or set `resources.gpusPerNode` to match."),
     ("DpoLosses", "The list of DPO losses contains a combination that cannot work.", "Write the list that the hint shows."),
+    ("EffectiveBatchSize", "`training.effectiveBatchSize` does not agree with ranks, micro-batch and accumulation.", "Write one of the numbers in the hint."),
     ("EncryptionContradiction", "Fields of `encryption` exclude each other, or the store is not S3.", "Remove one of the fields in the message."),
     ("EnvironmentContradiction", "An environment variable has both a value and a Secret.", "Remove one of the two."),
     ("ExistingResultNotCompared", "`policy.onExistingResult: adopt` or `fail` needs the preparation pod, but the job is not prepared or does not train.", "Remove `prepare.strategy: never` or `policy.onExistingResult`. With `phases.train: false`, remove `policy.onExistingResult`."),

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
+from finetune_api.compatibility import read_spec
 from finetune_api.errors import FineTuneError
 from finetune_api.names import PREPARATION_ATTEMPT, Label, Reason, attempt_job_name, preparation_job_name
 from finetune_api.pod import RunConfig
@@ -25,6 +26,7 @@ from finetune_operator.objects import FINETUNEJOB, JOB, NETWORK_POLICY, POD, SEC
 from finetune_operator.plan import ActionResult, Plan
 from finetune_operator.policies.adaptations import original_values
 from finetune_operator.policies.blocking import BlockingCondition, is_admission_refusal, reason_of_refusal
+from finetune_operator.policies.choices import pools_to_choose
 from finetune_operator.policies.rejection import rejected_user_fields
 from finetune_operator.policies.verdict import AcceptedSpec, RefusedSpec
 from finetune_operator.settings import OperatorConfig
@@ -145,7 +147,8 @@ class PlanExecutor:
             name = preparation_job_name(facts.job.name, number)
             secret_name = self._secrets.secret_name(name, uid, PREPARATION_ATTEMPT) if self._secrets.is_enabled else ""
             written = None if ON_EXISTING_RESULT in accepted_spec.defaults else facts.spec.policy.on_existing_result
-            run = for_preparation(_build_run(facts, accepted_spec, 1), written)
+            pools = pools_to_choose(read_spec(facts.job.spec)[0], accepted_spec, self._config, facts.job.namespace)
+            run = for_preparation(_build_run(facts, accepted_spec, 1), written, pools)
             return build_preparation_job(facts.job, run, number, facts.spec.prepare.resources, accepted_spec.pool, self._config, secret_name)
 
     async def _ensure_children(self, job: JobView) -> BlockingCondition | None:
@@ -202,7 +205,7 @@ def _build_run(facts: Facts, accepted_spec: AcceptedSpec, attempt: int) -> RunCo
     return build_run_config(
         facts.job, facts.spec, attempt, defaults=accepted_spec.defaults,
         committed_step=facts.newest_committed_step, max_step=facts.max_start_step, rolled_back_attempt=facts.rolled_back_attempt,
-        before_adaptation=original_values(accepted_spec.spec, facts.job.status.adaptations),
+        choices=accepted_spec.choices, before_adaptation=original_values(accepted_spec.spec, facts.job.status.adaptations),
     )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from datetime import datetime, timedelta
 
 from finetune_api.gpus import GPU_TYPES, gpu_of_device
+from finetune_api.memory.plan import GPUS_PATH, POOL_PATH
 from finetune_api.names import FailureClass, Reason
 from finetune_api.rules import gpus_per_node
 from finetune_api.status import Failure, JobCost, RunPlan
@@ -48,11 +49,11 @@ def _job_cost(price: float, currency: str, gpu_seconds: float, ended_gpu_seconds
 
 def plan_with_cost(plan: RunPlan | None, facts: Facts, device: str | None) -> RunPlan | None:
     """Add the planned time and cost to a plan with the planned work. `device`: the name of the GPU that the trainer reported."""
-    gpus, pool = _gpus(facts), _pool(facts)
+    gpus, pool = _planned_gpus(plan, facts)
     gpu = GPU_TYPES[pool.gpu_type] if pool is not None and pool.gpu_type is not None else gpu_of_device(device or "")
     if plan is None or plan.work is None or gpu is None or gpus == 0:
         return plan
-    time, price, old = plan_time(plan.work, gpu, gpus), _price(facts), facts.job.status.cost
+    time, price, old = plan_time(plan.work, gpu, gpus), _price(facts, pool), facts.job.status.cost
     cost = plan_cost(time, gpus, price, old.currency if old else facts.config.currency) if price is not None else plan.cost
     return plan.model_copy(update={"time": time, "cost": cost})
 
@@ -108,9 +109,16 @@ def _pool(facts: Facts) -> NodePool | None:
     return facts.acceptance.pool if isinstance(facts.acceptance, AcceptedSpec) else None
 
 
-def _price(facts: Facts) -> float | None:
+def _planned_gpus(plan: RunPlan | None, facts: Facts) -> tuple[int, NodePool | None]:
+    """The number of GPUs and the pool of a plan. Its choices may be new, so that they are not in the accepted spec yet."""
+    chosen = {choice.field: choice.value for choice in (plan.choices if plan is not None else None) or []}
+    pool = facts.config.find_pool(str(chosen[POOL_PATH])) if POOL_PATH in chosen else None
+    return int(chosen.get(GPUS_PATH, gpus_per_node(facts.spec))) * (facts.spec.resources.nodes or 1), pool or _pool(facts)
+
+
+def _price(facts: Facts, chosen_pool: NodePool | None = None) -> float | None:
     """The price of a GPU-hour when the job started. Before that: the current price of the pool."""
-    recorded, pool = facts.job.status.cost, _pool(facts)
+    recorded, pool = facts.job.status.cost, chosen_pool or _pool(facts)
     if recorded is not None:
         return recorded.price_per_gpu_hour
     return pool.price_per_gpu_hour if pool is not None and _gpus(facts) else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from finetune_api.spec import FineTuneJobSpec
 
@@ -35,6 +36,8 @@ class JobState:
     generation: int = 0
     spec: Object = field(default_factory=dict)
     """The spec from which `acceptance` was computed. `generation` is the generation of this spec."""
+    choices: dict[str, Any] = field(default_factory=dict)
+    """The values that the job's plan chose, with which `acceptance` was computed."""
     acceptance: AcceptedSpec | RefusedSpec = SPEC_NOT_NEEDED
     event_read: EventReadState = field(default_factory=EventReadState)
     pending_changes: PendingChanges = field(default_factory=PendingChanges)

@@ -15,6 +15,7 @@ from finetune_operator.job_state import SPEC_NOT_NEEDED, JobState
 from finetune_operator.kube import KubeClient, NotFound
 from finetune_operator.objects import JOB, POD
 from finetune_operator.policies.acceptance import FirstAttempt, RefusedSpec, accept, read_first_attempt
+from finetune_operator.policies.choices import chosen_values
 from finetune_operator.scrape import ProgressScraper
 from finetune_operator.settings import OperatorConfig
 from finetune_operator.views import JobObject, JobView, read_job, read_pod
@@ -68,15 +69,16 @@ class JobObserver:
             state = self.states[key] = JobState(job.uid)
         is_finished = job.status.is_true(Kind.FINISHED)
         # If the API server prunes fields that an older CRD lacks, the spec changes but the generation does not.
-        spec_changed = (state.generation, state.spec) != (job.generation, job.spec)
-        state.generation, state.spec = job.generation, job.spec
+        choices = chosen_values(job.status)
+        spec_changed = (state.generation, state.spec, state.choices) != (job.generation, job.spec, choices)
+        state.generation, state.spec, state.choices = job.generation, job.spec, choices
         # If the operator ended just after it created the first Job, the status lacks the attempt. The rules for new jobs then do not apply.
         first_record = read_first_attempt(job.status) or (FirstAttempt() if has_job else None)
         refused_as_new = isinstance(state.acceptance, RefusedSpec) and state.acceptance.is_final and first_record is not None
         # If the status of a finished job was emptied, the job starts again and its spec is needed.
         if spec_changed or ((refused_as_new or state.acceptance is SPEC_NOT_NEEDED) and not is_finished):
             state.acceptance = SPEC_NOT_NEEDED if is_finished else accept(
-                job.spec, self._config, first_record, namespace=job.namespace, was_accepted=job.status.is_true(Kind.ACCEPTED)
+                job.spec, self._config, first_record, namespace=job.namespace, was_accepted=job.status.is_true(Kind.ACCEPTED), choices=choices
             )  # fmt: skip
         return state
 

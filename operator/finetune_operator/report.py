@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import TypeVar
 
+from finetune_api.compatibility import read_spec
 from finetune_api.names import Condition as Kind
 from finetune_api.names import FailureClass, Reason, attempt_of_uri
+from finetune_api.rules import gpus_per_node
 from finetune_api.sources import model_name
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import (
@@ -40,6 +42,7 @@ from finetune_operator.goodput import compute_goodput
 from finetune_operator.phase import NO_VALUE, compute_phase, compute_reason
 from finetune_operator.plan import ActionResult, AttemptEnd, JobEnd, Outcome, Plan, Situation
 from finetune_operator.policies.acceptance import AcceptedSpec
+from finetune_operator.policies.choices import accepted_choices
 from finetune_operator.policies.timeouts import seconds_between
 from finetune_operator.status_input import StatusInput
 from finetune_operator.text import clean, format_duration
@@ -97,7 +100,7 @@ def compute_status(facts: Facts, plan: Plan, result: ActionResult) -> FineTuneJo
         adaptations=counters.adaptations,
         workers=_compute_workers(inputs),
         resolved=resolved,
-        plan=plan_with_cost(_merge_reports(RunPlan(), "plan", inputs), facts, resolved.device),
+        plan=plan_with_cost(_compute_plan(inputs), facts, resolved.device),
         cost=compute_cost(facts, plan.attempt_end),
         goodput=compute_goodput(facts, old_status.goodput, attempts, plan.attempt_end, inputs.current_job, KEPT_ATTEMPTS),
         start_time=counters.start_time,
@@ -150,7 +153,7 @@ def reduced_status(new_status: FineTuneJobStatus, stored_status: FineTuneJobStat
                 defaults=resolved.defaults, spec_sha256=resolved.spec_sha256, max_duration_seconds=resolved.max_duration_seconds
             ),
         ),
-        plan=stored_status.plan,
+        plan=_reduced_plan(new_status.plan, stored_status.plan),
         cost=new_status.cost,
         goodput=stored_status.goodput,
         start_time=new_status.start_time,
@@ -182,6 +185,13 @@ def _reduced_attempts(new_attempts: list[Attempt], stored_attempts: list[Attempt
         for attempt in new_attempts
         for stored_attempt in [stored_by_number.get(attempt.number)]
     ]  # fmt: skip
+
+
+def _reduced_plan(new_plan: RunPlan | None, stored_plan: RunPlan | None) -> RunPlan | None:
+    """Keep the new choices, because the first attempt follows from them."""
+    if new_plan is None or new_plan.choices is None:
+        return stored_plan
+    return (stored_plan or RunPlan()).model_copy(update={"choices": new_plan.choices})
 
 
 def _reduced_failure(failure: Failure | None) -> Failure | None:
@@ -507,6 +517,37 @@ def _merge_reports(empty: Model, name: str, inputs: StatusInput) -> Model | None
     sources = (inputs.old_status, inputs.plan.preparation_message, live_report.report if live_report else None, inputs.termination_message)
     known = [value for source in sources if (value := getattr(source, name, None)) is not None]
     return merge_fields(empty, *known) if known else None
+
+
+def _compute_plan(inputs: StatusInput) -> RunPlan | None:
+    """Return the plan. Only a preparation makes choices, and they never change; user code may write anything into later reports."""
+    facts, message = inputs.facts, inputs.plan.preparation_message
+    plan, old = _merge_reports(RunPlan(), "plan", inputs), inputs.old_status.plan or RunPlan()
+    choices, no_choices = old.choices, old.no_choices
+    if choices is None and isinstance(facts.acceptance, AcceptedSpec) and facts.attempt_record is None:
+        if message is not None and message.plan is not None:
+            spec, _ = read_spec(facts.job.spec)
+            choices = accepted_choices(message.plan.choices, spec, facts.acceptance, facts.config, facts.job.namespace)
+            no_choices = None if choices else message.plan.no_choices
+        no_choices = no_choices or (None if choices else _why_nothing_was_chosen(inputs))
+    if plan is None and choices is None and no_choices is None:
+        return None
+    return (plan or RunPlan()).model_copy(update={"choices": choices, "no_choices": no_choices})
+
+
+def _why_nothing_was_chosen(inputs: StatusInput) -> str | None:
+    """Return why a job starts without choices, at the start of its first attempt or at the end of its preparation."""
+    facts, record = inputs.facts, inputs.plan.preparation or inputs.old_status.preparation
+    if gpus_per_node(facts.spec) == 0:
+        reason = "the job uses no GPU"
+    elif record is None:
+        reason = "the job is not prepared"
+    elif record.reason == Reason.PREPARATION_SKIPPED:
+        reason = "the preparation was skipped"
+    else:
+        reason = "the preparation reported no usable choices"
+    is_decided = inputs.current_job is not None or (record is not None and record.reason is not None)
+    return reason if is_decided else None
 
 
 def _compute_headline(spec: FineTuneJobSpec, evaluation: EvaluationResult) -> str | None:

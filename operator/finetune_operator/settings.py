@@ -146,8 +146,12 @@ class NodePool(WireModel):
     gpus_per_node: int = Field(
         default=0, ge=0, le=64, description="GPUs of each node; 0: the pool is for CPU training."
     )
-    gpu_memory: PlatformQuantity | None = Field(default=None, description="Memory of one GPU, shown in lists of pools.")
-    gpu_type: str | None = Field(default=None, description="Type of the GPUs, for the planned time; default: the name that the driver reports.")
+    gpu_memory: PlatformQuantity | None = Field(
+        default=None, description="Memory of one GPU, shown in lists of pools, and for the memory plan; default: that of `gpuType`."
+    )
+    gpu_type: str | None = Field(
+        default=None, description="Type of the GPUs, for the plan of memory and time; default for the time: the name that the driver reports."
+    )
     price_per_gpu_hour: float | None = Field(default=None, ge=0, description="Price of one GPU for one hour, in `currency`; default: costs are not shown.")
     max_nodes: int | None = Field(default=None, ge=1, description="Maximum number of nodes in the pool; default: no limit.")
     resources: PodResources = Field(default=PodResources(), description="Resources of pods in this pool.")

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
+from finetune_api.memory.changes import NO_CHANGE
 from finetune_api.names import FailureClass
-from finetune_api.pod import RunConfig, TerminationMessage
+from finetune_api.pod import GpuPool, RunConfig, TerminationMessage
 from finetune_api.status import DataReport
 from pod_buckets import Bucket
 from pod_harness import ROWS, Pod, merge, run_config, write_rows
@@ -57,6 +59,39 @@ def test_a_gpu_job_is_prepared_without_a_gpu_and_without_weights(bucket: Bucket,
     assert (message.resolved.dataset_rows, message.resolved.model_revision) == (36, None)
     downloaded = {file.name for file in (tmp_path / "pod" / "work" / "fetched" / "model").iterdir()}
     assert "config.json" in downloaded and not any(name.endswith(".safetensors") for name in downloaded)
+
+
+# ---- choices of the plan, on GPUs that do not exist ----
+
+
+def planned_job(bucket: Bucket, model: Path, rows: Path, *pools: GpuPool, training: dict[str, Any]) -> RunConfig:
+    spec = {"model": {"source": f"file://{model}"}, "dataset": {"train": f"file://{rows}", "format": "messages"}, "training": training}
+    return run_config(spec, bucket.target(), gpus=1).model_copy(update={"pools": list(pools)})
+
+
+def test_a_preparation_chooses_what_the_spec_leaves_out(bucket: Bucket, tmp_path: Path, model: Path, rows: Path) -> None:
+    pools = [GpuPool(name="small", memory_bytes=10**8, is_current=True), GpuPool(name="l4", memory_bytes=24 * 2**30, gpu_type="l4-24gb")]
+    message, log = prepare(bucket, tmp_path, planned_job(bucket, model, rows, *pools, training={"maxSteps": 4, "effectiveBatchSize": 12}))
+    assert message.plan is not None, log[-3000:]
+    assert {choice.field: choice.value for choice in message.plan.choices or []} == {
+        "resources.nodePool": "l4", "training.batchSizePerDevice": 12, "training.gradientAccumulationSteps": 1, "training.gradientCheckpointing": "disabled",
+    }  # fmt: skip
+    assert (message.exit_code, message.plan.no_choices, message.plan.work and message.plan.work.steps) == (0, None, 4)
+
+
+def test_a_job_that_fits_nowhere_is_refused_with_changes(bucket: Bucket, tmp_path: Path, model: Path, rows: Path) -> None:
+    pool = GpuPool(name="small", memory_bytes=10**8, is_current=True)
+    message, _ = prepare(bucket, tmp_path, planned_job(bucket, model, rows, pool, training={"maxSteps": 4}))
+    assert (message.code, message.class_, message.exit_code) == ("DoesNotFit", FailureClass.USER, 64)
+    found = re.fullmatch(r"the job is expected to need at least 0\.\d\d GB on each GPU, (.*)", message.message or "")
+    assert found is not None and found[1] == "which no pool that it may use has: small (0.10 GB)"
+    assert message.hint == NO_CHANGE
+
+
+def test_a_job_without_a_plan_says_why_nothing_was_chosen(bucket: Bucket, tmp_path: Path, model: Path, rows: Path) -> None:
+    message, _ = prepare(bucket, tmp_path, planned_job(bucket, model, rows, training={"maxSteps": 4}))
+    assert message.plan is not None and message.plan.memory is not None
+    assert (message.plan.choices, message.plan.no_choices) == (None, "the memory of the GPUs is not known")
 
 
 # ---- bad jobs ----

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from finetune_api import rules
 from finetune_api.errors import ConfigError, InternalError
 from finetune_api.pod import RunConfig
-from finetune_api.status import DataReport, ResolvedConfig, RunPlan, Stage
+from finetune_api.status import DataReport, ResolvedConfig, Stage
 
 from finetune_trainer import imports
 from finetune_trainer.channel import Channel
@@ -56,7 +56,7 @@ def check(run: RunConfig, channel: Channel, inputs: Inputs, preparation: Supervi
     from finetune_trainer import model
     from finetune_trainer.data.prepare import NoPreparationCallbacks, writes_date
     from finetune_trainer.distributed import DistributedStrategy
-    from finetune_trainer.memory_plan import plan_with_facts, plan_work_of_run
+    from finetune_trainer.memory_plan import choose_and_plan
     from finetune_trainer.objective.base import TrainingContext
 
     channel.report_stage(Stage.CHECKING, "rows and tokens")
@@ -75,12 +75,10 @@ def check(run: RunConfig, channel: Channel, inputs: Inputs, preparation: Supervi
         channel.report_note(note)
     if preparation is not None and writes_date(tokenizer):
         channel.report_note("prepared rows are neither stored nor used, because the chat template can write the date; the training pods tokenise the data")
-    memory = plan_with_facts(run, config, MemoryFacts(longest_tokens=facts.longest_sequence or None))
     channel.report_stage(Stage.CHECKING, "model and method")
     trainable, total = _check_method(run, channel, inputs, context, config, objective.model_kind)
-    work = plan_work_of_run(run, config, facts.report, trainable)
-    if memory is not None or work is not None:
-        channel.report_plan(RunPlan(memory=memory, work=work))
+    memory_facts = MemoryFacts(longest_tokens=facts.longest_sequence or None)
+    channel.report_plan(choose_and_plan(run, config, memory_facts, facts.report, trainable))
     resolved = ResolvedConfig(
         dataset_digest=inputs.dataset_digest, dataset_rows=facts.rows, dataset_format=facts.format.value,
         trainable_parameters=trainable, total_parameters=total,

@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from finetune_api.defaults import ResolvedSpec
 from finetune_api.errors import ConfigError
 from finetune_api.memory.architecture import model_shape
+from finetune_api.memory.choices import choose_values
 from finetune_api.memory.description import Facts
 from finetune_api.memory.plan import plan_memory
 from finetune_api.pod import RunConfig
@@ -47,20 +49,47 @@ def plan_with_facts(run: RunConfig, config: Any, facts: Facts) -> MemoryPlan | N
         return None
 
 
-def plan_work_of_run(run: RunConfig, config: Any, counts: Mapping[str, Any], trained_parameters: int | None) -> WorkPlan | None:
+def plan_work_of_run(
+    run: RunConfig, config: Any, counts: Mapping[str, Any], trained_parameters: int | None, recomputed_share: float = 0.0
+) -> WorkPlan | None:
     """Plan the work of a run. Returns None if the plan does not know this kind of run, or without counts of tokens.
 
-    `counts`: the counts of the data, from `DataFacts.report`.
+    `counts`: the counts of the data, from `DataFacts.report`. `recomputed_share`: share of the layers that recompute their activations.
     """
-    train = counts.get("tokens", {}).get("train", {})
-    rows, tokens = counts.get("rows", {}).get("train"), train.get("tokens")
-    if not rows or not tokens:
+    data = data_size(counts)
+    if data is None:
         return None
     try:
-        return plan_work(run.spec, model_shape(config.to_dict()), DataSize(rows, tokens), trained_parameters=trained_parameters or 0)
+        return plan_work(run.spec, model_shape(config.to_dict()), data, recomputed_share, trained_parameters or 0)
     except ConfigError as error:
         log.info("no plan of the work: %s", error.message)
         return None
+
+
+def data_size(counts: Mapping[str, Any]) -> DataSize | None:
+    """Return the number of training rows and tokens. None: they are not counted. `counts`: from `DataFacts.report`."""
+    rows, tokens = counts.get("rows", {}).get("train"), counts.get("tokens", {}).get("train", {}).get("tokens")
+    return DataSize(rows, tokens) if rows and tokens else None
+
+
+def choose_and_plan(run: RunConfig, config: Any, facts: Facts, counts: Mapping[str, Any], trained_parameters: int | None) -> RunPlan:
+    """Choose the values that the user has left out, and plan memory and work with them.
+
+    `config`: the model's configuration. `counts`: the counts of the data, from `DataFacts.report`.
+    Errors: ConfigError DoesNotFit if the job fits on none of the pools that it may use.
+    """
+    try:
+        resolved = ResolvedSpec(run.spec, {path: run.spec.value(path) for path in run.defaults})
+        decision = choose_values(resolved, model_shape(config.to_dict()), run.pools, facts, data_size(counts), trained_parameters or 0)
+    except ConfigError as error:
+        log.info("the plan chooses no values: %s", error.message)
+        memory, work = plan_with_facts(run, config, facts), plan_work_of_run(run, config, counts, trained_parameters)
+        return RunPlan(memory=memory, work=work, no_choices=error.message)
+    if decision.refusal is not None:
+        raise decision.refusal
+    chosen = run.model_copy(update={"spec": decision.resolved.spec})
+    work = plan_work_of_run(chosen, config, counts, trained_parameters, recomputed_share=decision.plan.recomputed_layers / max(decision.plan.layers, 1))
+    return RunPlan(memory=decision.plan.memory, work=work, choices=list(decision.choices))
 
 
 class MeasuredMemory(TrainerCallback):

@@ -13,14 +13,17 @@ from finetune_cli.commands.shared import check_format, complete_words, write_dat
 if TYPE_CHECKING:
     from finetune_api.defaults import ResolvedSpec
     from finetune_api.memory.architecture import ModelShape
-    from finetune_api.memory.plan import Change, JobPlan
+    from finetune_api.memory.description import Facts
+    from finetune_api.pod import GpuPool
     from finetune_api.spec import FineTuneJobSpec
     from finetune_api.status import CostPlan, TimePlan
+    from finetune_api.time_plan import DataSize
+
+    from finetune_cli.job_plan import MethodPlan
 
     Times = dict[str, tuple[TimePlan, CostPlan | None]]
 
 METHODS = ("lora", "qlora", "dora", "ia3", "promptTuning", "prefixTuning", "full")
-STORED_SIZE_TOLERANCE = 0.02
 TIME_NOTE = (
     "the time is that of the optimizer steps, without start, evaluation, checkpoints and upload; its bounds are not calibrated for this GPU"
 )
@@ -38,17 +41,20 @@ def plan(
     gpu_memory: Annotated[
         str | None, typer.Option("--gpu-memory", metavar="SIZE", help="Memory of each GPU, such as 80Gi, instead of --gpu.")
     ] = None,
+    gpus_per_node: Annotated[
+        int | None, typer.Option("--gpus-per-node", metavar="GPUS", help="GPUs of each node, of which a job without resources.gpusPerNode may get several.")
+    ] = None,
     longest_row: Annotated[
-        int | None, typer.Option("--longest-row", metavar="TOKENS", min=1, help="Tokens of the longest row. Default: dataset.maxSequenceLength.")
+        int | None, typer.Option("--longest-row", metavar="TOKENS", help="Tokens of the longest row. Default: dataset.maxSequenceLength.")
     ] = None,
     rows: Annotated[
-        int | None, typer.Option("--rows", metavar="ROWS", min=1, help="Number of training rows, to plan the time. Also needs --mean-row.")
+        int | None, typer.Option("--rows", metavar="ROWS", help="Number of training rows, to plan the time. Also needs --mean-row.")
     ] = None,
     mean_row: Annotated[
-        int | None, typer.Option("--mean-row", metavar="TOKENS", min=1, help="Mean number of tokens of a training row, to plan the time. Also needs --rows.")
+        int | None, typer.Option("--mean-row", metavar="TOKENS", help="Mean number of tokens of a training row, to plan the time. Also needs --rows.")
     ] = None,
     price: Annotated[
-        float | None, typer.Option("--price", metavar="PRICE", min=0, help="Price of one GPU for one hour, to plan the cost.")
+        float | None, typer.Option("--price", metavar="PRICE", help="Price of one GPU for one hour, to plan the cost.")
     ] = None,
     compare: Annotated[
         str | None,
@@ -76,49 +82,46 @@ def plan(
     Example: finetune plan -f job.yaml --gpu h100-80gb --rows 12000 --mean-row 310 --price 2.5
     """
     from finetune_api.errors import FineTuneError
+    from finetune_api.memory.description import Facts as MemoryFacts
+
+    from finetune_cli.job_plan import read_gpu, read_model
 
     check_format(output_format, "json", "yaml")
-    memory_bytes = _gpu_bytes(gpu, gpu_memory)
-    if fit and memory_bytes is None:
+    pool = read_gpu(gpu, gpu_memory, gpus_per_node)
+    if fit and pool is None:
         raise output.fail("--fit needs the memory of a GPU: add --gpu NAME or --gpu-memory SIZE")
+    _check_numbers({"--longest-row": longest_row, "--rows": rows, "--mean-row": mean_row}, price)
     _check_time_options(gpu, rows, mean_row, price)
     resolved, name = _read_spec(file)
     try:
-        shape, notes = _read_model(resolved.spec, model_config)
-        plans = _plan_methods(resolved, shape, _methods(compare), memory_bytes, longest_row)
-        proposals = _propose(resolved, shape, plans, memory_bytes, longest_row) if fit else []
-        times = _plan_times(resolved, shape, plans, gpu, (rows, mean_row), price)
+        shape, notes = read_model(resolved.spec, model_config)
+        facts, data = MemoryFacts(longest_tokens=longest_row), _data_size(resolved.spec, rows, mean_row)
+        plans = _plan_methods(resolved, shape, _methods(compare), pool, facts, data)
+        proposals = _propose(next(iter(plans.values())), shape, pool, facts) if fit and pool is not None else []
+        times = _plan_times(shape, plans, pool, data, price)
     except FineTuneError as error:
         raise output.fail(f"{error.message}; {error.hint}" if error.hint else error.message) from error
+    memory_bytes = pool.memory_bytes if pool is not None else None
     if output_format is not None:
         write_data(_as_data(name, plans, times, memory_bytes, proposals), output_format)
     else:
-        output.write("\n".join([*_describe(name, resolved.spec, shape), "", *_table(plans, times, memory_bytes, gpu)]))
-        if proposals:
-            output.write("\n".join(["", *proposals]))
-    if times:
-        notes = [*notes, TIME_NOTE]
-    output.print_notes(dict.fromkeys([*notes, *(sentence for one in plans.values() for sentence in one.assumptions)]))
-    if memory_bytes is not None and not any(one.fits(memory_bytes) for one in plans.values()):
+        lines = [*_describe(name, next(iter(plans.values())).spec, shape), "", *_table(plans, times, memory_bytes, gpu), *_choice_lines(plans)]
+        output.write("\n".join([*lines, *(["", *proposals] if proposals else [])]))
+    notes = [*notes, *(note for one in plans.values() for note in one.notes), *([TIME_NOTE] if times else [])]
+    output.print_notes(dict.fromkeys([*notes, *(sentence for one in plans.values() for sentence in one.plan.assumptions)]))
+    refusals = [one.refusal for one in plans.values() if one.refusal is not None]
+    if refusals and len(refusals) == len(plans):
+        raise output.fail(f"{refusals[0].message}; {refusals[0].hint}")
+    if memory_bytes is not None and not any(one.plan.fits(memory_bytes) for one in plans.values()):
         raise output.CommandExit(output.ERROR)
 
 
-def _gpu_bytes(gpu: str | None, gpu_memory: str | None) -> int | None:
-    from finetune_api.gpus import GPU_TYPES
-    from finetune_api.quantities import SIZE_KIND, parse_amount, quantity_problem
-
-    if gpu is not None and gpu_memory is not None:
-        raise output.fail("--gpu and --gpu-memory exclude each other: remove one of the two")
-    if gpu is not None and gpu.lower() not in GPU_TYPES:
-        raise output.fail(f"--gpu {gpu}: this type is not known; write one of {', '.join(GPU_TYPES)}, or --gpu-memory SIZE")
-    if gpu is not None:
-        return GPU_TYPES[gpu.lower()].memory_bytes
-    if gpu_memory is None:
-        return None
-    problem = quantity_problem(gpu_memory, SIZE_KIND)
-    if problem is not None:
-        raise output.fail(f"--gpu-memory: {'; '.join(problem)}")
-    return int(parse_amount(gpu_memory))
+def _check_numbers(counts: dict[str, int | None], price: float | None) -> None:
+    problems = [f"{option} {count}: write a number of at least 1" for option, count in counts.items() if count is not None and count < 1]
+    if price is not None and not price >= 0:
+        problems.append(f"--price {price:g}: write a number of at least 0")
+    if problems:
+        raise output.fail(*problems)
 
 
 def _check_time_options(gpu: str | None, rows: int | None, mean_row: int | None, price: float | None) -> None:
@@ -130,28 +133,44 @@ def _check_time_options(gpu: str | None, rows: int | None, mean_row: int | None,
         raise output.fail("--price needs the planned time: add --gpu, --rows and --mean-row")
 
 
-def _plan_times(
-    resolved: ResolvedSpec, shape: ModelShape, plans: dict[str, JobPlan], gpu: str | None, data: tuple[int | None, int | None], price: float | None
-) -> Times:
-    """Plan the time and the cost with each method. Empty without a GPU type or `data`. `data`: number of rows, and mean tokens of a row."""
+def _data_size(spec: FineTuneJobSpec, rows: int | None, mean_row: int | None) -> DataSize | None:
+    from finetune_api.time_plan import DataSize
+
+    if rows is None or mean_row is None:
+        return None
+    return DataSize(rows, rows * min(mean_row, spec.dataset.max_sequence_length or mean_row))
+
+
+def _plan_methods(
+    resolved: ResolvedSpec, shape: ModelShape, methods: list[str], pool: GpuPool | None, facts: Facts, data: DataSize | None
+) -> dict[str, MethodPlan]:
+    """Plan the job, or the job with each of several methods."""
+    from dataclasses import replace
+
+    from finetune_api.memory.plan import change_spec
+
+    from finetune_cli.job_plan import plan_job
+
+    specs = {one: change_spec(resolved.spec, {"method.type": one}) for one in methods} or {str(resolved.spec.method.type): resolved.spec}
+    return {method: plan_job(replace(resolved, spec=spec), shape, pool, facts, data) for method, spec in specs.items()}
+
+
+def _plan_times(shape: ModelShape, plans: dict[str, MethodPlan], pool: GpuPool | None, data: DataSize | None, price: float | None) -> Times:
+    """Plan the time and the cost with each method. Empty without a GPU type or `data`."""
     from finetune_api.errors import ConfigError
     from finetune_api.gpus import GPU_TYPES
-    from finetune_api.memory.plan import change_spec
     from finetune_api.rules import world_size
-    from finetune_api.time_plan import DataSize, plan_cost, plan_time, plan_work
+    from finetune_api.time_plan import plan_cost, plan_time, plan_work
 
-    rows, mean_row = data
-    if gpu is None or rows is None or mean_row is None:
+    if pool is None or pool.gpu_type is None or data is None:
         return {}
     times = {}
     for method, one in plans.items():
-        spec = change_spec(resolved.spec, {"method.type": method}) if len(plans) > 1 else resolved.spec
-        row_tokens = min(mean_row, spec.dataset.max_sequence_length or mean_row)
-        work = plan_work(spec, shape, DataSize(rows, rows * row_tokens), one.recomputed_layers / max(one.layers, 1))
+        work = plan_work(one.spec, shape, data, one.plan.recomputed_layers / max(one.plan.layers, 1))
         if work is None:
             raise ConfigError("TimeNotPlanned", "the time of this objective cannot be planned", hint="remove --rows, --mean-row and --price")
-        gpus = world_size(spec)
-        time = plan_time(work, GPU_TYPES[gpu.lower()], gpus)
+        gpus = world_size(one.spec)
+        time = plan_time(work, GPU_TYPES[pool.gpu_type], gpus)
         times[method] = (time, plan_cost(time, gpus, price, "") if price is not None else None)
     return times
 
@@ -170,27 +189,6 @@ def _read_spec(file: Path) -> tuple[ResolvedSpec, str]:
     return resolve_defaults(spec), manifest.name
 
 
-def _read_model(spec: FineTuneJobSpec, folder: Path | None) -> tuple[ModelShape, list[str]]:
-    """Read the model's configuration. Returns its sizes, and a note if the index of its weight files contradicts them."""
-    from finetune_api.memory.architecture import read_model_shape, stored_bytes
-    from finetune_api.memory.plan import count_parameters
-
-    if folder is None:
-        source = (spec.model.source or "").removeprefix("file://")
-        folder = Path(source)
-        if not source or not folder.is_dir():
-            raise output.fail(
-                f"model.source is {source or 'missing'}, which is no folder on this machine: add --model-config FOLDER with the config.json of this model"
-            )
-    shape = read_model_shape(folder)
-    stored, expected = stored_bytes(folder), count_parameters(shape) * shape.stored_bytes
-    if stored is None or abs(stored / expected - 1) <= STORED_SIZE_TOLERANCE:
-        return shape, []
-    return shape, [
-        f"the weight files have {_gigabytes(stored)}, but the plan assumes {_gigabytes(int(expected))}: the plan may be wrong by this difference"
-    ]
-
-
 def _methods(compare: str | None) -> list[str]:
     methods = [] if compare is None else [one.strip() for one in compare.split(",") if one.strip()]
     unknown = [one for one in methods if one not in METHODS]
@@ -199,47 +197,23 @@ def _methods(compare: str | None) -> list[str]:
     return methods
 
 
-def _plan_methods(
-    resolved: ResolvedSpec, shape: ModelShape, methods: list[str], memory_bytes: int | None, longest_row: int | None
-) -> dict[str, JobPlan]:
-    """Plan the job, or the job with each of several methods."""
-    from dataclasses import replace
-
-    from finetune_api.memory.description import Facts
-    from finetune_api.memory.plan import change_spec, plan_for_gpu, plan_memory
-
-    facts = Facts(longest_tokens=longest_row)
-    specs = {one: change_spec(resolved.spec, {"method.type": one}) for one in methods} or {str(resolved.spec.method.type): resolved.spec}
-    return {
-        method: plan_memory(spec, shape, facts) if memory_bytes is None else plan_for_gpu(replace(resolved, spec=spec), shape, memory_bytes, facts)
-        for method, spec in specs.items()
-    }
-
-
-def _propose(
-    resolved: ResolvedSpec, shape: ModelShape, plans: dict[str, JobPlan], memory_bytes: int | None, longest_row: int | None
-) -> list[str]:
+def _propose(job: MethodPlan, shape: ModelShape, pool: GpuPool, facts: Facts) -> list[str]:
     """The largest micro-batch if the job fits, otherwise changes that make it fit."""
-    from finetune_api.memory.description import Facts
-    from finetune_api.memory.plan import changes_that_fit, largest_batch
+    from finetune_api.memory.changes import NO_CHANGE, change_text
+    from finetune_api.memory.plan import largest_batch
 
-    assert memory_bytes is not None
-    facts, job = Facts(longest_tokens=longest_row), next(iter(plans.values()))
-    if job.fits(memory_bytes):
-        rows = largest_batch(resolved.spec, shape, memory_bytes, facts)
+    memory_bytes = pool.memory_bytes or 0
+    if job.plan.fits(memory_bytes):
+        rows = largest_batch(job.spec, shape, memory_bytes, facts)
         return [f"largest micro-batch that fits: training.batchSizePerDevice: {rows}"]
-    changes = changes_that_fit(resolved.spec, shape, memory_bytes, facts)
-    if not changes:
-        return [
-            "no change of method, micro-batch, sequence length or recomputation makes the job fit: use larger GPUs, or more GPUs with "
-            "`distributed: {strategy: fsdp}`"
-        ]
-    return ["changes that make the job fit:", *(f"  {_change_text(one)}" for one in changes)]
+    return ["changes that make the job fit:", *(f"  {change_text(one)}" for one in job.changes)] if job.changes else [NO_CHANGE]
 
 
-def _change_text(change: Change) -> str:
-    values = ", ".join(f"{path}: {value}" for path, value in change.values.items())
-    return f"{values} ({_gigabytes(change.plan.memory.upper_bytes)} at most)"
+def _choice_lines(plans: dict[str, MethodPlan]) -> list[str]:
+    """The chosen values as YAML paths with their reasons. A comparison of methods shows none."""
+    choices = next(iter(plans.values())).choices if len(plans) == 1 else ()
+    lines = [f"  {choice.field}: {choice.value}  # {choice.reason}" for choice in choices]
+    return ["", "values that the plan chooses:", *lines] if lines else []
 
 
 def _describe(name: str, spec: FineTuneJobSpec, shape: ModelShape) -> list[str]:
@@ -253,20 +227,22 @@ def _describe(name: str, spec: FineTuneJobSpec, shape: ModelShape) -> list[str]:
     ]
 
 
-def _table(plans: dict[str, JobPlan], times: Times, memory_bytes: int | None, gpu: str | None) -> list[str]:
+def _table(plans: dict[str, MethodPlan], times: Times, memory_bytes: int | None, gpu: str | None) -> list[str]:
     """Parts, expected peak and upper bound of each plan, for each rank, and its time and cost."""
+    from finetune_api.memory.plan import gigabytes
+
     rows: list[tuple[str, list[str]]] = [("", list(plans))]
-    parts = next(iter(plans.values())).memory.parts
+    parts = next(iter(plans.values())).plan.memory.parts
     for part in type(parts).model_fields:
-        values = [getattr(one.memory.parts, part) for one in plans.values()]
+        values = [getattr(one.plan.memory.parts, part) for one in plans.values()]
         if any(values):
-            rows.append((part, [_gigabytes(value) for value in values]))
-    rows.append(("expected peak", [_gigabytes(one.memory.expected_bytes) for one in plans.values()]))
-    rows.append(("upper bound", [_gigabytes(one.memory.upper_bytes) for one in plans.values()]))
+            rows.append((part, [gigabytes(value) for value in values]))
+    rows.append(("expected peak", [gigabytes(one.plan.memory.expected_bytes) for one in plans.values()]))
+    rows.append(("upper bound", [gigabytes(one.plan.memory.upper_bytes) for one in plans.values()]))
     if memory_bytes is not None:
-        rows.append((f"memory of {gpu or 'the GPU'}", [_gigabytes(memory_bytes)] * len(plans)))
-        rows.append(("fits", ["yes" if one.fits(memory_bytes) else "no" for one in plans.values()]))
-    rows.append(("recomputed layers", [f"{one.recomputed_layers} of {one.layers}" for one in plans.values()]))
+        rows.append((f"memory of {gpu or 'the GPU'}", [gigabytes(memory_bytes)] * len(plans)))
+        rows.append(("fits", ["yes" if one.plan.fits(memory_bytes) else "no" for one in plans.values()]))
+    rows.append(("recomputed layers", [f"{one.plan.recomputed_layers} of {one.plan.layers}" for one in plans.values()]))
     rows += _time_rows(times)
     width, columns = max(len(label) for label, _ in rows), max(len(cell) for _, cells in rows for cell in cells)
     return [f"{label:<{width}}  {'  '.join(f'{cell:>{columns}}' for cell in cells)}".rstrip() for label, cells in rows]
@@ -290,20 +266,17 @@ def format_hours(seconds: int) -> str:
     return f"{minutes // 60}h{minutes % 60:02}m"
 
 
-def _as_data(name: str, plans: dict[str, JobPlan], times: Times, memory_bytes: int | None, proposals: list[str]) -> dict[str, Any]:
+def _as_data(name: str, plans: dict[str, MethodPlan], times: Times, memory_bytes: int | None, proposals: list[str]) -> dict[str, Any]:
     data: dict[str, Any] = {"name": name, "plans": []}
     for method, one in plans.items():
         entry: dict[str, Any] = {
-            "method": method, "memory": one.memory.to_wire(), "recomputedLayers": one.recomputed_layers, "assumptions": list(one.assumptions),
+            "method": method, "memory": one.plan.memory.to_wire(), "recomputedLayers": one.plan.recomputed_layers,
+            "assumptions": list(one.plan.assumptions),
         }  # fmt: skip
         if memory_bytes is not None:
-            entry |= {"gpuBytes": memory_bytes, "fits": one.fits(memory_bytes)}
+            entry |= {"gpuBytes": memory_bytes, "fits": one.plan.fits(memory_bytes), "choices": [choice.to_wire() for choice in one.choices]}
         if method in times:
             time, cost = times[method]
             entry |= {"time": time.to_wire()} | ({"cost": cost.to_wire()} if cost is not None else {})
         data["plans"].append(entry)
     return data | ({"proposals": proposals} if proposals else {})
-
-
-def _gigabytes(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count < 10**10 else f"{count / 1e9:.1f} GB"

@@ -49,6 +49,7 @@ def rerun(
     overrides = parse_overrides(sets or ())
     changed_values = {path: assigned.value for path, assigned in overrides.items()}
     if from_checkpoint is not None:
+        changed_values = values_of_plan(old_job, changed_values) | changed_values
         changed_values["checkpoint.resume"] = _checkpoint_uri(old_job, from_checkpoint)
         if _strategy_of(old_job, changed_values) in PICKLING_STRATEGIES:
             changed_values.setdefault("checkpoint.allowPickle", True)
@@ -66,6 +67,22 @@ def rerun(
         return
     cluster.create_object(body)
     output.write(f"{body['metadata']['name']} created from {name} in namespace {cluster.namespace}")
+
+
+def values_of_plan(job: dict[str, Any], changed_values: dict[str, Any]) -> dict[str, Any]:
+    """Return the values that the plan of the old job chose. A job that resumes from its checkpoint needs them, because it gets no choices of its own.
+
+    If the user changes a number that the effective batch depends on, its split follows from the defaults.
+    """
+    from finetune_api.memory.plan import BATCH_PATHS, GPUS_PATH
+
+    from finetune_cli.status_text import status_of
+
+    plan = status_of(job).plan
+    chosen = {choice.field: choice.value for choice in (plan.choices if plan is not None else None) or []}
+    dependent = (*BATCH_PATHS, GPUS_PATH, "training.effectiveBatchSize", "resources.nodes", "resources.processesPerNode")
+    changes_batch = any(path in changed_values for path in dependent)
+    return {path: value for path, value in chosen.items() if not (changes_batch and path in (*BATCH_PATHS, GPUS_PATH))}
 
 
 def _strategy_of(job: dict[str, Any], changed_values: dict[str, Any]) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from finetune_cli.checks import Finding
     from finetune_cli.manifests import Manifest
 
-    PolicyCheck = Callable[[Manifest, FineTuneJobSpec], Iterable[Finding]]
+    SpecCheck = Callable[[Manifest, FineTuneJobSpec], Iterable[Finding]]
 
 
 def validate(
@@ -37,6 +38,19 @@ def validate(
         str | None,
         typer.Option("--namespace", "-n", help="With --policy: namespace of manifests without metadata.namespace. Default: default."),
     ] = None,
+    gpu: Annotated[
+        str | None, typer.Option("--gpu", metavar="NAME", help="Also refuse jobs that do not fit on GPUs of this type, such as h100-80gb.")
+    ] = None,
+    gpu_memory: Annotated[
+        str | None, typer.Option("--gpu-memory", metavar="SIZE", help="Memory of each GPU, such as 80Gi, instead of --gpu.")
+    ] = None,
+    gpus_per_node: Annotated[
+        int | None, typer.Option("--gpus-per-node", metavar="GPUS", help="GPUs of each node, of which a job without resources.gpusPerNode may get several.")
+    ] = None,
+    model_config: Annotated[
+        Path | None,
+        typer.Option("--model-config", metavar="FOLDER", help="Folder with the base model's config.json. Default: model.source, if it is a folder."),
+    ] = None,
 ) -> None:
     """Check manifests without a cluster, against the schema and every rule of the operator. Reports all errors at once.
 
@@ -47,21 +61,29 @@ def validate(
     Example: finetune validate --strict jobs/*.yaml
 
     Example: finetune validate --policy values.yaml -n team-a job.yaml
+
+    Example: finetune validate --gpu l4-24gb --model-config models/llama job.yaml
     """
     from finetune_api.rules import ExecutionTarget
 
     from finetune_cli.files import display_name
+    from finetune_cli.job_plan import find_misfit, read_gpu
     from finetune_cli.manifests import read_all_manifests
 
     if namespace is not None and policy is None:
         raise output.fail("--namespace has no effect without --policy: add --policy FILE, or remove --namespace")
     if policy is not None and local:
         raise output.fail("--policy and --local exclude each other, because the rules apply to a cluster: remove one of the two")
-    check_more = _policy_check(policy, namespace) if policy is not None else None
+    pool = read_gpu(gpu, gpu_memory, gpus_per_node)
+    if model_config is not None and pool is None:
+        raise output.fail("--model-config has no effect without the memory of a GPU: add --gpu NAME or --gpu-memory SIZE")
+    more_checks = [] if policy is None else [_policy_check(policy, namespace)]
+    if pool is not None:
+        more_checks.append(partial(find_misfit, pool=pool, folder=model_config))
     manifests, read_mistakes = read_all_manifests(files)
     errors = list(map(str, read_mistakes))
     for manifest in manifests:
-        errors += _check_manifest_messages(manifest, ExecutionTarget.LOCAL if local else ExecutionTarget.CLUSTER, strict, check_more)
+        errors += _check_manifest_messages(manifest, ExecutionTarget.LOCAL if local else ExecutionTarget.CLUSTER, strict, more_checks)
     jobs = [manifest for manifest in manifests if manifest.is_job]
     if not jobs and not errors:
         errors.append(f"{', '.join(map(display_name, files))}: there is no FineTuneJob in the input")
@@ -71,7 +93,7 @@ def validate(
     output.write("\n".join(f"{job.file}: {job.name}: ok" for job in jobs))
 
 
-def _policy_check(file: Path, namespace: str | None) -> PolicyCheck:
+def _policy_check(file: Path, namespace: str | None) -> SpecCheck:
     """Return a function that finds the values of a manifest that the rules in the file refuse."""
     from finetune_cli.mistakes import InvalidInput
     from finetune_cli.platform_policy import read_chart_policy
@@ -83,7 +105,7 @@ def _policy_check(file: Path, namespace: str | None) -> PolicyCheck:
     return lambda manifest, spec: chart_policy.find_problems(manifest, spec, namespace)
 
 
-def _check_manifest_messages(manifest: Manifest, target: object, strict: bool, check_more: PolicyCheck | None) -> list[str]:
+def _check_manifest_messages(manifest: Manifest, target: object, strict: bool, more_checks: list[SpecCheck]) -> list[str]:
     from finetune_api.rules import ExecutionTarget
 
     from finetune_cli.checks import check_manifest, errors_of, warnings_of
@@ -96,7 +118,7 @@ def _check_manifest_messages(manifest: Manifest, target: object, strict: bool, c
             return [f"{manifest.file}: kind: this required field is missing; write kind: FineTuneJob"]
         return []
     spec, findings = check_manifest(manifest, ExecutionTarget(str(target)))
-    if check_more is not None and spec is not None:
+    for check_more in more_checks if spec is not None else ():
         findings += check_more(manifest, spec)
     if not strict:
         output.print_warnings(warnings_of(findings))

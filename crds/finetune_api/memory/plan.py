@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-from finetune_api.defaults import ResolvedSpec
 from finetune_api.memory.architecture import ModelShape
 from finetune_api.memory.description import Description, Facts, describe_step
 from finetune_api.memory.layers import TrainedWeights, build_decoder
 from finetune_api.memory.replay import replay
 from finetune_api.memory.tape import Meter, Tape
-from finetune_api.rules import LORA_METHODS, base_bits, method_type_of, trains_base_weights
+from finetune_api.rules import LORA_METHODS
 from finetune_api.spec import FineTuneJobSpec
-from finetune_api.spec.enums import GradientCheckpointing, MethodType
+from finetune_api.spec.enums import MethodType
 from finetune_api.status import MemoryParts, MemoryPlan
 
 CONTEXT_BYTES = 500 * 2**20
@@ -29,7 +27,9 @@ UPPER_MARGIN = 0.07
 """By how much the upper bound exceeds the expected peak, for runs that were compared with measured peaks."""
 UNCHECKED_MARGIN = 0.15
 CHECKPOINTING_PATH = "training.gradientCheckpointing"
-BATCH_PATHS = ("training.batchSizePerDevice", "training.gradientAccumulationSteps")
+MICRO_BATCH_PATH, ACCUMULATION_PATH = "training.batchSizePerDevice", "training.gradientAccumulationSteps"
+BATCH_PATHS = (MICRO_BATCH_PATH, ACCUMULATION_PATH)
+STRATEGY_PATH, GPUS_PATH, POOL_PATH = "distributed.strategy", "resources.gpusPerNode", "resources.nodePool"
 LARGEST_BATCH = 1024
 
 
@@ -71,19 +71,6 @@ def count_parameters(shape: ModelShape) -> int:
     return sum(one.values for one in build_decoder(Tape(Meter()), shape, TrainedWeights(1, 1, trains_base=False)).parameters())
 
 
-def plan_for_gpu(resolved: ResolvedSpec, shape: ModelShape, memory_bytes: int, facts: Facts | None = None) -> JobPlan:
-    """Plan a job for a GPU. If the spec leaves it open, activations are recomputed only if they do not fit.
-
-    The trainer decides the same with the real length of the rows, and may recompute the activations of some layers only.
-    Errors: those of `describe_step`.
-    """
-    if CHECKPOINTING_PATH in resolved.defaults:
-        kept = plan_memory(resolved.spec, shape, replace(facts or Facts(), recomputed_layers=0))
-        if kept.fits(memory_bytes):
-            return kept
-    return plan_memory(resolved.spec, shape, facts)
-
-
 def largest_batch(spec: FineTuneJobSpec, shape: ModelShape, memory_bytes: int, facts: Facts | None = None) -> int:
     """Return the largest `training.batchSizePerDevice` whose upper bound fits; 0 if none does."""
 
@@ -101,54 +88,9 @@ def largest_batch(spec: FineTuneJobSpec, shape: ModelShape, memory_bytes: int, f
     return fitting
 
 
-@dataclass(frozen=True)
-class Change:
-    """Values that would make a job fit."""
-
-    values: dict[str, Any]
-    """By spec path."""
-    plan: JobPlan
-
-
-def changes_that_fit(spec: FineTuneJobSpec, shape: ModelShape, memory_bytes: int, facts: Facts | None = None) -> list[Change]:
-    """Return at most three changes of a resolved spec, each of which would fit, those with the smallest consequences first."""
-    found = []
-    for values in _possible_changes(spec):
-        changed = change_spec(spec, values)
-        if "training.batchSizePerDevice" in values:
-            rows = largest_batch(changed, shape, memory_bytes, facts)
-            if rows == 0 or rows >= (spec.training.batch_size_per_device or 4):
-                continue
-            values = _keep_effective_batch(spec, rows) | {path: value for path, value in values.items() if path not in BATCH_PATHS}
-            changed = change_spec(spec, values)
-        plan = plan_memory(changed, shape, facts)
-        if plan.fits(memory_bytes):
-            found.append(Change(values, plan))
-    return found[:3]
-
-
-def _possible_changes(spec: FineTuneJobSpec) -> Iterator[dict[str, Any]]:
-    """Changes from small to large consequences. The batch is a placeholder for the largest that fits."""
-    method, length = method_type_of(spec), spec.dataset.max_sequence_length or 2048
-    recompute = {CHECKPOINTING_PATH: "enabled"} if spec.training.gradient_checkpointing is GradientCheckpointing.DISABLED else {}
-    if recompute:
-        yield recompute
-    yield {"training.batchSizePerDevice": 1, **recompute}
-    if trains_base_weights(spec):
-        yield {"training.optimizer": "adamw_8bit", **recompute}
-        yield {"method.type": "lora", **recompute}
-        yield {"method.type": "qlora", **recompute}
-    elif method is MethodType.LORA and base_bits(spec) is None:
-        yield {"method.type": "qlora", **recompute}
-        yield {"method.type": "qlora", "training.batchSizePerDevice": 1, **recompute}
-    yield {"dataset.maxSequenceLength": length // 2, **recompute}
-    yield {"dataset.maxSequenceLength": length // 2, "training.batchSizePerDevice": 1, **recompute}
-
-
-def _keep_effective_batch(spec: FineTuneJobSpec, rows: int) -> dict[str, Any]:
-    """A smaller micro-batch with more accumulation, so that each optimizer step has at least as many rows."""
-    before = (spec.training.batch_size_per_device or 4) * (spec.training.gradient_accumulation_steps or 4)
-    return dict(zip(BATCH_PATHS, (rows, -(-before // rows)), strict=True))
+def gigabytes(count: int) -> str:
+    """Return a number of bytes as text with three digits."""
+    return f"{count / 1e9:.2f} GB" if count < 10**10 else f"{count / 1e9:.1f} GB"
 
 
 def change_spec(spec: FineTuneJobSpec, values: dict[str, Any]) -> FineTuneJobSpec:

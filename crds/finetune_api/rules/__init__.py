@@ -29,12 +29,16 @@ from finetune_api.rules.derived_values import (
     PROMPT_METHODS,
     BASE_WEIGHT_METHODS,
     base_bits,
+    batch_split,
     benchmarks_after_training,
     compares_answers,
     compares_metrics,
     constant_default,
+    divisors,
+    effective_batch,
     evaluates_during_training,
     given_bits,
+    min_batch_size_per_device,
     value_or_default,
     gpus_per_node,
     has_test_set,
@@ -57,7 +61,7 @@ from finetune_api.rules import required_fields
 from finetune_api.rules.required_fields import source_fields
 from finetune_api.rules import methods
 from finetune_api.rules import objectives
-from finetune_api.rules.objectives import LOSSES_WITH_LABEL_SMOOTHING, min_batch_size_per_device
+from finetune_api.rules.objectives import LOSSES_WITH_LABEL_SMOOTHING
 from finetune_api.rules import vision
 from finetune_api.rules import data
 from finetune_api.rules import training
@@ -106,12 +110,15 @@ __all__ = [
     "BASE_WEIGHT_METHODS",
     "adapter_rank",
     "base_bits",
+    "batch_split",
     "benchmarks_after_training",
     "trains_base_weights",
     "check",
     "compares_answers",
     "compares_metrics",
     "constant_default",
+    "divisors",
+    "effective_batch",
     "evaluates_during_training",
     "given_bits",
     "value_or_default",

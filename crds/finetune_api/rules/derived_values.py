@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from finetune_api.base import DEFAULT_KEY, Group
@@ -93,6 +94,41 @@ def gpus_per_node(spec: FineTuneJobSpec) -> int:
 def world_size(spec: FineTuneJobSpec) -> int:
     """Return the number of ranks in all pods."""
     return int(value_or_default(spec.resources, "nodes")) * ranks_per_node(spec)
+
+
+def min_batch_size_per_device(spec: FineTuneJobSpec) -> int:
+    """Return the minimum batch size per device. The minimum is 2 for kto, because kto compares the rows of one batch with each other."""
+    return 2 if trainer_type_of(spec) is TrainerType.KTO else 1
+
+
+def batch_split(spec: FineTuneJobSpec) -> tuple[int, int]:
+    """Return micro-batch and accumulation steps, as the user wrote them or as they follow from `training.effectiveBatchSize` or the defaults.
+
+    If the effective batch leaves both open, the micro-batch is the largest divisor that is not above its default.
+    """
+    training = spec.training
+    micro, accumulation = training.batch_size_per_device, training.gradient_accumulation_steps
+    if training.effective_batch_size is None:
+        return int(value_or_default(training, "batch_size_per_device")), int(value_or_default(training, "gradient_accumulation_steps"))
+    rows = max(1, training.effective_batch_size // world_size(spec))
+    if micro is None and accumulation is None:
+        usual = int(value_or_default(training, "batch_size_per_device"))
+        allowed = [part for part in divisors(rows) if part >= min_batch_size_per_device(spec)] or [rows]
+        micro = max((part for part in allowed if part <= usual), default=min(allowed))
+    micro = micro or max(1, rows // (accumulation or 1))
+    return micro, accumulation or max(1, rows // micro)
+
+
+def effective_batch(spec: FineTuneJobSpec) -> int:
+    """Return the rows per optimizer step on all ranks together."""
+    micro, accumulation = batch_split(spec)
+    return micro * accumulation * world_size(spec)
+
+
+def divisors(number: int) -> list[int]:
+    """Return all divisors of a positive number, in ascending order."""
+    small = [part for part in range(1, math.isqrt(number) + 1) if number % part == 0]
+    return sorted({*small, *(number // part for part in small)})
 
 
 def has_validation_set(spec: FineTuneJobSpec) -> bool:

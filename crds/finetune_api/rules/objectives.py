@@ -5,9 +5,12 @@ from __future__ import annotations
 from finetune_api.objectives import OBJECTIVES, objective_for_format, objectives_that_read
 from finetune_api.rules.base import ExecutionTarget, Findings, rule
 from finetune_api.rules.derived_values import (
+    batch_split,
+    effective_batch,
     evaluates_during_training,
     has_test_set,
     method_type_of,
+    min_batch_size_per_device,
     trainer_type_of,
     value_or_default,
     world_size,
@@ -168,14 +171,9 @@ def check_dpo_losses(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings
         )
 
 
-def min_batch_size_per_device(spec: FineTuneJobSpec) -> int:
-    """Return the minimum batch size per device. The minimum is 2 for kto, because kto compares the rows of one batch with each other."""
-    return 2 if trainer_type_of(spec) is TrainerType.KTO else 1
-
-
 @rule("BatchTooSmall")
 def check_kto_batch(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
-    if int(value_or_default(spec.training, "batch_size_per_device")) < min_batch_size_per_device(spec):
+    if batch_split(spec)[0] < min_batch_size_per_device(spec):
         yield (
             "training.batchSizePerDevice",
             "1, but kto compares the rows of one batch with each other",
@@ -198,20 +196,14 @@ def check_generations(spec: FineTuneJobSpec, target: ExecutionTarget) -> Finding
     if trainer_type_of(spec) is not TrainerType.GRPO:
         return
     generations_per_prompt = int(value_or_default(spec.trainer.grpo, "num_generations")) if spec.trainer.grpo else 8
-    rows = (
-        int(value_or_default(spec.training, "batch_size_per_device"))
-        * int(value_or_default(spec.training, "gradient_accumulation_steps"))
-        * world_size(spec)
-    )
+    rows = effective_batch(spec)
     if rows % generations_per_prompt:
         yield (
             "trainer.grpo.numGenerations",
             f"one optimizer step has {rows} completions (batchSizePerDevice x gradientAccumulationSteps x ranks), and {rows} is not divisible by {generations_per_prompt}",
             "change one of these values so that the number of completions is divisible by numGenerations",
         )
-    batch = (
-        spec.evaluation.batch_size_per_device or int(value_or_default(spec.training, "batch_size_per_device"))
-    ) * world_size(spec)
+    batch = (spec.evaluation.batch_size_per_device or batch_split(spec)[0]) * world_size(spec)
     generates_answers = evaluates_during_training(spec) or has_test_set(spec)
     if generates_answers and not any(batch % size == 0 for size in range(2, generations_per_prompt + 1)):
         yield (

@@ -8,11 +8,13 @@ import math
 from finetune_api.aliases import OPTIMIZER_ALIASES, normalise
 from finetune_api.rules.base import ExecutionTarget, Findings, rule
 from finetune_api.rules.derived_values import (
+    batch_split,
     evaluates_during_training,
     gpus_per_node,
     has_validation_set,
     method_type_of,
     value_or_default,
+    world_size,
 )
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.enums import (
@@ -78,6 +80,30 @@ def check_precision_on_cpu(spec: FineTuneJobSpec, target: ExecutionTarget) -> Fi
             "unsloth, but the job runs on CPU and this mode needs a GPU",
             "write enabled or disabled",
         )
+
+
+MAX_ACCUMULATION = 65536
+"""Maximum of `training.gradientAccumulationSteps` in the CRD."""
+
+
+@rule("EffectiveBatchSize")
+def check_effective_batch_size(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
+    training, path, ranks = spec.training, "training.effectiveBatchSize", world_size(spec)
+    wanted, micro, accumulation = training.effective_batch_size, training.batch_size_per_device, training.gradient_accumulation_steps
+    if wanted is None:
+        return
+    given = {"batchSizePerDevice": micro, "gradientAccumulationSteps": accumulation}
+    factors = [f"{name} {value}" for name, value in given.items() if value is not None] + [f"{ranks} {'rank' if ranks == 1 else 'ranks'}"]
+    product, product_text = (micro or 1) * (accumulation or 1) * ranks, " x ".join(factors)
+    if micro is not None and accumulation is not None:
+        if wanted != product:
+            yield path, f"{wanted}, but {product_text} are {product} rows", f"remove one of the three fields, or write `effectiveBatchSize: {product}`"
+    elif wanted % product:
+        below = wanted // product * product
+        nearest = f"{below} or {below + product}" if below else str(product)
+        yield path, f"{wanted} is not divisible by {product_text}" + (f" = {product}" if len(factors) > 1 else ""), f"write {nearest}"
+    elif max(batch_split(spec)) > MAX_ACCUMULATION:
+        yield path, f"{wanted} needs more than {MAX_ACCUMULATION} micro-batches or rows for each rank", f"write at most {MAX_ACCUMULATION * product}"
 
 
 @rule("DeviceOfAnotherMachine")

@@ -56,7 +56,7 @@ class Resources(Group):
         "Number of pods. Each pod runs on a different node.", default=1, example=2
     )
     gpus_per_node: Annotated[int, Field(ge=0, le=64)] | None = spec_field(
-        "GPUs per pod. 0: train on CPU.", default=1, example=8
+        "GPUs per pod. 0: train on CPU. The plan of a prepared job may choose more if the job does not fit on one GPU.", default=1, example=8
     )
     processes_per_node: Annotated[int, Field(ge=1, le=64)] | None = spec_field(
         "Ranks per pod.", default_text="gpusPerNode; 1 on CPU", example=2
@@ -67,7 +67,8 @@ class Resources(Group):
         example="nvidia.com/mig-1g.10gb",
     )
     node_pool: ShortText | None = spec_field(
-        "Name of a node pool in the operator's configuration.", default_text="the default pool if one is configured", example="h100"
+        "Name of a node pool in the operator's configuration.", default_text="the pool that the plan of a prepared job chooses, otherwise the default pool",
+        example="h100",
     )
     cpu: CpuQuantity | None = spec_field("CPUs per pod (request).", default_text="the operator's configuration", example="4")
     memory: SizeQuantity | None = spec_field(

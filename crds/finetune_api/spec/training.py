@@ -52,10 +52,18 @@ class Training(Group):
         "Number of optimizer steps. maxSteps takes precedence over epochs.", default_text="none; epochs sets the number", example=500
     )
     batch_size_per_device: Annotated[int, Field(ge=1, le=65536)] | None = spec_field(
-        "Micro-batch size: rows per rank in one forward pass.", default=4, example=8
+        "Micro-batch size: rows per rank in one forward pass. The plan of a prepared job may choose another default.", default=4, example=8
     )
     gradient_accumulation_steps: Annotated[int, Field(ge=1, le=65536)] | None = spec_field(
-        "Micro-batches per optimizer step.", default=4, example=8
+        "Micro-batches per optimizer step. The plan of a prepared job may choose another default.", default=4, example=8
+    )
+    effective_batch_size: Annotated[int, Field(ge=1, le=1000000000)] | None = spec_field(
+        "Rows per optimizer step on all ranks together. batchSizePerDevice and gradientAccumulationSteps follow from it: the preparation chooses "
+        "what fits and is fast; without a plan, the micro-batch has at most 4 rows. It must be divisible by the number of ranks and by "
+        "batchSizePerDevice or gradientAccumulationSteps, if you write one of these.",
+        default_text="batchSizePerDevice x gradientAccumulationSteps x ranks",
+        example=64,
+        since="0.2.0",
     )
     learning_rate: Annotated[float, Field(gt=0, le=10)] | None = spec_field(
         "Peak learning rate.",
@@ -98,7 +106,7 @@ class Training(Group):
     )
     mixed_precision: MixedPrecision | None = spec_field("Data type of the forward pass.", default="auto", example="bf16")
     gradient_checkpointing: GradientCheckpointing | None = spec_field(
-        "Whether activations are recomputed to save GPU memory.",
+        "Whether activations are recomputed to save GPU memory. The plan of a prepared job may choose another default.",
         default_text=(
             "enabled on GPU, except for activations that fit into the GPU's memory by the trainer's estimate; disabled on CPU and for prefixTuning"
         ),
@@ -157,7 +165,7 @@ class Distributed(Group):
     """`spec.distributed`. `spec.resources` sets the number of nodes and GPUs."""
 
     strategy: StrategyType | None = spec_field(
-        "Distributed strategy.", default_text="ddp with several ranks, otherwise none", example="fsdp"
+        "Distributed strategy.", default_text="ddp with several ranks (fsdp if the plan of a prepared job chooses it), otherwise none", example="fsdp"
     )
     deepspeed: Deepspeed | None = spec_field(
         "Options of DeepSpeed.", default_text="the defaults of the fields", example={"zeroStage": 3}

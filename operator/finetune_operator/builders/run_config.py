@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from finetune_api.defaults import origins_of
@@ -17,7 +17,7 @@ from finetune_api.names import (
     attempt_job_name,
     attempt_of_uri,
 )
-from finetune_api.pod import PreparedRows, ResumeConfig, RunConfig, StoreTarget, World
+from finetune_api.pod import GpuPool, PreparedRows, ResumeConfig, RunConfig, StoreTarget, World
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.cluster import Prepare
 from finetune_api.spec.common import StorageConnection
@@ -36,7 +36,7 @@ The multiple includes a margin, because the store may have become slower."""
 
 def build_run_config(
     job: JobObject, spec: FineTuneJobSpec, attempt: int, *,
-    defaults: Mapping[str, Any], committed_step: int, max_step: int | None, rolled_back_attempt: int | None = None,
+    defaults: Mapping[str, Any], committed_step: int, max_step: int | None, rolled_back_attempt: int | None = None, choices: Collection[str] = (),
     before_adaptation: Mapping[str, Any] | None = None,
 ) -> RunConfig:  # fmt: skip
     """Return the run configuration of an attempt.
@@ -46,7 +46,7 @@ def build_run_config(
     `committed_step` is the newest step that is known to be in storage, or 0.
     `max_step` is the newest step that the attempt may start from; None means no limit. It does not apply to checkpoints of
     `rolled_back_attempt` and later attempts: the operator may not know their newest checkpoint. `before_adaptation` holds the original values
-    of adapted fields, by path.
+    of adapted fields, by path. `choices`: paths of the values that the plan chose; they are also in `defaults`.
     """
     prepared = _prepared_rows(job, spec)
     policy = spec.policy.model_copy(update={"max_cost": None, "on_existing_result": None})
@@ -61,7 +61,7 @@ def build_run_config(
         attempt=attempt,
         spec=spec,
         defaults=sorted(defaults),
-        origins=origins_of(defaults),
+        origins=origins_of(defaults, choices),
         before_adaptation=dict(before_adaptation) if before_adaptation else None,
         world=_build_world(job, spec, attempt),
         storage=_build_store_target(f"{root}/{job.namespace}/{job.name}/{job.uid}", spec.storage, "storage", ""),
@@ -100,10 +100,10 @@ def _grace_seconds(job: JobObject, spec: FineTuneJobSpec, defaults: Mapping[str,
     return min(MAX_GRACE_SECONDS, max(grace_seconds, math.ceil(SAVES_PER_GRACE_PERIOD * save_seconds)))
 
 
-def for_preparation(run: RunConfig, on_existing_result: OnExistingResult | None) -> RunConfig:
-    """Return the run configuration of a preparation pod. `on_existing_result`: what the user wrote, or None."""
+def for_preparation(run: RunConfig, on_existing_result: OnExistingResult | None, pools: list[GpuPool]) -> RunConfig:
+    """Return the run configuration of a preparation pod. `on_existing_result`: what the user wrote, or None. `pools`: those that the job may use."""
     policy = run.spec.policy.model_copy(update={"on_existing_result": on_existing_result})
-    return run.model_copy(update={"spec": run.spec.model_copy(update={"policy": policy})})
+    return run.model_copy(update={"spec": run.spec.model_copy(update={"policy": policy}), "pools": pools})
 
 
 def _build_world(job: JobObject, spec: FineTuneJobSpec, attempt: int) -> World:

@@ -62,9 +62,12 @@ def read_first_attempt(status: FineTuneJobStatus) -> FirstAttempt | None:
 
 
 def accept(
-    raw_spec: Object, config: OperatorConfig, first_attempt: FirstAttempt | None = None, *, namespace: str = "default", was_accepted: bool = False
-) -> AcceptedSpec | RefusedSpec:
+    raw_spec: Object, config: OperatorConfig, first_attempt: FirstAttempt | None = None, *, namespace: str = "default", was_accepted: bool = False,
+    choices: Mapping[str, Any] | None = None,
+) -> AcceptedSpec | RefusedSpec:  # fmt: skip
     """Check a FineTuneJob's spec. `first_attempt` is None before the first attempt. `namespace` is the job's namespace.
+
+    `choices`: the values that the job's plan has chosen, by spec path.
 
     `policy` of the configuration applies only to a job that was not accepted before (`was_accepted`) and has not started.
     """
@@ -77,9 +80,11 @@ def accept(
     if rule_problems and first_attempt is None:
         reason = Reason.REJECTED if problems else Reason.NOT_SUPPORTED_YET
         return RefusedSpec(reason, clean("; ".join(rule_problems)), hint=[*problems, *unsupported_problems][0].hint, spec=spec)
-    pool, spec_digest = choose_pool(spec, config), spec_sha256(raw_spec)
-    recorded = first_attempt or FirstAttempt()
-    resolved_spec = _resolve_spec(spec, _platform_defaults(spec, config, None if isinstance(pool, RefusedSpec) else pool, recorded), recorded)
+    spec_digest, recorded = spec_sha256(raw_spec), first_attempt or FirstAttempt()
+    choices, chosen_spec = _apply_choices(spec, choices or {})
+    pool = choose_pool(chosen_spec, config)
+    platform_defaults = _platform_defaults(chosen_spec, config, None if isinstance(pool, RefusedSpec) else pool, recorded)
+    resolved_spec = _resolve_spec(spec, platform_defaults, recorded, choices)
     version_refusal = _refuse_other_version(unknown_fields, spec_digest, first_attempt)
     if version_refusal is not None:
         return replace(version_refusal, spec=resolved_spec.spec)
@@ -90,7 +95,7 @@ def accept(
         return replace(_refuse_forbidden(forbidden_values), spec=resolved_spec.spec)
     if isinstance(pool, RefusedSpec):
         return replace(pool, spec=resolved_spec.spec)
-    placement_conflicts = list(placement_problems(spec, pool, config))
+    placement_conflicts = list(placement_problems(chosen_spec, pool, config))
     refusal = (
         _refuse_conflicts(placement_conflicts, first_attempt)
         or (_refuse_unknown_price(spec, pool) if first_attempt is None else None)
@@ -105,7 +110,18 @@ def accept(
         newer_problems.append(unpriced.message)
     newer_rules = [clean(f"a new job would be refused: {problem}") for problem in newer_problems]
     notes, max_duration_seconds = (*resolved_spec.notes, *newer_rules), platform_rules.max_duration_seconds if is_new else None
-    return AcceptedSpec(resolved_spec.spec, resolved_spec.defaults, notes, pool, spec_digest, max_duration_seconds)
+    return AcceptedSpec(resolved_spec.spec, resolved_spec.defaults, choices, notes, pool, spec_digest, max_duration_seconds)
+
+
+def _apply_choices(spec: FineTuneJobSpec, choices: Mapping[str, Any]) -> tuple[dict[str, Any], FineTuneJobSpec]:
+    """Return the choices for fields that the user has left out, and the spec with these choices."""
+    applied = {path: value for path, value in choices.items() if spec.value(path) is None}
+    try:
+        return applied, spec.with_values(applied)
+    except ValidationError as error:
+        # Only a manual edit of the status can cause this error. The job continues with the defaults.
+        logger.warning("the choices in status cannot be applied and are ignored: %s", error)
+        return {}, spec
 
 
 def _refuse_forbidden(forbidden_values: list[PolicyProblem]) -> RefusedSpec:
@@ -176,14 +192,17 @@ def _refuse_size(resolved_spec: ResolvedSpec, first_attempt: FirstAttempt | None
     return RefusedSpec(Reason.REJECTED, message, hint, is_final=first_attempt is None)
 
 
-def _resolve_spec(spec: FineTuneJobSpec, platform_defaults: PlatformDefaults, first_attempt: FirstAttempt) -> ResolvedSpec:
-    """Fill in the defaults. The defaults of the first attempt take precedence over the current defaults."""
-    resolved_spec, recorded_defaults = resolve_defaults(spec, platform_defaults=platform_defaults), first_attempt.defaults
+def _resolve_spec(
+    spec: FineTuneJobSpec, platform_defaults: PlatformDefaults, first_attempt: FirstAttempt, choices: Mapping[str, Any]
+) -> ResolvedSpec:
+    """Fill in the choices and the defaults. The defaults of the first attempt take precedence over the current defaults."""
+    resolved_spec, recorded_defaults = resolve_defaults(spec, platform_defaults=platform_defaults, choices=choices), first_attempt.defaults
     store_differs = any(resolved_spec.defaults.get(path) != recorded_defaults.get(path) for path in STORE_IDENTITY)
     if store_differs and any(path in recorded_defaults for path in STORE_IDENTITY):
         storage = {path.partition(".")[2]: value for path, value in recorded_defaults.items() if path.startswith("storage.")}
         try:
-            resolved_spec = resolve_defaults(spec, platform_defaults=replace(platform_defaults, storage=StorageRoot.model_validate(storage)))
+            platform_defaults = replace(platform_defaults, storage=StorageRoot.model_validate(storage))
+            resolved_spec = resolve_defaults(spec, platform_defaults=platform_defaults, choices=choices)
         except ValidationError as error:
             logger.warning("the default storage of the job's first attempt cannot be parsed; using the current default: %s", error)
     try:

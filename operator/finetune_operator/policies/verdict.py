@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +19,9 @@ class AcceptedSpec:
     spec: FineTuneJobSpec
     """The spec with all defaults filled in."""
     defaults: dict[str, Any] = field(default_factory=dict)
-    """The defaults that were filled in, by spec path."""
+    """The defaults that were filled in, by spec path, with the values that the plan chose."""
+    choices: Mapping[str, Any] = field(default_factory=dict)
+    """The values that the plan chose, by spec path."""
     notes: tuple[str, ...] = ()
     pool: NodePool | None = None
     spec_sha256: str = ""

@@ -52,11 +52,11 @@ def run_json_of_newer_operator(path: str, value: Any, *added_defaults: str, **ch
 DEFAULT, IGNORED = Origin.DEFAULT, None
 SKEW_CASES = [
     # path in run.json, value, additional entries of `defaults`, expected text of the refusal (None: the value is ignored)
-    ("spec.training.effectiveBatchSize", 64, ["training.effectiveBatchSize"], IGNORED),
-    ("spec.training.effectiveBatchSize", 64, [], "spec.training.effectiveBatchSize"),
-    ("spec.training.effectiveBatchSize", 64, ["training.effectiveBatchSize", "#plan training.effectiveBatchSize"], "effectiveBatchSize"),
-    ("spec.training.effectiveBatchSize", 64, ["training.effectiveBatchSize", "#platform training.effectiveBatchSize"], "effectiveBatchSize"),
-    ("spec.training.effectiveBatchSize", 64, ["training.effectiveBatchSize", "#policy training.effectiveBatchSize"], "effectiveBatchSize"),
+    ("spec.training.fieldOfALaterRelease", 64, ["training.fieldOfALaterRelease"], IGNORED),
+    ("spec.training.fieldOfALaterRelease", 64, [], "spec.training.fieldOfALaterRelease"),
+    ("spec.training.fieldOfALaterRelease", 64, ["training.fieldOfALaterRelease", "#plan training.fieldOfALaterRelease"], "fieldOfALaterRelease"),
+    ("spec.training.fieldOfALaterRelease", 64, ["training.fieldOfALaterRelease", "#platform training.fieldOfALaterRelease"], "fieldOfALaterRelease"),
+    ("spec.training.fieldOfALaterRelease", 64, ["training.fieldOfALaterRelease", "#policy training.fieldOfALaterRelease"], "fieldOfALaterRelease"),
     ("spec.budget", {"strategy": "auto", "ttlDays": 7}, ["budget.strategy", "budget.ttlDays"], IGNORED),
     ("spec.budget", {"strategy": "always", "ttlDays": 7}, ["budget.ttlDays"], "spec.budget.strategy"),
     ("spec.budget", {"limits": {"cpu": "8"}}, ["budget.strategy"], "spec.budget.limits.cpu"),
@@ -172,7 +172,7 @@ def test_run_config_keeps_the_origin_of_every_value() -> None:
     [
         ({}, ()),
         ({"budget": {"strategy": "auto"}}, ("budget",)),
-        ({"training": {"effectiveBatchSize": 64, "epochs": 2}}, ("training.effectiveBatchSize",)),
+        ({"training": {"fieldOfALaterRelease": 64, "epochs": 2}}, ("training.fieldOfALaterRelease",)),
         ({"method": {"type": "galore"}}, ("method.type",)),
         ({"evaluation": {"metrics": ["accuracy", "vibes", "f1", "charm"]}}, ("evaluation.metrics[3]", "evaluation.metrics[1]")),
         ({"storage": {"uri": "s3://bucket/x", "encryption": {"type": "quantumSafe"}}}, ("storage.encryption.type", "storage.encryption")),
@@ -191,9 +191,9 @@ def test_operator_reads_the_known_fields_of_a_newer_spec_and_names_the_unknown_o
 
 
 def test_reading_a_spec_leaves_the_original_untouched() -> None:
-    raw = MINIMAL_SPEC | {"training": {"effectiveBatchSize": 64}}
+    raw = MINIMAL_SPEC | {"training": {"fieldOfALaterRelease": 64}}
     read_spec(raw)
-    assert raw["training"] == {"effectiveBatchSize": 64}
+    assert raw["training"] == {"fieldOfALaterRelease": 64}
 
 
 def test_invalid_value_in_a_spec_is_a_validation_error() -> None:

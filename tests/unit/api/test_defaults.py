@@ -148,3 +148,46 @@ def test_job_keeps_the_defaults_of_its_first_attempt(
     assert {path: value for path, value in kept.defaults.items() if path in recorded} == {
         path: value for path, value in recorded.items() if path in kept.defaults and path.partition(".")[0] in ("model", "method")
     } | {path: value for path, value in current.defaults.items() if path in recorded and path.startswith("resources.")}
+
+
+@pytest.mark.parametrize(
+    ("training", "resources", "expected"),
+    [
+        ({"effectiveBatchSize": 24}, {}, (4, 6)),
+        ({"effectiveBatchSize": 24}, {"gpusPerNode": 8}, (3, 1)),
+        ({"effectiveBatchSize": 26}, {"gpusPerNode": 2}, (1, 13)),
+        ({"effectiveBatchSize": 24, "batchSizePerDevice": 8}, {}, (8, 3)),
+        ({"effectiveBatchSize": 24, "gradientAccumulationSteps": 2}, {"gpusPerNode": 4}, (3, 2)),
+        ({"effectiveBatchSize": 24, "gradientAccumulationSteps": 2, "batchSizePerDevice": 12}, {}, (12, 2)),
+        ({"batchSizePerDevice": 8}, {}, (8, 4)),
+    ],
+)
+def test_micro_batch_and_accumulation_follow_from_the_effective_batch(
+    training: dict[str, Any], resources: dict[str, Any], expected: tuple[int, int]
+) -> None:
+    resolved = resolve_spec({"training": training, "resources": {"gpusPerNode": 1} | resources})
+    found = resolved.spec.training
+    assert (found.batch_size_per_device, found.gradient_accumulation_steps) == expected
+    assert resolved.spec.evaluation.batch_size_per_device == expected[0]
+
+
+@pytest.mark.parametrize(
+    ("training", "gpus", "text"),
+    [
+        ({"batchSizePerDevice": 4, "gradientAccumulationSteps": 4}, 1,
+         "32, but batchSizePerDevice 4 x gradientAccumulationSteps 4 x 1 rank are 16 rows; remove one of the three fields, or write `effectiveBatchSize: 16`"),
+        ({"batchSizePerDevice": 6}, 1, "32 is not divisible by batchSizePerDevice 6 x 1 rank = 6; write 30 or 36"),
+        ({}, 5, "32 is not divisible by 5 ranks; write 30 or 35"),
+        ({}, 64, "32 is not divisible by 64 ranks; write 64"),
+        ({"gradientAccumulationSteps": 5}, 2, "32 is not divisible by gradientAccumulationSteps 5 x 2 ranks = 10; write 30 or 40"),
+        ({"batchSizePerDevice": 4, "gradientAccumulationSteps": 8}, 1, None),
+        ({"effectiveBatchSize": 131074, "batchSizePerDevice": 1}, 1,
+         "131074 needs more than 65536 micro-batches or rows for each rank; write at most 65536"),
+    ],
+)  # fmt: skip
+def test_effective_batches_that_contradict_other_fields(training: dict[str, Any], gpus: int, text: str | None) -> None:
+    spec = FineTuneJobSpec.model_validate(
+        {"model": {"source": "org/m"}, "dataset": {"train": "s3://data/t.jsonl"}, "training": {"effectiveBatchSize": 32, **training},
+         "resources": {"gpusPerNode": gpus}}
+    )  # fmt: skip
+    assert [str(problem) for problem in check(spec)] == ([] if text is None else [f"spec.training.effectiveBatchSize: {text}"])

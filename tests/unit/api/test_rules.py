@@ -206,6 +206,8 @@ PROBLEM_CASES: list[tuple[str, dict[str, Any], str]] = [
         {"trainer": {"type": "kto"}, "training": {"batchSizePerDevice": 1}},
         "training.batchSizePerDevice",
     ),
+    ("EffectiveBatchSize", {"training": {"effectiveBatchSize": 30, "batchSizePerDevice": 4}}, "training.effectiveBatchSize"),
+    ("BatchTooSmall", {"trainer": {"type": "kto"}, "training": {"effectiveBatchSize": 1}}, "training.batchSizePerDevice"),
     ("ObjectiveAndMethod", {"trainer": {"type": "orpo"}, "method": {"type": "promptTuning"}}, "method.type"),
     ("RewardIncomplete", grpo_spec({"builtin": "regex"}), "trainer.rewards[0].parameters.pattern"),
     (

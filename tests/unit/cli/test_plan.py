@@ -31,11 +31,11 @@ def test_the_table_shows_parts_and_bounds(run_command: RunCommand, job: Path, mo
     lines = stdout.splitlines()
     assert code == 0
     assert lines[0] == "bot: llama with 1.24 billion parameters, 1 rank, micro-batches of 4 x 2048 tokens"
-    assert [line.split("  ")[0] for line in lines[3:]] == [
+    assert [line.split("  ")[0] for line in lines[3:-4]] == [
         "weights", "gradients", "optimizer", "activations", "logits", "buffers", "context", "fragmentation", "expected peak", "upper bound",
         "memory of l4-24gb", "fits", "recomputed layers",
     ]  # fmt: skip
-    cells = {line[: line.index("  ")]: line.split("  ")[-1].strip() for line in lines[3:]}
+    cells = {line[: line.index("  ")]: line.split("  ")[-1].strip() for line in lines[3:-4]}
     assert cells["weights"] == "2.52 GB"
     assert (cells["expected peak"], cells["fits"], cells["recomputed layers"]) == ("14.1 GB", "yes", "0 of 16")
     assert stderr == "note: each row of the largest micro-batch has 2048 tokens (dataset.maxSequenceLength); shorter rows need less\n"
@@ -103,7 +103,7 @@ def test_a_manifest_with_errors_is_refused(run_command: RunCommand, write_file: 
 def test_time_and_cost_are_planned(run_command: RunCommand, job: Path, model: Path) -> None:
     options = ("--gpu", "h100-80gb", "--rows", 50_000, "--mean-row", 300, "--price", 2.5)
     code, stdout, stderr = run_command("plan", "-f", job, "--model-config", model, *options)
-    cells = {line[: line.index("  ")]: line.split("   ")[-1].strip() for line in stdout.splitlines()[3:]}
+    cells = {line[: line.index("  ")]: line.split("   ")[-1].strip() for line in stdout.split("\n\n")[1].splitlines()[1:]}
     assert code == 0
     assert (cells["expected time"], cells["time, bounds"]) == ("0h13m", "0h08m - 0h36m")
     assert (cells["expected cost"], cells["cost, bounds"]) == ("0.52", "0.32 - 1.48")
@@ -134,3 +134,45 @@ def test_the_time_of_another_objective_is_not_planned(run_command: RunCommand, w
     job = write_file("job.yaml", GPU_JOB + "  trainer: {type: dpo}\n")
     code, _, stderr = run_command("plan", "-f", job, "--model-config", model, "--gpu", "l4-24gb", "--rows", 5, "--mean-row", 5)
     assert code == 1 and "trainer.type is dpo" in stderr
+
+
+OPEN_JOB = JOB + "  resources: {gpusPerNode: 1}\n  training: {effectiveBatchSize: 24}\n"
+
+
+def test_the_choices_of_the_plan_are_shown_with_their_reasons(run_command: RunCommand, write_file: WriteFile, model: Path) -> None:
+    job = write_file("open.yaml", OPEN_JOB)
+    code, stdout, _ = run_command("plan", "-f", job, "--model-config", model, "--gpu", "l4-24gb")
+    need = "at most 20.6 GB of 24.2 GB on each GPU"
+    assert (code, stdout.splitlines()[0].split(", ")[-1]) == (0, "micro-batches of 6 x 2048 tokens")
+    assert stdout.split("values that the plan chooses:\n")[1].splitlines() == [
+        f"  training.batchSizePerDevice: 6  # the micro-batch that fits with the least expected time: {need}",
+        "  training.gradientAccumulationSteps: 4  # keeps the effective batch of 24 rows",
+        f"  training.gradientCheckpointing: disabled  # the activations fit: {need}",
+    ]
+    entry = json.loads(run_command("plan", "-f", job, "--model-config", model, "--gpu", "l4-24gb", "-o", "json")[1])["plans"][0]
+    assert [choice["value"] for choice in entry["choices"]] == [6, 4, "disabled"]
+
+
+def test_the_number_of_gpus_is_chosen_if_the_node_has_several(run_command: RunCommand, write_file: WriteFile, model: Path) -> None:
+    job = write_file("full.yaml", JOB.replace("dataset:", "method: {type: full}\n  dataset:"))
+    code, stdout, _ = run_command("plan", "-f", job, "--model-config", model, "--gpu-memory", "16Gi", "--gpus-per-node", 8)
+    lines = stdout.split("values that the plan chooses:\n")[1].splitlines()
+    assert (code, [line.split("  #")[0] for line in lines[:2]]) == (0, ["  resources.gpusPerNode: 2", "  distributed.strategy: fsdp"])
+    code, stdout, stderr = run_command("plan", "-f", job, "--model-config", model, "--gpu-memory", "16Gi")
+    assert (code, "values that the plan chooses" in stdout) == (1, False)
+    assert stderr.splitlines()[-1].startswith("error: the job is expected to need at least ")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--rows", 0, "--mean-row", 5), "--rows 0: write a number of at least 1"),
+        (("--rows", 5, "--mean-row", 0), "--mean-row 0: write a number of at least 1"),
+        (("--longest-row", -1), "--longest-row -1: write a number of at least 1"),
+        (("--price", -1), "--price -1: write a number of at least 0"),
+        (("--gpus-per-node", 0), "--gpus-per-node 0: write a number of at least 1"),
+    ],
+)
+def test_numbers_out_of_range(run_command: RunCommand, job: Path, model: Path, words: tuple[object, ...], message: str) -> None:
+    code, stdout, stderr = run_command("plan", "-f", job, "--model-config", model, "--gpu", "l4-24gb", *words)
+    assert (code, stdout, stderr) == (1, "", f"error: {message}\n"), stderr

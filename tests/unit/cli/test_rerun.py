@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
-from finetune_cli.commands.rerun import free_name
+from finetune_cli.commands.rerun import free_name, values_of_plan
 
 
 @pytest.mark.parametrize(
@@ -17,3 +19,26 @@ from finetune_cli.commands.rerun import free_name
 )
 def test_free_name_adds_the_next_number(name: str, taken: set[str], expected: str) -> None:
     assert free_name(name, taken) == expected
+
+
+CHOSEN: dict[str, Any] = {
+    "resources.nodePool": "h100", "resources.gpusPerNode": 2, "distributed.strategy": "fsdp", "training.batchSizePerDevice": 2,
+    "training.gradientAccumulationSteps": 4,
+}  # fmt: skip
+BATCH = ("resources.gpusPerNode", "training.batchSizePerDevice", "training.gradientAccumulationSteps")
+
+
+@pytest.mark.parametrize(
+    ("changed", "missing"),
+    [
+        ({}, ()),
+        ({"training.epochs": 5}, ()),
+        ({"training.effectiveBatchSize": 8}, BATCH),
+        ({"training.gradientAccumulationSteps": 8}, BATCH),
+        ({"resources.nodes": 2}, BATCH),
+    ],
+)
+def test_a_job_that_resumes_gets_the_values_that_the_plan_chose(changed: dict[str, Any], missing: tuple[str, ...]) -> None:
+    job = {"status": {"plan": {"choices": [{"field": path, "value": value, "reason": "r"} for path, value in CHOSEN.items()]}}}
+    assert values_of_plan(job, changed) == {path: value for path, value in CHOSEN.items() if path not in missing}
+    assert values_of_plan({"status": {}}, changed) == {}

@@ -35,6 +35,12 @@ def test_bars_sparklines_stages_sizes_and_ages_are_formatted() -> None:
     [
         ({"phase": "Pending", "reason": "Unschedulable"}, ["team/bot  Pending (Unschedulable)"]),
         ({"phase": "Running"}, ["team/bot  Running"]),
+        (
+            {"phase": "Running", "plan": {"choices": [
+                {"field": "resources.nodePool", "value": "h100", "reason": "r"}, {"field": "training.batchSizePerDevice", "value": 16, "reason": "r"},
+            ]}},
+            ["by plan   nodePool h100, batchSizePerDevice 16"],
+        ),
         ({"phase": "Running", "latestCheckpointStep": 400}, ["saved     step 400"]),
         ({"phase": "Running", "resolved": {"modelName": "tiny"}}, ["model     tiny (s3://models/tiny)"]),
         (

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from tests.unit.cli.conftest import JOB, RunCommand, WriteFile
@@ -82,3 +84,35 @@ def test_strict_refuses_other_kinds(run_command: RunCommand, write_file: WriteFi
     path = write_file("job.yaml", JOB + "---\nkind: Service\n")
     assert run_command("validate", path)[0] == 0
     assert "kind: Service is not a FineTuneJob" in run_command("validate", "--strict", path)[2]
+
+
+CONFIG = {
+    "model_type": "llama", "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 4, "num_attention_heads": 32, "num_key_value_heads": 8,
+    "vocab_size": 32000, "tie_word_embeddings": True, "dtype": "bfloat16",
+}  # fmt: skip
+GPU_JOB = JOB + "  resources: {gpusPerNode: 1}\n  training: {batchSizePerDevice: 8}\n"
+
+
+@pytest.mark.parametrize(
+    ("memory", "code", "message"),
+    [
+        ("8Gi", 0, ""),
+        ("3Gi", 0, "3.13 GB are expected on each GPU and at most 3.35 GB are possible, but the GPU has 3.22 GB; write training.batchSizePerDevice: 4"),
+        ("2Gi", 1, "at least 3.13 GB on each GPU, which no pool that it may use has: the GPU (2.15 GB); write training.batchSizePer"),
+    ],
+)
+def test_a_job_that_does_not_fit_is_refused(run_command: RunCommand, write_file: WriteFile, memory: str, code: int, message: str) -> None:
+    model = write_file("model/config.json", json.dumps(CONFIG)).parent
+    job = write_file("job.yaml", GPU_JOB)
+    found, _, stderr = run_command("validate", "--gpu-memory", memory, "--model-config", model, job)
+    assert (found, message in stderr, stderr == "") == (code, True, not message), stderr
+    assert run_command("validate", "--strict", "--gpu-memory", memory, "--model-config", model, job)[0] == (1 if message else 0)
+
+
+def test_a_job_without_a_plan_gets_a_warning(run_command: RunCommand, write_file: WriteFile) -> None:
+    job = write_file("job.yaml", GPU_JOB)
+    code, _, stderr = run_command("validate", "--gpu", "l4-24gb", job)
+    assert (code, "the memory of the job is not planned, because model.source org/m is no folder on this machine" in stderr) == (0, True)
+    assert run_command("validate", "--gpu", "l4-24gb", write_file("cpu.yaml", JOB + "  resources: {gpusPerNode: 0}\n"))[2] == ""
+    code, _, stderr = run_command("validate", "--model-config", "x", job)
+    assert (code, stderr) == (1, "error: --model-config has no effect without the memory of a GPU: add --gpu NAME or --gpu-memory SIZE\n")

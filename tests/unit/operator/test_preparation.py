@@ -245,7 +245,7 @@ def test_a_prepared_job_starts_its_first_attempt() -> None:
     assert plan.writes_decision and plan.create_attempt is None
     assert new_status.preparation is not None and new_status.preparation.reason == Reason.PREPARED
     assert (new_status.data, new_status.resolved and new_status.resolved.dataset_rows) == (DataReport(tokens=12), 3)
-    assert new_status.plan == plan_of_run
+    assert new_status.plan == plan_of_run.model_copy(update={"no_choices": "the preparation reported no usable choices"})
     prepared = new_status.condition(Condition.PREPARED)
     assert prepared is not None and (prepared.status, prepared.reason) == ("True", "Prepared")
     assert [draft.reason for draft in draft_events(observed.job.status, new_status)] == [Reason.ACCEPTED, Reason.PREPARED]
@@ -560,7 +560,7 @@ def test_values_that_only_operator_and_preparation_read_do_not_require_a_new_tra
     assert run.to_wire()["spec"]["policy"] == run.to_wire()["spec"]["policy"] | {"retries": 1}
     assert not {"maxCost", "onExistingResult"} & run.to_wire()["spec"]["policy"].keys()
     assert "#minTrainerVersion 0.1.0" in run.to_wire()["defaults"]
-    assert for_preparation(run, OnExistingResult.FAIL).to_wire()["spec"]["policy"]["onExistingResult"] == "fail"
+    assert for_preparation(run, OnExistingResult.FAIL, []).to_wire()["spec"]["policy"]["onExistingResult"] == "fail"
 
 
 def test_reduced_status_keeps_the_uid_of_an_adopted_result() -> None:

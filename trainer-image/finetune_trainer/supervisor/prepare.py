@@ -54,7 +54,7 @@ BUSY_PAUSES_SECONDS = (1.0, 2.0, 4.0, 8.0)
 COMPARED_GROUPS = ("model", "method", "trainer", "dataset", "training", "evaluation")
 """Groups of the spec that influence the computed numbers of a run."""
 NOT_HASHED = (
-    "batchSizePerDevice", "gradientAccumulationSteps", "learningRate", "gradientCheckpointing", "storage", "tokenSecretRef",
+    "batchSizePerDevice", "gradientAccumulationSteps", "effectiveBatchSize", "learningRate", "gradientCheckpointing", "storage", "tokenSecretRef",
 )  # fmt: skip
 """Fields that are not part of the hashes: some are compared separately, the others only describe how to access a source."""
 RECORDED_PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "bitsandbytes")

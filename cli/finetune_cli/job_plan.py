@@ -1,0 +1,154 @@
+"""Plans a job on the user's machine, for `finetune plan` and `finetune validate`: reads the model's configuration, and chooses what the spec leaves out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from finetune_cli import output
+
+if TYPE_CHECKING:
+    from finetune_api.defaults import ResolvedSpec
+    from finetune_api.errors import ConfigError
+    from finetune_api.memory.architecture import ModelShape
+    from finetune_api.memory.changes import Change
+    from finetune_api.memory.description import Facts
+    from finetune_api.memory.plan import JobPlan
+    from finetune_api.pod import GpuPool
+    from finetune_api.spec import FineTuneJobSpec
+    from finetune_api.status import Choice
+    from finetune_api.time_plan import DataSize
+
+    from finetune_cli.checks import Finding
+    from finetune_cli.manifests import Manifest
+
+STORED_SIZE_TOLERANCE = 0.02
+
+
+@dataclass(frozen=True)
+class MethodPlan:
+    """The plan of a job with one method."""
+
+    spec: FineTuneJobSpec
+    """The spec with the chosen values."""
+    plan: JobPlan
+    choices: tuple[Choice, ...] = ()
+    changes: tuple[Change, ...] = ()
+    refusal: ConfigError | None = None
+    notes: tuple[str, ...] = ()
+
+
+def read_gpu(gpu: str | None, gpu_memory: str | None, gpus_per_node: int | None = None) -> GpuPool | None:
+    """Return the GPUs of `--gpu` or `--gpu-memory` as a pool. None: neither is given."""
+    from finetune_api.gpus import GPU_TYPES
+    from finetune_api.pod import GpuPool
+    from finetune_api.quantities import SIZE_KIND, parse_amount, quantity_problem
+
+    if gpu is not None and gpu_memory is not None:
+        raise output.fail("--gpu and --gpu-memory exclude each other: remove one of the two")
+    if gpu is not None and gpu.lower() not in GPU_TYPES:
+        raise output.fail(f"--gpu {gpu}: this type is not known; write one of {', '.join(GPU_TYPES)}, or --gpu-memory SIZE")
+    if gpus_per_node is not None and gpus_per_node < 1:
+        raise output.fail(f"--gpus-per-node {gpus_per_node}: write a number of at least 1")
+    if gpus_per_node is not None and gpu is None and gpu_memory is None:
+        raise output.fail("--gpus-per-node needs the memory of a GPU: add --gpu NAME or --gpu-memory SIZE")
+    count = gpus_per_node or 1
+    if gpu is not None:
+        memory_bytes = GPU_TYPES[gpu.lower()].memory_bytes
+        return GpuPool(name=gpu.lower(), memory_bytes=memory_bytes, gpu_type=gpu.lower(), gpus_per_node=count, is_current=True)
+    if gpu_memory is None:
+        return None
+    problem = quantity_problem(gpu_memory, SIZE_KIND)
+    if problem is not None:
+        raise output.fail(f"--gpu-memory: {'; '.join(problem)}")
+    amount = int(parse_amount(gpu_memory))
+    if amount < 1:
+        raise output.fail(f"--gpu-memory {gpu_memory}: a GPU has memory; write for example 80Gi")
+    return GpuPool(name="the GPU", memory_bytes=amount, gpus_per_node=count, is_current=True)
+
+
+def plan_job(resolved: ResolvedSpec, shape: ModelShape, pool: GpuPool | None, facts: Facts, data: DataSize | None = None) -> MethodPlan:
+    """Plan a job. With a GPU, the values that the spec leaves out are those that the preparation of the job would choose on GPUs of this type.
+
+    The node pool is not chosen, because only the operator knows the pools. Errors: those of `describe_step`.
+    """
+    from finetune_api.errors import ConfigError
+    from finetune_api.memory.choices import choose_values
+    from finetune_api.memory.plan import GPUS_PATH, POOL_PATH, plan_memory
+
+    if pool is None:
+        return MethodPlan(resolved.spec, plan_memory(resolved.spec, shape, facts))
+    try:
+        decision = choose_values(resolved, shape, [pool], facts, data)
+    except ConfigError as error:
+        if error.code != "ChoicesNotPlanned":
+            raise
+        return MethodPlan(resolved.spec, plan_memory(resolved.spec, shape, facts), notes=(f"the plan chooses no values: {error.message}",))
+    hidden = {POOL_PATH, *([GPUS_PATH] if pool.gpus_per_node == 1 else [])}
+    choices = tuple(choice for choice in decision.choices if choice.field not in hidden)
+    return MethodPlan(decision.resolved.spec, decision.plan, choices, decision.changes, decision.refusal)
+
+
+def find_model(spec: FineTuneJobSpec, folder: Path | None) -> Path | None:
+    """Return the folder with the model's configuration: `folder`, or `model.source` if it is a folder. None: neither exists."""
+    source = (spec.model.source or "").removeprefix("file://")
+    return folder or (Path(source) if source and Path(source).is_dir() else None)
+
+
+def read_model(spec: FineTuneJobSpec, folder: Path | None) -> tuple[ModelShape, list[str]]:
+    """Read the model's configuration. Returns its sizes, and a note if the index of its weight files contradicts them."""
+    from finetune_api.memory.architecture import read_model_shape, stored_bytes
+    from finetune_api.memory.plan import count_parameters, gigabytes
+
+    found = find_model(spec, folder)
+    if found is None:
+        source = (spec.model.source or "").removeprefix("file://")
+        raise output.fail(
+            f"model.source is {source or 'missing'}, which is no folder on this machine: add --model-config FOLDER with the config.json of this model"
+        )
+    shape = read_model_shape(found)
+    stored, expected = stored_bytes(found), count_parameters(shape) * shape.stored_bytes
+    if stored is None or abs(stored / expected - 1) <= STORED_SIZE_TOLERANCE:
+        return shape, []
+    return shape, [
+        f"the weight files have {gigabytes(stored)}, but the plan assumes {gigabytes(int(expected))}: the plan may be wrong by this difference"
+    ]
+
+
+def find_misfit(manifest: Manifest, spec: FineTuneJobSpec, *, pool: GpuPool, folder: Path | None) -> Iterator[Finding]:
+    """Yield an error if the job does not fit on GPUs of this type, and a warning if that is not known."""
+    from finetune_api.defaults import resolve_defaults
+    from finetune_api.errors import FineTuneError
+    from finetune_api.memory.architecture import read_model_shape
+    from finetune_api.memory.changes import describe_changes
+    from finetune_api.memory.description import Facts
+    from finetune_api.memory.plan import gigabytes
+    from finetune_api.rules import check, gpus_per_node
+
+    from finetune_cli.checks import Finding
+    from finetune_cli.mistakes import Mistake
+
+    if gpus_per_node(spec) == 0 or check(spec):
+        return
+    model = find_model(spec, folder)
+    path, location = "spec", manifest.location("spec")
+    if model is None:
+        message = f"the memory of the job is not planned, because model.source {spec.model.source} is no folder on this machine"
+        yield Finding(Mistake(location, path, message, "add --model-config FOLDER with the config.json of this model"), "NotPlanned", is_error=False)
+        return
+    try:
+        planned = plan_job(resolve_defaults(spec), read_model_shape(model), pool, Facts())
+    except FineTuneError as error:
+        yield Finding(Mistake(location, path, f"the memory of the job is not planned: {error.message}", error.hint or ""), "NotPlanned", is_error=False)
+        return
+    memory = planned.plan.memory
+    if planned.refusal is not None:
+        yield Finding(Mistake(location, path, planned.refusal.message, planned.refusal.hint or ""), "DoesNotFit")
+    elif memory.upper_bytes > (pool.memory_bytes or 0):
+        message = (
+            f"the job may not fit: {gigabytes(memory.expected_bytes)} are expected on each GPU and at most {gigabytes(memory.upper_bytes)} are possible, "
+            f"but {pool.name} has {gigabytes(pool.memory_bytes or 0)}"
+        )
+        yield Finding(Mistake(location, path, message, describe_changes(planned.changes)), "DoesNotFit", is_error=False)

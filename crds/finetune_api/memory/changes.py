@@ -1,0 +1,142 @@
+"""Finds changes of a spec with which a job would fit on its GPUs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from finetune_api.memory.architecture import ModelShape
+from finetune_api.memory.description import Facts
+from finetune_api.memory.plan import (
+    BATCH_PATHS,
+    CHECKPOINTING_PATH,
+    GPUS_PATH,
+    MICRO_BATCH_PATH,
+    STRATEGY_PATH,
+    JobPlan,
+    change_spec,
+    gigabytes,
+    plan_memory,
+)
+from finetune_api.rules import (
+    base_bits,
+    batch_split,
+    divisors,
+    gpus_per_node,
+    method_type_of,
+    min_batch_size_per_device,
+    new_problems,
+    trains_base_weights,
+    world_size,
+)
+from finetune_api.spec import FineTuneJobSpec
+from finetune_api.spec.enums import GradientCheckpointing, MethodType, StrategyType
+
+MAX_CHANGES = 3
+NO_CHANGE = (
+    "no change of method, micro-batch, sequence length or recomputation makes the job fit: use larger GPUs, or more GPUs with "
+    "`distributed: {strategy: fsdp}`"
+)
+
+
+@dataclass(frozen=True)
+class Change:
+    """Values that would make a job fit."""
+
+    values: dict[str, Any]
+    """By spec path."""
+    plan: JobPlan
+
+
+def changes_that_fit(spec: FineTuneJobSpec, shape: ModelShape, memory_bytes: int, facts: Facts | None = None) -> list[Change]:
+    """Return at most three changes of a resolved spec, each of which would fit, those with the smallest consequences first.
+
+    The effective batch stays the same.
+    """
+    found: list[Change] = []
+    for values in _possible_changes(spec):
+        changed = change_spec(spec, values | _processes(values))
+        if MICRO_BATCH_PATH in values and GPUS_PATH not in values:
+            smaller = _largest_smaller_batch(changed, spec, shape, memory_bytes, facts)
+            if smaller is None:
+                continue
+            values = {path: value for path, value in values.items() if path not in BATCH_PATHS} | smaller
+            changed = change_spec(spec, values | _processes(values))
+        if new_problems(spec, changed):
+            continue
+        plan = plan_memory(changed, shape, facts)
+        if plan.fits(memory_bytes):
+            found.append(Change(values, plan))
+        if len(found) == MAX_CHANGES:
+            break
+    return found
+
+
+def describe_changes(changes: Sequence[Change]) -> str:
+    """Return a hint that names the changes, with the upper bound of their planned memory."""
+    if not changes:
+        return NO_CHANGE
+    return f"write {'; or '.join(map(change_text, changes))}"
+
+
+def change_text(change: Change) -> str:
+    """Return the values of a change with the upper bound of its planned memory."""
+    values = ", ".join(f"{path}: {value}" for path, value in change.values.items())
+    return f"{values} ({gigabytes(change.plan.memory.upper_bytes)} at most)"
+
+
+def _possible_changes(spec: FineTuneJobSpec) -> Iterator[dict[str, Any]]:
+    """Changes from small to large consequences. The micro-batch is a placeholder for the largest that fits."""
+    method, length = method_type_of(spec), spec.dataset.max_sequence_length or 2048
+    recompute = {CHECKPOINTING_PATH: "enabled"} if spec.training.gradient_checkpointing is GradientCheckpointing.DISABLED else {}
+    if recompute:
+        yield recompute
+    yield {MICRO_BATCH_PATH: 1, **recompute}
+    if world_size(spec) > 1 and spec.distributed.strategy is StrategyType.DDP:
+        yield {STRATEGY_PATH: "fsdp", **recompute}
+    if trains_base_weights(spec):
+        yield {"training.optimizer": "adamw_8bit", **recompute}
+        yield {"method.type": "lora", **recompute}
+        yield {"method.type": "qlora", **recompute}
+    elif method is MethodType.LORA and base_bits(spec) is None:
+        yield {"method.type": "qlora", **recompute}
+        yield {"method.type": "qlora", MICRO_BATCH_PATH: 1, **recompute}
+    yield {"dataset.maxSequenceLength": length // 2, **recompute}
+    yield {"dataset.maxSequenceLength": length // 2, MICRO_BATCH_PATH: 1, **recompute}
+    yield from _more_gpus(spec)
+
+
+def _more_gpus(spec: FineTuneJobSpec) -> Iterator[dict[str, Any]]:
+    """Shard the weights over the GPUs of one node. A spec with its own number of processes is not changed."""
+    nodes, rows = spec.resources.nodes or 1, world_size(spec) * batch_split(spec)[0] * batch_split(spec)[1]
+    if (spec.resources.processes_per_node or 1) != max(1, gpus_per_node(spec)):
+        return
+    for gpus in (2, 4, 8):
+        if gpus > gpus_per_node(spec) and rows % (gpus * nodes) == 0:
+            split = _split(rows // (gpus * nodes), batch_split(spec)[0])
+            yield {GPUS_PATH: gpus, STRATEGY_PATH: "fsdp", **split}
+
+
+def _processes(values: dict[str, Any]) -> dict[str, Any]:
+    """A resolved spec has a number of processes, which is that of the GPUs."""
+    return {"resources.processesPerNode": values[GPUS_PATH]} if GPUS_PATH in values else {}
+
+
+def _split(rows: int, limit: int) -> dict[str, Any]:
+    micro_batch = max(part for part in divisors(rows) if part <= max(1, limit))
+    return dict(zip(BATCH_PATHS, (micro_batch, rows // micro_batch), strict=True))
+
+
+def _largest_smaller_batch(
+    changed: FineTuneJobSpec, spec: FineTuneJobSpec, shape: ModelShape, memory_bytes: int, facts: Facts | None
+) -> dict[str, Any] | None:
+    """Return the largest micro-batch below that of `spec` with which `changed` fits, and its accumulation. None: there is none."""
+    micro_batch, accumulation = batch_split(spec)
+    rows = micro_batch * accumulation
+    smaller = [part for part in divisors(rows) if min_batch_size_per_device(spec) <= part < micro_batch]
+    for part in reversed(smaller):
+        split = dict(zip(BATCH_PATHS, (part, rows // part), strict=True))
+        if plan_memory(change_spec(changed, split), shape, facts).fits(memory_bytes):
+            return split
+    return None

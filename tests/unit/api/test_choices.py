@@ -1,0 +1,185 @@
+"""The choices of the plan: what is chosen, what never changes, and which jobs are refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from finetune_api.defaults import ResolvedSpec, resolve_defaults
+from finetune_api.errors import ConfigError
+from finetune_api.gpus import GPU_TYPES
+from finetune_api.memory.architecture import ModelShape, model_shape
+from finetune_api.memory.choices import Decision, choose_values
+from finetune_api.memory.description import Facts
+from finetune_api.pod import GpuPool
+from finetune_api.rules import check, effective_batch
+from finetune_api.spec import FineTuneJobSpec
+from finetune_api.time_plan import DataSize
+
+GIB = 2**30
+SMALL = model_shape({
+    "model_type": "llama", "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 4, "num_attention_heads": 32, "num_key_value_heads": 8,
+    "vocab_size": 32000, "tie_word_embeddings": True, "dtype": "bfloat16",
+})  # fmt: skip
+POOL, GPUS, STRATEGY = "resources.nodePool", "resources.gpusPerNode", "distributed.strategy"
+MICRO, ACCUMULATION, CHECKPOINTING = "training.batchSizePerDevice", "training.gradientAccumulationSteps", "training.gradientCheckpointing"
+
+
+def resolve(**groups: dict[str, Any]) -> ResolvedSpec:
+    spec: dict[str, Any] = {"model": {"source": "org/m"}, "dataset": {"train": "s3://data/t.jsonl"}} | groups
+    parsed = FineTuneJobSpec.model_validate(spec)
+    assert check(parsed) == []
+    return resolve_defaults(parsed)
+
+
+def pool(gibibytes: float | None, name: str = "a", **fields: Any) -> GpuPool:
+    return GpuPool(name=name, memory_bytes=None if gibibytes is None else int(gibibytes * GIB), **{"is_current": name == "a", **fields})
+
+
+def decide(*pools: GpuPool, shape: ModelShape = SMALL, longest: int | None = None, **groups: dict[str, Any]) -> Decision:
+    return choose_values(resolve(**groups), shape, pools, Facts(longest_tokens=longest))
+
+
+def values(decision: Decision) -> dict[str, Any]:
+    return {choice.field: choice.value for choice in decision.choices}
+
+
+FULL = {"method": {"type": "full"}}
+
+
+@pytest.mark.parametrize(
+    ("gibibytes", "groups", "expected"),
+    [
+        (80, {}, {MICRO: 16, ACCUMULATION: 1, CHECKPOINTING: "disabled"}),
+        (10, {}, {MICRO: 8, ACCUMULATION: 2, CHECKPOINTING: "disabled"}),
+        (2.5, {}, {MICRO: 1, ACCUMULATION: 16, CHECKPOINTING: "disabled"}),
+        (2, {}, {MICRO: 2, ACCUMULATION: 8, CHECKPOINTING: "enabled"}),
+        (80, {"training": {"effectiveBatchSize": 24}}, {MICRO: 24, ACCUMULATION: 1, CHECKPOINTING: "disabled"}),
+        (80, {"training": {"effectiveBatchSize": 24, "gradientAccumulationSteps": 6}}, {MICRO: 4, CHECKPOINTING: "disabled"}),
+        (80, {"training": {"effectiveBatchSize": 24, "batchSizePerDevice": 2}}, {ACCUMULATION: 12, CHECKPOINTING: "disabled"}),
+        (80, {"training": {"batchSizePerDevice": 2}}, {ACCUMULATION: 4, CHECKPOINTING: "disabled"}),
+        (80, {"training": {"batchSizePerDevice": 2, "gradientAccumulationSteps": 3}}, {CHECKPOINTING: "disabled"}),
+        (80, {"training": {"gradientCheckpointing": "enabled"}}, {MICRO: 16, ACCUMULATION: 1}),
+        (80, {"training": {"checkpointEveryNLayers": 2}}, {MICRO: 16, ACCUMULATION: 1, CHECKPOINTING: "enabled"}),
+        (80, {"model": {"source": "org/m", "attention": "sdpa"}}, {MICRO: 4, ACCUMULATION: 4, CHECKPOINTING: "disabled"}),
+        (80, {"method": {"type": "prefixTuning"}}, {MICRO: 4, ACCUMULATION: 4, CHECKPOINTING: "disabled"}),
+    ],
+)
+def test_batch_and_recomputation(gibibytes: float, groups: dict[str, Any], expected: dict[str, Any]) -> None:
+    decision = decide(pool(gibibytes), resources={"gpusPerNode": 1, "nodePool": "a"}, **groups)
+    assert values(decision) == expected
+    assert effective_batch(decision.resolved.spec) == effective_batch(resolve(**groups).spec)
+    assert decision.plan.fits(int(gibibytes * GIB)) and decision.refusal is None and decision.changes == ()
+
+
+def test_short_rows_need_less_memory() -> None:
+    rows = [values(decide(pool(2.2), longest=longest, resources={"gpusPerNode": 1}))[MICRO] for longest in (2048, 200)]
+    assert rows == [1, 8]
+
+
+@pytest.mark.parametrize(
+    ("gibibytes", "limit", "groups", "expected"),
+    [
+        (30, 8, FULL, {GPUS: 1, STRATEGY: None}),
+        (6, 8, FULL, {GPUS: 2, STRATEGY: "fsdp"}),
+        (5, 8, FULL, {GPUS: 4, STRATEGY: "fsdp"}),
+        (5, 8, FULL | {"resources": {"gpusPerNode": 4}}, {GPUS: None, STRATEGY: "fsdp"}),
+        (30, 8, FULL | {"resources": {"gpusPerNode": 4}}, {GPUS: None, STRATEGY: "ddp"}),
+        (30, 8, FULL | {"resources": {"gpusPerNode": 4}, "distributed": {"strategy": "fsdp"}}, {GPUS: None, STRATEGY: None}),
+    ],
+)
+def test_strategy_and_number_of_gpus(gibibytes: float, limit: int, groups: dict[str, Any], expected: dict[str, Any]) -> None:
+    decision = decide(pool(gibibytes, gpus_per_node=limit), **groups)
+    assert {path: values(decision).get(path) for path in expected} == expected
+    assert effective_batch(decision.resolved.spec) == effective_batch(resolve(**groups).spec)
+
+
+def test_an_effective_batch_limits_the_number_of_gpus() -> None:
+    groups = FULL | {"training": {"effectiveBatchSize": 9}}
+    decision = decide(pool(4.5, gpus_per_node=8), **groups)
+    assert (values(decision)[GPUS], values(decision)[MICRO] * values(decision)[ACCUMULATION]) == (3, 3)
+    refused = decide(pool(4.5, gpus_per_node=2), **groups)
+    assert refused.refusal is not None and refused.choices == ()
+
+
+L4, H100 = ({"gpu_type": name} for name in ("l4-24gb", "h100-80gb"))
+
+
+@pytest.mark.parametrize(
+    ("pools", "groups", "chosen", "reason"),
+    [
+        ((pool(24, **L4, price_per_gpu_hour=1), pool(80, "b", **H100, price_per_gpu_hour=4)), {}, "b", "the lowest expected cost of 2 pools"),
+        ((pool(24, **L4, price_per_gpu_hour=1), pool(80, "b", **H100, price_per_gpu_hour=40)), {}, "a", "the lowest expected cost of 2 pools"),
+        ((pool(24, **L4), pool(80, "b", **H100)), {}, "a", "the default pool of the platform"),
+        ((pool(24, **L4, is_current=False), pool(80, "b", **H100)), {}, "b", "the least expected GPU time of 2 pools"),
+        ((pool(1, **L4), pool(80, "b", **H100)), {}, "b", "the only one of 2 pools on which the job fits"),
+        ((pool(24, **L4), pool(None, "b", **H100)), {}, "a", "the only pool with a known GPU memory"),
+        ((pool(24, **L4), pool(80, "b", **H100)), {"resources": {"nodePool": "a"}}, None, ""),
+    ],
+)
+def test_pools(pools: tuple[GpuPool, ...], groups: dict[str, Any], chosen: str | None, reason: str) -> None:
+    found = next((choice for choice in decide(*pools, **groups).choices if choice.field == POOL), None)
+    assert (found.value if found else None, found.reason[: len(reason)] if found else "") == (chosen, reason)
+
+
+def test_a_job_that_fits_nowhere_is_refused_with_three_changes() -> None:
+    written = {"training": {"batchSizePerDevice": 8, "gradientAccumulationSteps": 2}, "resources": {"nodePool": "a", "gpusPerNode": 1}}
+    refused = decide(pool(2.2), pool(80, "b"), **written)
+    assert refused.refusal is not None
+    assert (refused.refusal.code, int(refused.refusal.exit_code), refused.choices) == ("DoesNotFit", 64, ())
+    assert refused.refusal.message == "the job is expected to need at least 3.13 GB on each GPU, which no pool that it may use has: a (2.36 GB)"
+    assert refused.refusal.hint == (
+        "write resources.nodePool: b (3.35 GB at most); or training.batchSizePerDevice: 2, training.gradientAccumulationSteps: 8 (1.87 GB at most); or "
+        "method.type: qlora, training.batchSizePerDevice: 4, training.gradientAccumulationSteps: 4 (2.01 GB at most)"
+    )
+
+
+def test_a_job_whose_expected_peak_fits_is_not_refused() -> None:
+    decision = decide(pool(1.5), resources={"gpusPerNode": 1, "nodePool": "a"})
+    assert decision.refusal is None and values(decision) == {MICRO: 1, ACCUMULATION: 16, CHECKPOINTING: "enabled"}
+    assert decision.choices[0].reason == "the least memory: the expected 1.52 GB fit into 1.61 GB of each GPU, but the upper bound 1.63 GB does not"
+    assert [change.values for change in decision.changes] == [{"method.type": "qlora"}, {"dataset.maxSequenceLength": 1024}]
+
+
+@pytest.mark.parametrize(
+    ("pools", "groups", "code", "message"),
+    [
+        ((), {}, "GpuMemoryUnknown", "the memory of the GPUs is not known"),
+        ((pool(None), pool(80, "b")), {}, "GpuMemoryUnknown", "the memory of the GPUs of pool a is not known"),
+        ((pool(1), pool(None, "b")), {}, "GpuMemoryUnknown", "the memory of the GPUs of pool b is not known"),
+        ((pool(80),), {"resources": {"gpusPerNode": 0}}, "ChoicesNotPlanned", "the job uses no GPU"),
+        ((pool(80),), {"checkpoint": {"resume": "s3://models/checkpoints/step-00000100"}}, "ChoicesNotPlanned", "checkpoint.resume decides"),
+        (
+            (pool(80),), {"distributed": {"strategy": "deepspeed", "deepspeed": {"configRef": {"name": "c", "key": "k"}}}}, "ChoicesNotPlanned",
+            "distributed.deepspeed.configRef decides",
+        ),
+        (
+            (pool(80),), {"trainer": {"type": "dpo"}, "dataset": {"train": "s3://data/t.jsonl", "format": "preference"}}, "ObjectiveNotPlanned",
+            "trainer.type is dpo",
+        ),
+    ],
+)  # fmt: skip
+def test_jobs_without_a_plan(pools: tuple[GpuPool, ...], groups: dict[str, Any], code: str, message: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        decide(*pools, **groups)
+    assert (raised.value.code, raised.value.message[: len(message)]) == (code, message)
+
+
+def test_choices_become_defaults_of_the_resolved_spec() -> None:
+    spec = FineTuneJobSpec.model_validate({"model": {"source": "org/m"}, "dataset": {"train": "s3://data/t.jsonl"}})
+    resolved = resolve_defaults(spec, choices={GPUS: 2, MICRO: 8, ACCUMULATION: 1, POOL: "b", "training.epochs": 5})
+    training, resources = resolved.spec.training, resolved.spec.resources
+    assert (training.batch_size_per_device, training.gradient_accumulation_steps, training.epochs, resources.node_pool) == (8, 1, 5, "b")
+    assert (resources.processes_per_node, resolved.spec.distributed.strategy, resolved.defaults[POOL]) == (2, "ddp", "b")
+    assert resolved.spec.evaluation.batch_size_per_device == 4, "the plan does not count the memory of an evaluation"
+    written = spec.with_values({MICRO: 1})
+    kept = resolve_defaults(written, choices={MICRO: 8})
+    assert (kept.spec.training.batch_size_per_device, MICRO in kept.defaults, kept.spec.evaluation.batch_size_per_device) == (1, False, 1)
+
+
+@pytest.mark.parametrize("name", sorted(GPU_TYPES))
+def test_a_choice_with_real_rows_fits(name: str) -> None:
+    decision = choose_values(
+        resolve(), SMALL, [GpuPool(name="a", memory_bytes=GPU_TYPES[name].memory_bytes, gpu_type=name)], Facts(longest_tokens=900), DataSize(5000, 900_000)
+    )
+    assert decision.plan.fits(GPU_TYPES[name].memory_bytes) and values(decision)[MICRO] == 16

@@ -1,0 +1,276 @@
+"""The choices of a job's plan in the operator: the pools to choose from, what is accepted, and how attempts get the values."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from finetune_api.compatibility import read_spec
+from finetune_api.names import Annotation, Origin, Phase
+from finetune_api.pod import GpuPool, RunConfig, TerminationMessage
+from finetune_api.status import Choice, CostPlan, FineTuneJobStatus, RunPlan, WorkPlan
+from finetune_operator.decide import decide
+from finetune_operator.objects import FINETUNEJOB, JOB, POD, Object
+from finetune_operator.plan import ActionResult
+from finetune_operator.policies.acceptance import AcceptedSpec, FirstAttempt, RefusedSpec, accept
+from finetune_operator.policies.choices import accepted_choices, pools_to_choose
+from finetune_operator.report import compute_status, reduced_status
+from finetune_operator.settings import OperatorConfig, parse_config
+from finetune_operator.views import read_job
+
+from tests.unit.operator import samples
+from tests.unit.operator.fake_cluster import Process, new_server
+from tests.unit.operator.samples import at, end_pod, iso_time, pod, spec, status
+
+POOL, GPUS = "resources.nodePool", "resources.gpusPerNode"
+MICRO, ACCUMULATION, CHECKPOINTING = "training.batchSizePerDevice", "training.gradientAccumulationSteps", "training.gradientCheckpointing"
+POOLS: list[dict[str, Any]] = [
+    {"name": "l4", "default": True, "gpusPerNode": 4, "gpuType": "l4-24gb", "pricePerGpuHour": 1},
+    {"name": "h100", "gpusPerNode": 8, "gpuType": "h100-80gb", "gpuMemory": "79Gi", "maxNodes": 2, "pricePerGpuHour": 5},
+    {"name": "old", "gpusPerNode": 2},
+    {"name": "mig", "gpusPerNode": 7, "gpuResource": "nvidia.com/mig-1g.10gb", "gpuMemory": "10Gi"},
+]
+
+
+def config(**changes: Any) -> OperatorConfig:
+    return parse_config({"trainer": {"image": "r.example.com/t:1"}, "prepare": {"strategy": "auto"}, "nodePools": POOLS, "currency": "EUR", **changes}, "test")
+
+
+def accepted(raw: Object, used: OperatorConfig, **choices: Any) -> AcceptedSpec:
+    verdict = accept(raw, used, choices={path.replace("__", "."): value for path, value in choices.items()})
+    assert isinstance(verdict, AcceptedSpec), verdict
+    return verdict
+
+
+def open_spec(**groups: Any) -> Object:
+    """A spec that leaves the choices to the plan."""
+    return {name: group for name, group in spec(**groups).items() if name != "resources"} | {name: groups[name] for name in groups if name == "resources"}
+
+
+def choices(**values: Any) -> list[Choice]:
+    return [Choice(field=path.replace("__", "."), value=value, reason="because") for path, value in values.items()]
+
+
+GOOD = {"resources__nodePool": "h100", "training__batchSizePerDevice": 16, "training__gradientAccumulationSteps": 1}
+
+
+# ---- the pools ----
+
+
+@pytest.mark.parametrize(
+    ("groups", "changes", "expected"),
+    [
+        ({}, {}, [("l4", 4, True), ("h100", 8, False), ("old", 2, False)]),
+        ({"resources": {"nodes": 4}}, {}, [("l4", 4, True), ("old", 2, False)]),
+        ({"resources": {"gpusPerNode": 3}}, {}, [("l4", 4, True), ("h100", 8, False)]),
+        ({"resources": {"nodePool": "h100"}}, {}, [("l4", 4, False), ("h100", 8, True), ("old", 2, False)]),
+        ({"resources": {"gpuResource": "nvidia.com/mig-1g.10gb"}}, {}, [("mig", 7, True)]),
+        ({"policy": {"maxCost": 5}}, {}, [("l4", 4, True), ("h100", 8, False)]),
+        ({}, {"policy": {"maxGpus": 2}}, [("l4", 2, True), ("h100", 2, False), ("old", 2, False)]),
+        ({}, {"policy": {"nodePools": ["l4"]}}, [("l4", 4, True)]),
+        ({"resources": {"gpusPerNode": 0}}, {}, []),
+    ],
+)
+def test_the_pools_that_a_job_may_use(groups: dict[str, Any], changes: dict[str, Any], expected: list[tuple[str, int, bool]]) -> None:
+    raw, used = open_spec(**groups), config(**changes)
+    pools = pools_to_choose(read_spec(raw)[0], accepted(raw, used), used, "team")
+    assert [(one.name, one.gpus_per_node, one.is_current) for one in pools] == expected
+
+
+def test_the_smaller_of_the_type_and_the_given_memory_counts() -> None:
+    pools = pools_to_choose(read_spec(open_spec())[0], accepted(open_spec(), config()), config(), "team")
+    assert [one.memory_bytes for one in pools] == [23034 * 2**20, 79 * 2**30, None]
+    assert pools[0] == GpuPool(name="l4", memory_bytes=23034 * 2**20, gpu_type="l4-24gb", price_per_gpu_hour=1, gpus_per_node=4, is_current=True)
+
+
+# ---- what is accepted from a preparation ----
+
+
+@pytest.mark.parametrize(
+    ("reported", "groups", "is_accepted"),
+    [
+        (GOOD, {}, True),
+        ({"resources__gpusPerNode": 4, "training__batchSizePerDevice": 4, "training__gradientAccumulationSteps": 1, "distributed__strategy": "fsdp"}, {}, True),
+        ({"training__gradientCheckpointing": "disabled"}, {}, True),
+        (GOOD, {"training": {"batchSizePerDevice": 4}}, False),
+        (GOOD | {"training__gradientAccumulationSteps": 2}, {}, False),
+        (GOOD | {"training__batchSizePerDevice": "many"}, {}, False),
+        (GOOD | {"resources__nodePool": "mig"}, {}, False),
+        (GOOD | {"resources__nodePool": "none"}, {}, False),
+        ({"resources__gpusPerNode": 0}, {}, False),
+        ({"resources__gpusPerNode": 16}, {}, False),
+        ({"training__learningRate": 1}, {}, False),
+        ({"placement__image": "evil"}, {}, False),
+        ({"training__batchSizePerDevice": 4, "training__gradientAccumulationSteps": 16}, {"training": {"effectiveBatchSize": 32}}, False),
+        ({}, {}, False),
+    ],
+)
+def test_only_values_that_a_user_could_write_are_accepted(reported: dict[str, Any], groups: dict[str, Any], is_accepted: bool) -> None:
+    raw, found = open_spec(**groups), choices(**reported)
+    result = accepted_choices(found, read_spec(raw)[0], accepted(raw, config()), config(), "team")
+    assert result == (found if is_accepted else None)
+
+
+# ---- the resolved spec ----
+
+
+def test_an_accepted_spec_has_the_chosen_values_and_the_resources_of_the_chosen_pool() -> None:
+    verdict = accepted(open_spec(), config(), **GOOD, resources__gpusPerNode=8)
+    assert verdict.pool is not None and verdict.pool.name == verdict.spec.resources.node_pool == "h100"
+    assert (verdict.spec.training.batch_size_per_device, verdict.spec.resources.processes_per_node, verdict.spec.distributed.strategy) == (16, 8, "ddp")
+    assert verdict.choices == {POOL: "h100", MICRO: 16, ACCUMULATION: 1, GPUS: 8}
+    assert {path: verdict.defaults[path] for path in verdict.choices} == verdict.choices
+
+
+def test_a_job_that_began_before_keeps_its_defaults() -> None:
+    recorded = FirstAttempt({MICRO: 4, ACCUMULATION: 4})
+    verdict = accept(open_spec(), config(), recorded)
+    assert isinstance(verdict, AcceptedSpec)
+    assert (verdict.choices, verdict.spec.training.batch_size_per_device, verdict.pool and verdict.pool.name) == ({}, 4, "l4")
+
+
+def test_a_chosen_pool_that_no_longer_exists_lets_the_job_wait() -> None:
+    verdict = accept(open_spec(), config(nodePools=POOLS[:1]), FirstAttempt({}), choices={POOL: "h100"})
+    assert isinstance(verdict, RefusedSpec) and (verdict.reason, verdict.is_final) == ("UnknownNodePool", False)
+
+
+# ---- the status ----
+
+
+def prepared(plan: RunPlan | None, raw: Object | None = None, **known: Any) -> tuple[samples.Facts, FineTuneJobStatus]:
+    """The end of a preparation that reported this plan: the facts, and the status that is written."""
+    job = samples.job(0, name="run-prepare1", uid="prepare-1", completed_at=at(50))
+    reporting = end_pod(pod(0, name="run-prepare1-0-x", uid="p", job_uid="prepare-1"), 0, TerminationMessage(exit_code=0, plan=plan))
+    old = status(preparation={"number": 1, "startTime": iso_time(0)}, **known)
+    observed = samples.facts(spec=raw or open_spec(), status=old, jobs=[job], pods=[reporting], now=at(60), config=config())
+    return observed, compute_status(observed, decide(observed), ActionResult())
+
+
+WORK = WorkPlan(steps=10, tokens=1000, petaflop=1e6, traffic_terabytes=1)
+
+
+def test_choices_are_written_with_the_end_of_the_preparation() -> None:
+    _, written = prepared(RunPlan(work=WORK, choices=choices(**GOOD)))
+    assert written.plan is not None and written.preparation is not None and written.preparation.reason == "Prepared"
+    assert (written.plan.choices, written.plan.no_choices) == (choices(**GOOD), None)
+    assert isinstance(written.plan.cost, CostPlan) and written.plan.cost.expected == 3900.94, "the price of the chosen pool"
+    assert reduced_status(written, status()).plan == RunPlan(choices=choices(**GOOD))
+
+
+@pytest.mark.parametrize(
+    ("plan", "groups", "known", "reason"),
+    [
+        (RunPlan(no_choices="no plan for dpo"), {}, {}, "no plan for dpo"),
+        (RunPlan(choices=choices(training__learningRate=1)), {}, {}, "the preparation reported no usable choices"),
+        (None, {}, {}, "the preparation reported no usable choices"),
+    ],
+)
+def test_the_status_says_why_nothing_was_chosen(plan: RunPlan | None, groups: dict[str, Any], known: dict[str, Any], reason: str) -> None:
+    _, written = prepared(plan, open_spec(**groups), **known)
+    assert written.plan is not None and (written.plan.choices, written.plan.no_choices) == (None, reason)
+
+
+@pytest.mark.parametrize(
+    ("groups", "reason"),
+    [({"resources": {"gpusPerNode": 0}}, "the job uses no GPU"), ({"prepare": {"strategy": "never"}}, "the job is not prepared")],
+)
+def test_a_job_without_a_preparation_says_that_its_values_are_the_defaults(groups: dict[str, Any], reason: str) -> None:
+    observed = samples.facts(spec=open_spec(**groups), now=at(60), config=config())
+    assert compute_status(observed, decide(observed), ActionResult()).plan is None
+    written = compute_status(observed, decide(observed), ActionResult(created_job=samples.job(1)))
+    assert written.plan == RunPlan(no_choices=reason)
+
+
+def test_later_reports_do_not_change_the_choices() -> None:
+    forged = samples.report(plan={"choices": [{"field": POOL, "value": "l4", "reason": "forged"}], "measured": {"memoryBytes": 5}})
+    known = status(attempt=1, attempts=[{"number": 1, "startTime": iso_time(0)}], plan={"choices": [choice.to_wire() for choice in choices(**GOOD)]})
+    observed = samples.facts(spec=open_spec(), status=known, jobs=[samples.job(1)], pods=[pod(1)], last_report=forged, now=at(60), config=config())
+    written = compute_status(observed, decide(observed), ActionResult())
+    assert written.plan is not None and written.plan.choices == choices(**GOOD)
+    assert written.plan.measured is not None and written.plan.measured.memory_bytes == 5
+    without = replace(observed, job=replace(observed.job, status=known.model_copy(update={"plan": None})))
+    unchanged = compute_status(without, decide(without), ActionResult()).plan
+    assert unchanged is not None and unchanged.choices is None
+
+
+# ---- complete reconciles ----
+
+
+def jobs_of(server: Any) -> dict[str, Object]:
+    return {name: body for (plural, name), body in server.objects.items() if plural == JOB.plural}
+
+
+def run_of(job: Object) -> RunConfig:
+    return RunConfig.model_validate(json.loads(job["spec"]["template"]["metadata"]["annotations"][Annotation.RUN_CONFIG]))
+
+
+def gpu_requests(server: Any) -> list[str]:
+    containers = [job["spec"]["template"]["spec"]["containers"][0] for job in jobs_of(server).values()]
+    return [name for container in containers for name in container["resources"].get("requests", {}) if "/" in name]
+
+
+async def end_of_preparation(server: Any, message: TerminationMessage) -> Process:
+    """Let the preparation of the job `run` end, and return a restarted operator that has seen this."""
+    body = server.objects[JOB.plural, "run-prepare1"]
+    is_ok = message.exit_code == 0
+    ended = {"type": "Complete" if is_ok else "Failed", "status": "True", "lastTransitionTime": iso_time(50)}
+    server.put(JOB, body | {"status": {"conditions": [ended], **({"completionTime": iso_time(50)} if is_ok else {})}})
+    template = body["spec"]["template"]
+    container = {"name": template["spec"]["containers"][0]["name"], "state": {"terminated": {
+        "exitCode": message.exit_code, "message": message.to_json(), "finishedAt": iso_time(50)
+    }}}  # fmt: skip
+    owner = {"kind": "Job", "name": "run-prepare1", "uid": body["metadata"]["uid"], "controller": True}
+    server.put(POD, {
+        "metadata": {
+            "name": "run-prepare1-0-x", "namespace": "team", "uid": "pod-p", "creationTimestamp": iso_time(1), "ownerReferences": [owner],
+            "labels": template["metadata"]["labels"] | {"batch.kubernetes.io/job-completion-index": "0"},
+        },
+        "spec": {"nodeName": "node-1"}, "status": {"phase": "Succeeded" if is_ok else "Failed", "containerStatuses": [container]},
+    })  # fmt: skip
+    process = Process(server, config())
+    process.refresh()
+    ended_job = read_job(server.objects[JOB.plural, "run-prepare1"])
+    assert ended_job is not None
+    process.cache.put_job(ended_job)
+    return process
+
+
+@pytest.mark.parametrize("restarts", [False, True])
+async def test_the_first_attempt_has_the_chosen_values_even_if_the_operator_restarts(restarts: bool) -> None:
+    server = new_server()
+    server.objects[FINETUNEJOB.plural, "run"]["spec"] = open_spec()
+    await Process(server, config()).reconcile()
+    assert {one.name for one in run_of(jobs_of(server)["run-prepare1"]).pools} == {"l4", "h100", "old"} and gpu_requests(server) == []
+    reported = TerminationMessage(exit_code=0, plan=RunPlan(choices=choices(**GOOD)))
+    process = await end_of_preparation(server, reported)
+    await process.reconcile()
+    process = Process(server, config()) if restarts else process
+    process.refresh()
+    await process.reconcile()
+    run = run_of(jobs_of(server)["run-1"])
+    assert {path: (run.spec.value(path), run.origin(path)) for path in (POOL, MICRO, ACCUMULATION)} == {
+        POOL: ("h100", Origin.PLAN), MICRO: (16, Origin.PLAN), ACCUMULATION: (1, Origin.PLAN),
+    }  # fmt: skip
+    assert (run.pools, run.spec.evaluation.batch_size_per_device, gpu_requests(server)) == ([], 4, ["nvidia.com/gpu"])
+    process = Process(server, config())  # the other process may defer the status write
+    await process.reconcile()
+    written = server.objects[FINETUNEJOB.plural, "run"]["status"]
+    assert (written["resolved"]["nodePool"], written["resolved"]["effectiveBatch"], written["resolved"]["defaults"][MICRO]) == ("h100", 16, 16)
+
+
+async def test_a_job_that_fits_nowhere_never_asks_for_a_gpu() -> None:
+    server = new_server()
+    server.objects[FINETUNEJOB.plural, "run"]["spec"] = open_spec()
+    await Process(server, config()).reconcile()
+    hint = "write method.type: qlora (5 GB at most)"
+    refused = TerminationMessage.model_validate({"class": "User", "code": "DoesNotFit", "message": "too large", "hint": hint, "exitCode": 64})
+    process = await end_of_preparation(server, refused)
+    for _ in range(3):
+        await process.reconcile()
+        process.refresh()
+    written = FineTuneJobStatus.model_validate(server.objects[FINETUNEJOB.plural, "run"]["status"])
+    assert written.phase is Phase.FAILED and written.failure is not None
+    assert (written.failure.code, written.failure.hint, written.failure.class_) == ("DoesNotFit", hint, "User")
+    assert list(jobs_of(server)) == ["run-prepare1"] and gpu_requests(server) == []
