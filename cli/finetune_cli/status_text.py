@@ -257,7 +257,10 @@ def _output_and_notes(status: FineTuneJobStatus) -> list[str]:
         lines += [f"{name:<9} {uri}" for name, uri in further.items() if uri]
     lines += _evaluation_lines(status)
     if status.adaptations:
-        lines += ["", *(f"adapted   {adaptation.change} ({adaptation.reason})" for adaptation in status.adaptations)]
+        lines.append("")
+        for adaptation in status.adaptations:
+            lines.append(f"adapted   {adaptation.change} ({adaptation.reason})")
+            lines += [f"          {adaptation.explanation}"] if adaptation.explanation else []
     if status.resolved is not None and status.resolved.notes:
         lines += ["", *(f"note      {note}" for note in status.resolved.notes)]
     return lines

@@ -18,7 +18,7 @@ from pydantic import Field
 from finetune_api.base import LenientModel, WireModel
 from finetune_api.names import Storage
 from finetune_api.sources import redact_source
-from finetune_api.status import ResolvedConfig
+from finetune_api.status import ResolvedConfig, TimeUse
 
 STATEMENT_TYPE: Literal["https://in-toto.io/Statement/v1"] = "https://in-toto.io/Statement/v1"
 PREDICATE_TYPE: Literal["https://slsa.dev/provenance/v1"] = "https://slsa.dev/provenance/v1"
@@ -91,6 +91,7 @@ class AttemptRecord(LenientModel):
     message: str | None = Field(default=None, description="What failed, and why.")
     hint: str | None = Field(default=None, description="What the user can do.")
     timings: dict[str, float] = Field(default_factory=dict, description="Seconds by name of the stage.")
+    time_use: TimeUse | None = Field(default=None, description="What the time of rank 0's container was used for. Absent for a pod that was killed.")
     notes: list[str] = Field(default_factory=list, description="Notes of `status.resolved.notes`.")
     resolved: ResolvedConfig = Field(default_factory=ResolvedConfig, description="The configuration in use.")
 

@@ -345,6 +345,10 @@ class Adaptation(ReportModel):
         example="batchSizePerDevice 4 -> 2, gradientAccumulationSteps 4 -> 8",
     )  # fmt: skip
     set: dict[str, Any] | None = status_field("New values by spec path.", example={"training.batchSizePerDevice": 2})
+    explanation: str | None = status_field(
+        "Why these values were chosen: what was planned, and what was measured. Since 0.2.0.",
+        example="the attempt needed 81.2 GB and the GPU has 79.6 GB; the plan expected 70.1 GB; the new values need 47.2 GB, at most 50.5 GB",
+    )  # fmt: skip
 
 
 class Workers(ReportModel):
@@ -374,6 +378,9 @@ class MemoryPlan(ReportModel):
     expected_bytes: int = status_field("Expected peak in bytes, the sum of all parts.", default=..., example=55400000000)
     upper_bytes: int = status_field("Upper bound of the peak in bytes.", default=..., example=59278000000)
     parts: MemoryParts = status_field("The expected peak in parts.", default_factory=MemoryParts)
+    calibration_runs: int | None = status_field(
+        "Number of runs on this type of GPU from which the upper bound follows. Absent if it is not calibrated. Since 0.2.0.", example=12
+    )
 
 
 class MeasuredRun(ReportModel):
@@ -381,6 +388,27 @@ class MeasuredRun(ReportModel):
 
     memory_bytes: int | None = status_field(
         "Peak of the memory that the first rank's GPU used, in bytes, with the CUDA context. Absent without a GPU.", example=55100000000
+    )
+    seconds: float | None = status_field(
+        "Seconds of the optimizer steps that no later attempt repeated, to compare with the planned time. Present after a successful training. Since 0.2.0.",
+        example=861.4,
+    )  # fmt: skip
+    steps: int | None = status_field("Number of these steps. It differs from the planned steps if the training stopped early. Since 0.2.0.", example=500)
+
+
+class MemoryAdvice(ReportModel):
+    """What the memory plan advises after a GPU had no memory left. Planned peaks are corrected by what the attempt needed."""
+
+    needed_bytes: int = status_field("Memory in use when an allocation failed, with the refused request, in bytes.", default=..., example=81200000000)
+    available_bytes: int = status_field("Memory of the GPU that the rank could use, in bytes.", default=..., example=79600000000)
+    planned_bytes: int = status_field("Expected peak of the failed attempt by the plan, in bytes.", default=..., example=70100000000)
+    batch_size_per_device: int | None = status_field("Advised micro-batch. Absent if no values need less memory.", example=2)
+    gradient_checkpointing: str | None = status_field("Advised recomputation. Absent if it does not change.", example="enabled")
+    fits: bool = status_field("Whether the upper bound with the advised values fits.", default=False, example=True)
+    expected_bytes: int | None = status_field("Expected peak with the advised values, in bytes.", example=47200000000)
+    upper_bytes: int | None = status_field("Upper bound with the advised values, in bytes.", example=50500000000)
+    changes: list[str] | None = status_field(
+        "Up to three changes of the spec that would fit, if no smaller values are left.", example=["dataset.maxSequenceLength: 1024"]
     )
 
 
@@ -400,6 +428,7 @@ class TimePlan(ReportModel):
     lower_seconds: int = status_field("Lower bound in seconds.", default=..., example=520)
     upper_seconds: int = status_field("Upper bound in seconds.", default=..., example=2700)
     calibrated: bool = status_field("Whether the bounds were measured with this type of GPU.", default=False, example=False)
+    calibration_runs: int | None = status_field("Number of runs from which the bounds follow. Absent if they are not calibrated. Since 0.2.0.", example=12)
 
 
 class CostPlan(ReportModel):
@@ -433,6 +462,7 @@ class RunPlan(ReportModel):
     time: TimePlan | None = status_field("Planned time. Absent without a known type of GPU.")
     cost: CostPlan | None = status_field("Planned cost. Absent if the node pool has no price.")
     measured: MeasuredRun | None = status_field("Measured values of the newest attempt.")
+    out_of_memory: MemoryAdvice | None = status_field("Advice after the newest attempt that ran out of GPU memory. Since 0.2.0.")
 
 
 class TimeUse(ReportModel):

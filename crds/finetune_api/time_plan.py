@@ -6,7 +6,8 @@ FLOPs per token, with N: parameters in matrix products (with the head, without t
 A: FLOPs of the causal attention. Full training: 3 * (2N + A). Adapters: 4N + 3A. Recomputed activations: 2N + A more.
 
 The efficiencies were compared with runs of this trainer on an H200 and with published runs on an L40S (tests/unit/api/test_time_plan.py). They
-were not measured with each type of GPU, so the bounds are wide.
+were not measured with each type of GPU, so the bounds are wide. If the table of `finetune_api.calibration` has enough runs of a type of GPU, the
+expected time and the bounds follow from these runs.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from finetune_api import calibration_table
+from finetune_api.calibration import Table, find_calibration
 from finetune_api.gpus import GpuType
 from finetune_api.memory.architecture import ModelShape
 from finetune_api.memory.layers import linear_sizes
@@ -89,13 +92,20 @@ def matrix_parameters(shape: ModelShape) -> int:
     return total + shape.expert_layers * shape.hidden * (shape.experts + 3 * shape.experts_per_token * shape.expert_feed_forward)
 
 
-def plan_time(work: WorkPlan, gpu: GpuType, gpus: int) -> TimePlan:
-    """Return the planned time on `gpus` GPUs of one type."""
+def plan_time(work: WorkPlan, gpu: GpuType, gpus: int, table: Table = calibration_table.TIME) -> TimePlan:
+    """Return the planned time on `gpus` GPUs of one type. `table`: measured / planned time of earlier runs."""
 
     def seconds(efficiency: Efficiency) -> int:
         return math.ceil(_gpu_seconds(work, gpu, gpus, efficiency) / gpus)
 
-    return TimePlan(expected_seconds=seconds(EXPECTED), lower_seconds=seconds(FASTEST), upper_seconds=seconds(SLOWEST))
+    expected, lower, upper = seconds(EXPECTED), seconds(FASTEST), seconds(SLOWEST)
+    known = find_calibration(table, gpu, has_several_gpus=gpus > 1)
+    if known is None:
+        return TimePlan(expected_seconds=expected, lower_seconds=lower, upper_seconds=upper)
+    return TimePlan(
+        expected_seconds=math.ceil(expected * known.median), lower_seconds=math.ceil(expected * known.lowest / known.margin),
+        upper_seconds=math.ceil(expected * known.highest * known.margin), calibrated=True, calibration_runs=known.runs,
+    )  # fmt: skip
 
 
 def expected_gpu_seconds(work: WorkPlan, gpu: GpuType, gpus: int) -> float:

@@ -24,6 +24,8 @@ from finetune_api.status import (
     EvaluationResult,
     Failure,
     FineTuneJobStatus,
+    Goodput,
+    MeasuredRun,
     Metrics,
     Output,
     Preparation,
@@ -76,6 +78,7 @@ def compute_status(facts: Facts, plan: Plan, result: ActionResult) -> FineTuneJo
     counters, checkpoints, metrics = _compute_counters(inputs), _compute_checkpoints(inputs), _compute_metrics(inputs)
     attempts, progress, resolved = _compute_attempts(inputs), _compute_progress(inputs), _compute_resolved(inputs)
     completion_time = _compute_completion_time(inputs, attempts, progress, checkpoints, counters.adaptations)
+    goodput = compute_goodput(facts, old_status.goodput, attempts, plan.attempt_end, inputs.current_job, KEPT_ATTEMPTS)
     all_conditions = compute_conditions(inputs, checkpoints.latest_uri, transition_time=completion_time or facts.now)
     return FineTuneJobStatus(
         observed_generation=facts.job.generation,
@@ -100,9 +103,9 @@ def compute_status(facts: Facts, plan: Plan, result: ActionResult) -> FineTuneJo
         adaptations=counters.adaptations,
         workers=_compute_workers(inputs),
         resolved=resolved,
-        plan=plan_with_cost(_compute_plan(inputs), facts, resolved.device),
+        plan=_with_measured_time(plan_with_cost(_compute_plan(inputs), facts, resolved.device), inputs, goodput, progress),
         cost=compute_cost(facts, plan.attempt_end),
-        goodput=compute_goodput(facts, old_status.goodput, attempts, plan.attempt_end, inputs.current_job, KEPT_ATTEMPTS),
+        goodput=goodput,
         start_time=counters.start_time,
         completion_time=completion_time or old_status.completion_time,
         duration=_compute_duration(inputs, completion_time) or old_status.duration,
@@ -489,6 +492,17 @@ def _resolved_from_spec(inputs: StatusInput, acceptance: AcceptedSpec) -> Resolv
         max_duration_seconds=acceptance.max_duration_seconds,
         notes=[clean(note) for note in acceptance.notes] or None,
     )
+
+
+def _with_measured_time(plan: RunPlan | None, inputs: StatusInput, goodput: Goodput | None, progress: Progress) -> RunPlan | None:
+    """Add the seconds of the optimizer steps at the end of a successful training, if there is a plan to compare them with."""
+    job_end = inputs.plan.job_end
+    has_trained = job_end is not None and job_end.outcome is Outcome.SUCCEEDED and not inputs.adopts_result
+    if plan is None or plan.work is None or goodput is None or not has_trained or not goodput.parts.steps:
+        return plan
+    seconds = round((goodput.parts.first_step or 0.0) + goodput.parts.steps, 3)
+    measured = (plan.measured or MeasuredRun()).model_copy(update={"seconds": seconds, "steps": progress.step})
+    return plan.model_copy(update={"measured": measured})
 
 
 # The end

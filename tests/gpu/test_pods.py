@@ -109,7 +109,8 @@ def test_a_pod_evaluates_its_model_on_the_gpu(method: str, model: Path, tmp_path
     assert len(list((tmp_path / "store").rglob("predictions.jsonl"))) == 1
 
 
-def test_a_batch_that_does_not_fit_is_reduced_until_it_fits(model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("uses_advice", [False, True], ids=["halved", "advice of the memory plan"])
+def test_a_batch_that_does_not_fit_is_reduced_until_it_fits(model: Path, tmp_path: Path, uses_advice: bool) -> None:
     """Another program uses most of the GPU's memory, so only two GiB are left for the pods of all attempts."""
     import torch
     from finetune_operator.policies.adaptations import adapt_to_out_of_memory, apply_adaptations, original_values
@@ -130,7 +131,9 @@ def test_a_batch_that_does_not_fit_is_reduced_until_it_fits(model: Path, tmp_pat
         batches.append((training.batch_size_per_device, training.gradient_accumulation_steps))
         if codes[-1] == ExitCode.OUT_OF_MEMORY:
             assert (message.code, message.rank) == ("GpuOutOfMemory", 0)
-            adaptation = adapt_to_out_of_memory(pod.run.spec, datetime.now(UTC))
+            advice = message.plan.out_of_memory if message.plan is not None and uses_advice else None
+            assert (advice is not None) == uses_advice
+            adaptation = adapt_to_out_of_memory(pod.run.spec, datetime.now(UTC), advice)
             adapted = apply_adaptations(pod.run.spec, [adaptation])
             attempt = pod.run.attempt + 1
             changes = {"spec": adapted, "attempt": attempt, "before_adaptation": original_values(pod.run.spec, [adaptation])}
@@ -139,4 +142,5 @@ def test_a_batch_that_does_not_fit_is_reduced_until_it_fits(model: Path, tmp_pat
     torch.cuda.empty_cache()
     assert codes[-1] == ExitCode.OK, pod.text[-6000:]
     assert len(codes) > 1, "the first batch fits into the memory"
-    assert batches == [(512 >> step, 1 << step) for step in range(len(codes))]
+    assert len(codes) == 2 if uses_advice else batches == [(512 >> step, 1 << step) for step in range(len(codes))]
+    assert all(rows * steps == 512 for rows, steps in batches)

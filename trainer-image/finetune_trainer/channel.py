@@ -34,7 +34,7 @@ from finetune_api.base import WireModel
 from finetune_api.errors import FineTuneError, InternalError
 from finetune_api.names import WORK_MOUNT, Env
 from finetune_api.spec.enums import OutputKind
-from finetune_api.status import Metrics, Progress, ResolvedConfig, RunPlan, Stage
+from finetune_api.status import MemoryAdvice, Metrics, Progress, ResolvedConfig, RunPlan, Stage
 
 from finetune_trainer.inputs import Inputs
 
@@ -153,6 +153,10 @@ class Channel:
         self._send_reliably("log", step=step, values=values)
 
     # ---- messages that must arrive ----
+
+    def report_out_of_memory(self, advice: MemoryAdvice) -> None:
+        """Report what the memory plan advises after the GPU of this rank had no memory left. Each rank may report it."""
+        self._send_reliably("outOfMemory", value=advice.to_wire())
 
     def report_failure(self, error: FineTuneError, *, step: int | None = None, is_origin: bool = True) -> None:
         """Report a failure; the process then exits with `error.exit_code`. `is_origin` is False if another rank failed first."""

@@ -53,7 +53,7 @@ def check(run: RunConfig, channel: Channel, inputs: Inputs, preparation: Supervi
     imports.preload(run, module_of(rules.trainer_type_of(run.spec)))
     from finetune_api.memory.description import Facts as MemoryFacts
 
-    from finetune_trainer import model
+    from finetune_trainer import model, trial_step
     from finetune_trainer.data.prepare import NoPreparationCallbacks, writes_date
     from finetune_trainer.distributed import DistributedStrategy
     from finetune_trainer.memory_plan import choose_and_plan
@@ -70,7 +70,7 @@ def check(run: RunConfig, channel: Channel, inputs: Inputs, preparation: Supervi
         run, inputs, hardware, strategy, tokenizer, channel.work / TOKENS_FOLDER, model.max_positions(config),
         vision=model.load_processor(run, inputs, config, tokenizer), preparation=preparation or NoPreparationCallbacks(),
     )  # fmt: skip
-    _, facts = objective.load_data(context)
+    data, facts = objective.load_data(context)
     for note in (*notes, *facts.notes):
         channel.report_note(note)
     if preparation is not None and writes_date(tokenizer):
@@ -79,6 +79,10 @@ def check(run: RunConfig, channel: Channel, inputs: Inputs, preparation: Supervi
     trainable, total = _check_method(run, channel, inputs, context, config, objective.model_kind)
     memory_facts = MemoryFacts(longest_tokens=facts.longest_sequence or None)
     channel.report_plan(choose_and_plan(run, config, memory_facts, facts.report, trainable))
+    channel.report_stage(Stage.CHECKING, "one step with a small copy of the model")
+    note = trial_step.try_step(context, objective, data, model.load_config(run, inputs))
+    if note is not None:
+        channel.report_note(note)
     resolved = ResolvedConfig(
         dataset_digest=inputs.dataset_digest, dataset_rows=facts.rows, dataset_format=facts.format.value,
         trainable_parameters=trainable, total_parameters=total,

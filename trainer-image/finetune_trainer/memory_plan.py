@@ -1,20 +1,24 @@
-"""Reports the planned memory and work of a run, and the measured peak of memory."""
+"""Reports the planned memory and work of a run, the measured peak of memory, and advice after a GPU had no memory left."""
 
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+from finetune_api.calibration import calibrate_memory
 from finetune_api.defaults import ResolvedSpec
 from finetune_api.errors import ConfigError
+from finetune_api.gpus import gpu_of_device
 from finetune_api.memory.architecture import model_shape
 from finetune_api.memory.choices import choose_values
 from finetune_api.memory.description import Facts
-from finetune_api.memory.plan import plan_memory
+from finetune_api.memory.ladder import RefusedAllocation, advise
+from finetune_api.memory.plan import CONTEXT_BYTES, plan_memory
 from finetune_api.pod import RunConfig
-from finetune_api.status import MeasuredRun, MemoryPlan, RunPlan, WorkPlan
+from finetune_api.status import MeasuredRun, MemoryAdvice, MemoryPlan, RunPlan, WorkPlan
 from finetune_api.time_plan import DataSize, plan_work
 from transformers import TrainerCallback
 
@@ -22,12 +26,14 @@ from finetune_trainer.channel import Channel
 from finetune_trainer.recomputation import count_kept_layers
 
 log = logging.getLogger(__name__)
+REQUESTED_MEMORY = re.compile(r"Tried to allocate (\d+(?:\.\d+)?) (bytes|KiB|MiB|GiB)")
+BYTES_OF_UNIT = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
-def plan_run(
+def facts_of_run(
     run: RunConfig, config: Any, *, attention: str, longest_tokens: int, uses_liger: bool, recomputes: bool, kept_layer_tokens: int | None
-) -> MemoryPlan | None:
-    """Plan the memory of each rank. Returns None if the plan does not know this kind of run.
+) -> Facts:
+    """Return what the spec does not say about the memory of a run.
 
     `config`: the model's configuration. `longest_tokens`: tokens of the longest row, 0 if unknown. `recomputes`: whether activations are recomputed.
     `kept_layer_tokens`: see `recomputation.count_kept_layers`; None if all layers recompute.
@@ -37,13 +43,17 @@ def plan_run(
         layers = config.get_text_config().num_hidden_layers
         batch_tokens = (run.spec.training.batch_size_per_device or 1) * longest_tokens
         recomputed = layers - count_kept_layers(layers, batch_tokens, kept_layer_tokens)
-    return plan_with_facts(run, config, Facts(longest_tokens or None, attention, uses_liger, recomputed))
+    return Facts(longest_tokens or None, attention, uses_liger, recomputed)
 
 
-def plan_with_facts(run: RunConfig, config: Any, facts: Facts) -> MemoryPlan | None:
-    """Plan the memory of each rank of a run of which only `facts` are known. Returns None if the plan does not know this kind of run."""
+def plan_with_facts(run: RunConfig, config: Any, facts: Facts, device: str = "") -> MemoryPlan | None:
+    """Plan the memory of each rank of a run of which only `facts` are known. Returns None if the plan does not know this kind of run.
+
+    `device`: the name of the GPU, by which the upper bound is calibrated.
+    """
     try:
-        return plan_memory(run.spec, model_shape(config.to_dict()), facts).memory
+        plan, gpu = plan_memory(run.spec, model_shape(config.to_dict()), facts).memory, gpu_of_device(device)
+        return plan if gpu is None else calibrate_memory(plan, gpu, has_several_gpus=run.world.size > 1)
     except ConfigError as error:
         log.info("no memory plan: %s", error.message)
         return None
@@ -90,6 +100,20 @@ def choose_and_plan(run: RunConfig, config: Any, facts: Facts, counts: Mapping[s
     chosen = run.model_copy(update={"spec": decision.resolved.spec})
     work = plan_work_of_run(chosen, config, counts, trained_parameters, recomputed_share=decision.plan.recomputed_layers / max(decision.plan.layers, 1))
     return RunPlan(memory=decision.plan.memory, work=work, choices=list(decision.choices))
+
+
+def advise_after_out_of_memory(run: RunConfig, config: Any, facts: Facts, refused: RefusedAllocation) -> MemoryAdvice:
+    """Return what the next attempt should change. Errors: ConfigError if the plan does not know this kind of run."""
+    return advise(run.spec, model_shape(config.to_dict()), facts, refused)
+
+
+def refused_allocation(error: torch.OutOfMemoryError, device: torch.device) -> RefusedAllocation:
+    """Return the memory of the GPU right after torch refused an allocation. Other programs on the GPU do not count."""
+    free, total = torch.cuda.mem_get_info(device)
+    match = REQUESTED_MEMORY.search(str(error))
+    requested = int(float(match.group(1)) * BYTES_OF_UNIT[match.group(2)]) if match is not None else 0
+    own = min(total - free, torch.cuda.max_memory_reserved(device) + CONTEXT_BYTES)
+    return RefusedAllocation(needed_bytes=own + requested, available_bytes=own + free)
 
 
 class MeasuredMemory(TrainerCallback):

@@ -26,6 +26,8 @@ from finetune_trainer.inputs import Inputs
 from finetune_trainer.objective import load_objective, module_of
 
 if TYPE_CHECKING:
+    from finetune_api.memory.description import Facts as MemoryFacts
+
     from finetune_trainer.method.base import MethodContext, TrainableModel
     from finetune_trainer.objective.base import TrainingContext
 
@@ -109,6 +111,8 @@ class TrainingSession:
         self.strategy.prepare_process()
         self.resume_path = hooks.resume_path(inputs)
         self._emitted_notes: set[str] = set()
+        self.memory_facts: MemoryFacts | None = None
+        """What the memory plan assumes about this run. None before the first step."""
 
     def execute(self) -> None:
         """Train, evaluate the test set, save and deliver."""
@@ -116,7 +120,7 @@ class TrainingSession:
         trainer, trainable_model = self._build_trainer(self.hooks.create_callbacks(self.run, self.channel, self.inputs))
         if self.resume_path is not None:
             self.channel.report_stage(Stage.RESTORING)
-        with _finish_checkpoint_after_failure(trainer):
+        with _finish_checkpoint_after_failure(trainer), self._advice_after_out_of_memory():
             trainer.train(resume_from_checkpoint=str(self.resume_path) if self.resume_path else None)
         test_metrics = self._evaluate_test_set(trainer)
         self.channel.report_stage(Stage.SAVING)
@@ -127,6 +131,22 @@ class TrainingSession:
         if test_metrics:
             extra["evaluation"] = test_metrics
         self.hooks.deliver_output(self.run, self.channel, folder, trainable_model.kind, extra)
+
+    @contextmanager
+    def _advice_after_out_of_memory(self) -> Iterator[None]:
+        """If the GPU's memory is exhausted in an optimizer step, report what the next attempt should change. Evaluations are not planned."""
+        import torch
+
+        from finetune_trainer.memory_plan import advise_after_out_of_memory, refused_allocation
+
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            if self.memory_facts is not None and self.hardware.device.type == "cuda" and self.trainer.model.training:
+                with suppress(Exception):  # without advice, the operator halves the micro-batch
+                    advice = advise_after_out_of_memory(self.run, self.config, self.memory_facts, refused_allocation(error, self.hardware.device))
+                    self.channel.report_out_of_memory(advice)
+            raise
 
     def _build_trainer(self, callbacks: list[Any]) -> tuple[Any, TrainableModel]:
         """Build arguments, data, base model, method and Trainer, in this order. Returns the Trainer and its model.
@@ -313,13 +333,14 @@ class TrainingSession:
 
     def _report_memory_plan(self) -> None:
         """Report the planned memory of this rank and the planned work, if the plan knows this kind of run."""
-        from finetune_trainer.memory_plan import plan_run, plan_work_of_run
+        from finetune_trainer.memory_plan import facts_of_run, plan_with_facts, plan_work_of_run
 
         args, trainer = self.trainer.args, self.trainer
-        plan = plan_run(
+        self.memory_facts = facts_of_run(
             self.run, self.config, attention=self.hardware.attention, longest_tokens=self.facts.longest_sequence, uses_liger=args.use_liger_kernel,
             recomputes=args.activation_checkpointing, kept_layer_tokens=trainer.kept_layer_tokens,
         )  # fmt: skip
+        plan = plan_with_facts(self.run, self.config, self.memory_facts, self.hardware.name)
         work = plan_work_of_run(self.run, self.config, self.facts.report, self.trainable.trainable)
         if plan is not None or work is not None:
             self.channel.report_plan(RunPlan(memory=plan, work=work))

@@ -66,4 +66,10 @@ ADAMW_FUSED, ADAMW_FOREACH = Optimizer(), Optimizer(temporary_of_all=1)
 ADAMW_8BIT, PAGED_ADAMW_8BIT = Optimizer(moment_bytes=1), Optimizer(moment_bytes=1, is_on_host=True)
 PAGED_ADAMW = Optimizer(is_on_host=True)
 SGD, ADAFACTOR = Optimizer(moments=0), Optimizer(moments=0, is_factored=True)
+ONE_MOMENT_FOREACH = Optimizer(moments=1, temporary_of_all=1)
+"""rmsprop and adagrad of torch: the mean or sum of squared gradients, and its square root in the step."""
+ONE_MOMENT, ONE_MOMENT_8BIT = Optimizer(moments=1), Optimizer(moments=1, moment_bytes=1)
+"""rmsprop of bitsandbytes."""
+ADEMAMIX, ADEMAMIX_8BIT = Optimizer(moments=3), Optimizer(moments=3, moment_bytes=1)
+"""Two means of gradients, and one of squared gradients."""
 LION, LION_8BIT = Optimizer(moments=1, temporary_copies=1), Optimizer(moments=1, moment_bytes=1)

@@ -1,8 +1,9 @@
 """Chooses the changes for the next attempt after memory ran out or the loss diverged.
 
-Out of memory: the effective batch never changes. The new micro-batch is the largest divisor of the old micro-batch that is at most half
-of it, but not below the objective's minimum. Gradient accumulation is multiplied by the same factor. The evaluation batch is reduced to
-at most the training batch. If the micro-batch cannot be reduced further, activation checkpointing is enabled. If memory runs out again
+Out of memory: the effective batch never changes. If the failed pod has sent advice of the memory plan (`finetune_api.memory.ladder`), its
+micro-batch and recomputation are used. Without advice, the new micro-batch is the largest divisor of the old micro-batch that is at most half
+of it, but not below the objective's minimum, and activation checkpointing is enabled if the micro-batch cannot be reduced further. Gradient
+accumulation is multiplied by the same factor. The evaluation batch is reduced to at most the training batch. If memory runs out again
 after that, the job fails, and the failure message contains the final values. A change that violates a rule of the spec is skipped.
 
 Divergence: the next attempt replays the run unchanged from the newest healthy checkpoint, because a hardware fault probably does not
@@ -18,12 +19,15 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+from finetune_api.memory.ladder import MAX_ACCUMULATION
 from finetune_api.names import Reason, attempt_of_uri
 from finetune_api.rules import evaluates_during_training, has_test_set, min_batch_size_per_device, new_problems
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.enums import GradientCheckpointing, OnDivergence, OnOutOfMemory
-from finetune_api.status import Adaptation, Checkpoint
+from finetune_api.status import Adaptation, Checkpoint, MemoryAdvice
 from pydantic import ValidationError
+
+from finetune_operator.text import clean
 
 logger = logging.getLogger(__name__)
 
@@ -36,8 +40,6 @@ MAX_STEP_KEY = "resume.maxStep"
 """Step of the newest checkpoint that an attempt may start from. This is not a field of the spec, but is stored with the adaptations."""
 FIRST_ATTEMPT_KEY = "resume.firstAttempt"
 """Number of the first attempt after the rollback. Checkpoints of this and later attempts are not affected by the rollback."""
-MAX_ACCUMULATION = 65536
-"""Maximum of `training.gradientAccumulationSteps` in the CRD."""
 MAX_ROLLBACKS = 2
 RATE_FACTOR = 0.5
 
@@ -80,27 +82,88 @@ def adapted_values(adaptations: Iterable[Adaptation]) -> dict[str, Any]:
     return result
 
 
-def adapt_to_out_of_memory(spec: FineTuneJobSpec, now: datetime) -> Adaptation | AdaptationsExhausted:
-    """Return the next change after an attempt with `spec` ran out of memory. `spec` is resolved and has all earlier adaptations."""
+def adapt_to_out_of_memory(
+    spec: FineTuneJobSpec, now: datetime, advice: MemoryAdvice | None = None, earlier: Iterable[Adaptation] = ()
+) -> Adaptation | AdaptationsExhausted:
+    """Return the next change after an attempt with `spec` ran out of memory.
+
+    `spec` is resolved and has all `earlier` adaptations. `advice`: of the memory plan, from the failed pod; None if it sent none.
+    """
     batch = spec.training.batch_size_per_device or 1
     accumulation = spec.training.gradient_accumulation_steps or 1
     if spec.policy.on_out_of_memory is OnOutOfMemory.FAIL:
         return AdaptationsExhausted("policy.onOutOfMemory is Fail", "write policy.onOutOfMemory: Adapt, or lower the batch")
+    for values in _advised_changes(spec, batch, accumulation, advice, earlier):
+        if not new_problems(spec, spec.with_values(values)):
+            return _memory_adaptation(spec, values, now, advice)
     for values in _possible_changes(spec, batch, accumulation):
         if not new_problems(spec, spec.with_values(values)):
-            change_text = ", ".join(f"{_display_path(path)} {spec.value(path)} -> {value}" for path, value in values.items())
-            return Adaptation(time=now, reason=Reason.OUT_OF_MEMORY, change=change_text, set=values)
+            return _memory_adaptation(spec, values, now)
     return AdaptationsExhausted(
         f"memory ran out with batchSizePerDevice {batch}, gradientAccumulationSteps {accumulation} and activation "
         f"checkpointing {spec.training.gradient_checkpointing or 'unknown'}: no further reduction is possible",
-        "use a larger GPU or resources.memory, a quantised base (method qlora), or a shorter dataset.maxSequenceLength",
+        _hint_of_exhausted(advice),
     )
 
 
-def _possible_changes(spec: FineTuneJobSpec, batch: int, accumulation: int) -> Iterator[dict[str, Any]]:
-    """Yield the possible next changes. The most effective change comes first."""
+def _memory_adaptation(spec: FineTuneJobSpec, values: dict[str, Any], now: datetime, advice: MemoryAdvice | None = None) -> Adaptation:
+    changes = (
+        f"{_display_path(path)} {spec.value(path)} -> {value}" if spec.value(path) != value else f"{_display_path(path)} {value} for all layers"
+        for path, value in values.items()
+    )
+    explanation = _explain(advice) if advice is not None else None
+    return Adaptation(time=now, reason=Reason.OUT_OF_MEMORY, change=", ".join(changes), set=values, explanation=explanation)
+
+
+def _advised_changes(
+    spec: FineTuneJobSpec, batch: int, accumulation: int, advice: MemoryAdvice | None, earlier: Iterable[Adaptation]
+) -> Iterator[dict[str, Any]]:
+    """Yield the advised change, if it needs less memory. A pod's advice cannot change the effective batch, and cannot be repeated forever."""
+    micro_batch = advice.batch_size_per_device if advice is not None else None
+    if advice is None or micro_batch is None or not min_batch_size_per_device(spec) <= micro_batch <= batch or batch % micro_batch:
+        return
+    values: dict[str, Any] = {}
+    if advice.gradient_checkpointing == GradientCheckpointing.ENABLED and GRADIENT_CHECKPOINTING_FIELD not in adapted_values(earlier):
+        values[GRADIENT_CHECKPOINTING_FIELD] = GradientCheckpointing.ENABLED.value
+    new_accumulation = accumulation * (batch // micro_batch)
+    if micro_batch < batch and new_accumulation <= MAX_ACCUMULATION:
+        values |= {BATCH_FIELD: micro_batch, ACCUMULATION_FIELD: new_accumulation}
+    if not values:
+        return
+    if _evaluation_batch(spec) > micro_batch:
+        yield values | {EVALUATION_BATCH_FIELD: micro_batch}
+    yield values
+
+
+def _explain(advice: MemoryAdvice) -> str:
+    """Return the numbers behind an advised change, for the status."""
+    needed, available, planned, expected, upper = (
+        f"{(count or 0) / 1e9:.1f} GB"
+        for count in (advice.needed_bytes, advice.available_bytes, advice.planned_bytes, advice.expected_bytes, advice.upper_bytes)
+    )
+    corrected = " corrected by these numbers," if advice.needed_bytes > advice.planned_bytes else ""
+    smallest = "" if advice.fits else "; this may not fit, but no values need less"
+    return (
+        f"the attempt needed at least {needed} of {available} of GPU memory, and the plan expected {planned};{corrected} the new values need "
+        f"{expected}, at most {upper}{smallest}"
+    )
+
+
+def _hint_of_exhausted(advice: MemoryAdvice | None) -> str:
+    if advice is None or not advice.changes:
+        return "use a larger GPU or resources.memory, a quantised base (method qlora), or a shorter dataset.maxSequenceLength"
+    return f"create a job with one of these changes, which fit by the memory plan: {'; '.join(clean(change, 200) for change in advice.changes[:3])}"
+
+
+def _evaluation_batch(spec: FineTuneJobSpec) -> int:
+    """Return the batch of evaluations in the training process, or 0 if there are none."""
     runs_evaluation = evaluates_during_training(spec) or has_test_set(spec)
-    evaluation_batch = (spec.evaluation.batch_size_per_device or 0) if runs_evaluation else 0
+    return (spec.evaluation.batch_size_per_device or 0) if runs_evaluation else 0
+
+
+def _possible_changes(spec: FineTuneJobSpec, batch: int, accumulation: int) -> Iterator[dict[str, Any]]:
+    """Yield the possible next changes without advice. The most effective change comes first."""
+    evaluation_batch = _evaluation_batch(spec)
     micro_batch = next((part for part in range(batch // 2, min_batch_size_per_device(spec) - 1, -1) if batch % part == 0), 0)
     new_accumulation = accumulation * (batch // micro_batch) if micro_batch else 0
     if 0 < new_accumulation <= MAX_ACCUMULATION:

@@ -82,7 +82,8 @@ def _cause_of_known_exit(pod: PodView, exit_policy: ExitPolicy) -> FailureCause:
     failure = _build_failure(pod, failure_class, reported_end.code or exit_policy.default_failure_code, message, exit_policy.default_hint)
     if reported_end.stage is not None:
         return _cause_of_failed_stage(reported_end.stage, failure, exit_policy)
-    return FailureCause(attempt_reason(exit_policy, failure_class), failure, exit_policy.retry_policy, exit_policy.precedence)
+    advice = reported_end.plan.out_of_memory if reported_end.plan is not None else None
+    return FailureCause(attempt_reason(exit_policy, failure_class), failure, exit_policy.retry_policy, exit_policy.precedence, advice)
 
 
 def _cause_of_failed_stage(stage: Stage, failure: Failure, exit_policy: ExitPolicy) -> FailureCause:

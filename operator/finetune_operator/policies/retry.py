@@ -16,7 +16,7 @@ from typing import NamedTuple
 from finetune_api.exits import FailurePrecedence, RetryPolicy
 from finetune_api.names import FailureClass, Reason
 from finetune_api.spec import FineTuneJobSpec
-from finetune_api.status import REASON_OF_STAGE, Adaptation, Attempt, Failure, FineTuneJobStatus
+from finetune_api.status import REASON_OF_STAGE, Adaptation, Attempt, Failure, FineTuneJobStatus, MemoryAdvice
 
 from finetune_operator.policies.adaptations import AdaptationsExhausted, adapt_to_divergence, adapt_to_out_of_memory
 from finetune_operator.settings import RetrySettings
@@ -74,6 +74,8 @@ class FailureCause:
     failure: Failure
     retry_policy: RetryPolicy
     precedence: FailurePrecedence = FailurePrecedence.UNKNOWN_CAUSE
+    advice: MemoryAdvice | None = None
+    """What the memory plan advises, from the pod whose GPU had no memory left."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ def retry_or_give_up(
         case _ if not spec_is_readable:
             return RetryDecision(made_progress=made_progress)
         case RetryPolicy.ADAPT_MEMORY:
-            adaptation = adapt_to_out_of_memory(spec, now)
+            adaptation = adapt_to_out_of_memory(spec, now, cause.advice, status.adaptations)
         case RetryPolicy.ROLL_BACK:
             adaptation = adapt_to_divergence(spec, status.adaptations, status.checkpoints, now, attempt)
         case RetryPolicy.COUNTED:

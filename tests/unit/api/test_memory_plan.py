@@ -229,6 +229,27 @@ def test_runs_that_the_plan_does_not_know_are_refused(groups: dict[str, Any], co
 
 
 @pytest.mark.parametrize(
+    ("optimizer", "bytes_of_value"),
+    [("rmsprop", 4), ("adagrad", 4), ("rmsprop_bnb", 4), ("rmsprop_bnb_8bit", 1 + 4 / 256), ("ademamix", 12), ("ademamix_8bit", 3 * (1 + 4 / 256))],
+)
+def test_rarer_optimizers_are_planned_with_a_wider_margin(optimizer: str, bytes_of_value: float) -> None:
+    description = describe_step(resolve(method={"type": "full"}, training={"optimizer": optimizer}).spec, LLAMA_1B)
+    weight = Parameter((64, 128), 4, Tape(Meter()).allocate(0), is_trained=True)
+    assert sum(description.step.optimizer.state_bytes([weight], 1)) == 64 * 128 * bytes_of_value
+    assert (description.is_checked, description.assumptions[-1]) == (
+        False, f"memory of training.optimizer {optimizer} is computed, and was not compared with measured peaks"
+    )  # fmt: skip
+    assert describe_step(resolve(training={"optimizer": f"paged_{optimizer}" if optimizer == "ademamix_8bit" else "sgd"}).spec, LLAMA_1B).is_checked is (
+        optimizer != "ademamix_8bit"
+    )
+
+
+def test_the_plan_of_the_unsloth_backend_says_what_it_leaves_out() -> None:
+    plan = plan_memory(resolve(trainer={"backend": "unsloth"}).spec, LLAMA_1B)
+    assert [one for one in plan.assumptions if one.startswith("trainer.backend unsloth")] != []
+
+
+@pytest.mark.parametrize(
     ("config", "code"),
     [
         ({"model_type": "falcon_mamba"}, "ModelTypeNotPlanned"),

@@ -73,6 +73,15 @@ def test_status_shows_reason_checkpoint_step_and_model_name(status: dict[str, An
     assert [line for line in lines if line not in text] == []
 
 
+def test_adaptations_are_shown_with_their_explanation() -> None:
+    halved = {"time": "2026-03-01T12:00:00Z", "reason": "OutOfMemory", "change": "batchSizePerDevice 4 -> 2"}
+    advised = halved | {"change": "batchSizePerDevice 2 -> 1", "explanation": "the attempt needed 3 GB"}
+    lines = describe_job({"metadata": {"name": "bot"}, "status": {"adaptations": [halved, advised]}}).splitlines()
+    assert [line for line in lines if "batchSize" in line or "needed" in line] == [
+        "adapted   batchSizePerDevice 4 -> 2 (OutOfMemory)", "adapted   batchSizePerDevice 2 -> 1 (OutOfMemory)", "          the attempt needed 3 GB",
+    ]  # fmt: skip
+
+
 def test_cost_and_largest_parts_of_the_time_are_shown() -> None:
     goodput = {"wallSeconds": 1000, "parts": {"steps": 800, "loading": 150, "podStart": 45, "other": 5}}
     cost = {"gpuHours": 2.5, "amount": 7.5, "display": "7.50 EUR"}

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from finetune_api.names import Reason
+from finetune_api.names import ExitCode, Reason
+from finetune_api.pod import TerminationMessage
 from finetune_api.rules import check
 from finetune_api.spec import FineTuneJobSpec
-from finetune_api.status import Adaptation, Checkpoint
+from finetune_api.status import Adaptation, Checkpoint, MemoryAdvice, RunPlan
 from finetune_operator.decide import decide
 from finetune_operator.plan import ActionResult
 from finetune_operator.policies.adaptations import (
@@ -23,7 +24,7 @@ from finetune_operator.report import compute_status
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.unit.operator.samples import T0, accept_spec, facts, iso_time, job, pod, report, spec, status
+from tests.unit.operator.samples import T0, accept_spec, at, end_pod, facts, iso_time, job, pod, report, spec, status
 
 ROLLED_BACK = Adaptation(
     time=T0, reason=Reason.DIVERGED, change="", set={"resume.maxStep": 20, "resume.firstAttempt": 3}
@@ -146,6 +147,93 @@ def test_adaptation_that_the_rules_refuse_is_skipped() -> None:
     assert all_changes(method={"type": "prefixTuning"}, training={"batchSizePerDevice": 2}) == [
         "batchSizePerDevice 2 -> 1, gradientAccumulationSteps 4 -> 8"
     ]
+
+
+GB = 10**9
+NEEDED = {"needed_bytes": 81 * GB, "available_bytes": 80 * GB, "planned_bytes": 70 * GB, "expected_bytes": 60 * GB, "upper_bytes": 64 * GB}
+
+
+def advised(advice: dict[str, Any], earlier: list[Adaptation] | None = None, **groups: Any) -> Adaptation | AdaptationsExhausted:
+    """The next adaptation of a job with micro-batches of 12 rows, after advice of the memory plan."""
+    training = {"batchSizePerDevice": 12, "gradientAccumulationSteps": 5, **groups.pop("training", {})}
+    current = apply_adaptations(accept_spec(spec(training=training, **groups)).spec, earlier or [])
+    return adapt_to_out_of_memory(current, T0, MemoryAdvice(**NEEDED | advice), earlier or [])
+
+
+@pytest.mark.parametrize(
+    ("advice", "change"),
+    [
+        ({"batch_size_per_device": 4}, "batchSizePerDevice 12 -> 4, gradientAccumulationSteps 5 -> 15"),
+        ({"batch_size_per_device": 1}, "batchSizePerDevice 12 -> 1, gradientAccumulationSteps 5 -> 60"),
+        ({"batch_size_per_device": 12, "gradient_checkpointing": "enabled"}, "gradientCheckpointing enabled for all layers"),
+        ({"batch_size_per_device": 6, "gradient_checkpointing": "enabled"},
+         "gradientCheckpointing enabled for all layers, batchSizePerDevice 12 -> 6, gradientAccumulationSteps 5 -> 10"),
+        # Advice that is wrong is not used: the micro-batch is halved.
+        ({"batch_size_per_device": 5}, "batchSizePerDevice 12 -> 6, gradientAccumulationSteps 5 -> 10"),
+        ({"batch_size_per_device": 24}, "batchSizePerDevice 12 -> 6, gradientAccumulationSteps 5 -> 10"),
+        ({"batch_size_per_device": 0}, "batchSizePerDevice 12 -> 6, gradientAccumulationSteps 5 -> 10"),
+        ({"batch_size_per_device": 12}, "batchSizePerDevice 12 -> 6, gradientAccumulationSteps 5 -> 10"),
+        ({"batch_size_per_device": 12, "gradient_checkpointing": "disabled"}, "batchSizePerDevice 12 -> 6, gradientAccumulationSteps 5 -> 10"),
+        ({}, "batchSizePerDevice 12 -> 6, gradientAccumulationSteps 5 -> 10"),
+    ],
+)  # fmt: skip
+def test_advice_of_the_memory_plan_is_used_at_the_same_effective_batch(advice: dict[str, Any], change: str) -> None:
+    adaptation = advised(advice, training={"gradientCheckpointing": "enabled"})
+    assert isinstance(adaptation, Adaptation) and adaptation.change == change
+
+
+def test_the_status_explains_the_advised_values() -> None:
+    fitting, smallest = advised({"batch_size_per_device": 4, "fits": True}), advised({"batch_size_per_device": 1, "planned_bytes": 90 * GB})
+    assert isinstance(fitting, Adaptation) and isinstance(smallest, Adaptation)
+    assert fitting.explanation == (
+        "the attempt needed at least 81.0 GB of 80.0 GB of GPU memory, and the plan expected 70.0 GB; corrected by these numbers, the new values need "
+        "60.0 GB, at most 64.0 GB"
+    )
+    assert smallest.explanation == (
+        "the attempt needed at least 81.0 GB of 80.0 GB of GPU memory, and the plan expected 90.0 GB; the new values need 60.0 GB, at most 64.0 GB; "
+        "this may not fit, but no values need less"
+    )
+    halved = advised({})
+    assert isinstance(halved, Adaptation) and halved.explanation is None
+
+
+def test_advice_to_recompute_is_used_once() -> None:
+    advice = {"batch_size_per_device": 12, "gradient_checkpointing": "enabled"}
+    first = advised(advice)
+    assert isinstance(first, Adaptation) and first.set == {"training.gradientCheckpointing": "enabled"}
+    second = advised(advice, [first])
+    assert isinstance(second, Adaptation) and second.set == {"training.batchSizePerDevice": 6, "training.gradientAccumulationSteps": 10}
+
+
+def test_the_evaluation_batch_follows_the_advised_micro_batch() -> None:
+    change = advised({"batch_size_per_device": 3}, dataset={"split": {"validation": 0.1}}, evaluation={"batchSizePerDevice": 8})
+    assert isinstance(change, Adaptation) and change.set == {
+        "training.batchSizePerDevice": 3, "training.gradientAccumulationSteps": 20, "evaluation.batchSizePerDevice": 3
+    }  # fmt: skip
+
+
+def test_policy_fail_ignores_advice() -> None:
+    assert isinstance(advised({"batch_size_per_device": 3}, policy={"onOutOfMemory": "Fail"}), AdaptationsExhausted)
+
+
+def test_the_job_that_cannot_shrink_names_changes_that_would_fit() -> None:
+    smallest = {"batchSizePerDevice": 1, "gradientCheckpointing": "enabled"}
+    end = advised({"changes": ["method.type: qlora", "dataset.maxSequenceLength: 1024"]}, training=smallest)
+    assert isinstance(end, AdaptationsExhausted)
+    assert end.hint == "create a job with one of these changes, which fit by the memory plan: method.type: qlora; dataset.maxSequenceLength: 1024"
+    unknown = advised({"changes": []}, training=smallest)
+    assert isinstance(unknown, AdaptationsExhausted) and unknown.hint.startswith("use a larger GPU")
+
+
+def test_advice_reaches_the_next_attempt_from_the_termination_message() -> None:
+    advice = MemoryAdvice(**NEEDED | {"batch_size_per_device": 1, "fits": True})
+    message = TerminationMessage(code="GpuOutOfMemory", plan=RunPlan(out_of_memory=advice))
+    known = status(attempt=1, attempts=[STARTED_ATTEMPT])
+    observed = facts(status=known, jobs=[job(failed_at=at(60))], pods=[end_pod(pod(), ExitCode.OUT_OF_MEMORY, message)], now=at(61))
+    new_status = compute_status(observed, decide(observed), ActionResult())
+    assert [one.change for one in new_status.adaptations] == ["batchSizePerDevice 4 -> 1, gradientAccumulationSteps 4 -> 16"]
+    assert new_status.adaptations[0].explanation is not None
+    assert new_status.plan is not None and new_status.plan.out_of_memory == advice
 
 
 def test_evaluation_batch_shrinks_with_the_training_batch() -> None:

@@ -283,6 +283,31 @@ def test_plan_and_measured_memory_are_shown_and_kept() -> None:
     assert running_with(later).plan == later.plan
 
 
+WORK = {"steps": 100, "tokens": 1, "petaflop": 1, "trafficTerabytes": 1}
+
+
+@pytest.mark.parametrize(
+    ("code", "plan", "time_use", "measured"),
+    [
+        (0, {"work": WORK, "measured": {"memoryBytes": 4}}, {"firstStep": 5, "steps": 30.5}, {"memoryBytes": 4, "seconds": 35.5, "steps": 40}),
+        (0, {"work": WORK}, {"steps": 30.5}, {"seconds": 30.5, "steps": 40}),
+        (0, {"measured": {"memoryBytes": 4}}, {"firstStep": 5, "steps": 30.5}, {"memoryBytes": 4}),
+        (0, {"work": WORK}, {"loading": 5}, None),
+        (70, {"work": WORK}, {"firstStep": 5, "steps": 30.5}, None),
+    ],
+    ids=["success", "no memory", "no planned work", "no steps", "failure"],
+)  # fmt: skip
+def test_the_time_of_the_steps_is_recorded_after_a_successful_training(
+    code: int, plan: dict[str, Any], time_use: dict[str, float], measured: dict[str, float] | None
+) -> None:
+    message = TerminationMessage.model_validate({"plan": plan, "timeUse": time_use, "progress": {"step": 40}})
+    ended = end_pod(pod(scheduled_at=at(0), running_since=at(1)), code, message)
+    finished = {"completed_at": at(61)} if code == 0 else {"failed_at": at(61)}
+    new_status = status_of(facts(spec=spec(policy={"retries": 0}), status=status(**RUNNING_STATUS), jobs=[job(**finished)], pods=[ended], now=at(62)))
+    assert new_status.plan is not None
+    assert (new_status.plan.measured.to_wire() if new_status.plan.measured else None) == measured
+
+
 def times_of(value: Any) -> list[str]:
     """Return every time in a status, in the format of Kubernetes."""
     if isinstance(value, dict):

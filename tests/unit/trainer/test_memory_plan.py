@@ -8,11 +8,21 @@ from typing import Any
 
 import pytest
 from finetune_api.defaults import resolve_defaults
+from finetune_api.memory.ladder import RefusedAllocation
 from finetune_api.spec import FineTuneJobSpec
+from finetune_api.status import MemoryPlan
 
 torch = pytest.importorskip("torch")
 from finetune_trainer.channel import Channel  # noqa: E402 - the module needs torch
-from finetune_trainer.memory_plan import MeasuredMemory, plan_run, plan_work_of_run  # noqa: E402 - the module needs torch
+from finetune_trainer.memory_plan import (  # noqa: E402 - the module needs torch
+    MeasuredMemory,
+    advise_after_out_of_memory,
+    facts_of_run,
+    plan_with_facts,
+    plan_work_of_run,
+    refused_allocation,
+)
+from finetune_trainer.train import TrainingSession  # noqa: E402 - the module needs torch
 from transformers import AutoConfig  # noqa: E402 - the module needs torch
 
 KNOWN = {"attention": "varlen", "longest_tokens": 512, "uses_liger": True, "recomputes": True, "kept_layer_tokens": None}
@@ -29,10 +39,14 @@ def config_of(model_type: str = "llama") -> Any:
     )
 
 
+def planned(run: Any, config: Any, **known: Any) -> MemoryPlan | None:
+    return plan_with_facts(run, config, facts_of_run(run, config, **known))
+
+
 def test_the_plan_knows_which_layers_recompute() -> None:
     # The largest micro-batch has 4 x 512 tokens. Activations of 5 layers fit, and one place is left for the layer that is recomputed.
     all_kept, some_kept, none_kept = (
-        plan_run(run_of(), config_of(), **(KNOWN | {"recomputes": recomputes, "kept_layer_tokens": kept}))
+        planned(run_of(), config_of(), **(KNOWN | {"recomputes": recomputes, "kept_layer_tokens": kept}))
         for recomputes, kept in ((False, None), (True, 5 * 2048), (True, None))
     )
     assert all_kept is not None and some_kept is not None and none_kept is not None
@@ -41,7 +55,7 @@ def test_the_plan_knows_which_layers_recompute() -> None:
 
 
 def test_the_plan_of_a_configuration_of_transformers_has_its_sizes() -> None:
-    plan = plan_run(run_of(), config_of("qwen3"), **KNOWN)
+    plan = planned(run_of(), config_of("qwen3"), **KNOWN)
     assert plan is not None
     layers = 8 * (3 * 512 * 2048 + 2 * 512 * 8 * 128 + 2 * 512 * 2 * 128 + 2 * 512 + 2 * 128)
     adapters = 8 * 16 * (2 * (512 + 1024) + 2 * (512 + 256) + 3 * (512 + 2048))
@@ -49,8 +63,8 @@ def test_the_plan_of_a_configuration_of_transformers_has_its_sizes() -> None:
 
 
 def test_a_run_that_the_plan_does_not_know_has_none() -> None:
-    assert plan_run(run_of(trainer={"type": "dpo"}), config_of(), **KNOWN) is None
-    assert plan_run(run_of(), AutoConfig.for_model("gpt2"), **KNOWN) is None
+    assert planned(run_of(trainer={"type": "dpo"}), config_of(), **KNOWN) is None
+    assert planned(run_of(), AutoConfig.for_model("gpt2"), **KNOWN) is None
 
 
 def test_the_work_of_a_run_follows_from_its_counts() -> None:
@@ -74,3 +88,59 @@ def test_the_measured_peak_contains_memory_outside_torch_and_is_reported_when_it
     for _ in range(4):
         callback.on_log(None, None, None)
     assert [message["value"]["measured"]["memoryBytes"] for message in channel.sent] == reported
+
+
+@pytest.mark.parametrize(
+    ("message", "requested"),
+    [
+        ("CUDA out of memory. Tried to allocate 1.50 GiB. GPU 0 has a total capacity of 79.11 GiB", 3 * 2**29),
+        ("CUDA out of memory. Tried to allocate 20.00 MiB.", 20 * 2**20), ("CUDA out of memory. Tried to allocate 512 bytes.", 512),
+        ("CUDA error: out of memory", 0),
+    ],
+)  # fmt: skip
+def test_the_needed_memory_contains_the_refused_request_but_not_other_programs(monkeypatch: pytest.MonkeyPatch, message: str, requested: int) -> None:
+    gib = 2**30
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 * gib, 80 * gib))  # 79 GiB are in use, 29 of them by another program
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 50 * gib - 500 * 2**20)
+    refused = refused_allocation(torch.OutOfMemoryError(message), torch.device("cuda", 0))
+    assert refused == RefusedAllocation(needed_bytes=50 * gib + requested, available_bytes=51 * gib)
+
+
+def test_advice_follows_from_the_facts_of_the_run() -> None:
+    run, config = run_of(), config_of()
+    facts = facts_of_run(run, config, **(KNOWN | {"recomputes": False}))
+    plan = plan_with_facts(run, config, facts)
+    assert plan is not None
+    advice = advise_after_out_of_memory(run, config, facts, RefusedAllocation(plan.expected_bytes + 2, plan.expected_bytes + 1))
+    # The activations of all layers were kept. The same micro-batch fits if they are recomputed.
+    assert (advice.planned_bytes, advice.batch_size_per_device, advice.gradient_checkpointing, advice.fits) == (plan.expected_bytes, 4, "enabled", True)
+
+
+def failed_session(monkeypatch: pytest.MonkeyPatch, channel: Channel, *, device: str = "cuda", is_training: bool = True, trainer_type: str = "sft") -> Any:
+    """A session whose GPU has no memory left, with the facts of its run."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1, 80 * 2**30))
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 70 * 2**30)
+    session = object.__new__(TrainingSession)
+    run, config = run_of(trainer={"type": trainer_type}), config_of()
+    session.run, session.config, session.channel = run, config, channel
+    session.memory_facts = facts_of_run(run, config, **(KNOWN | {"recomputes": False}))
+    session.hardware = SimpleNamespace(device=torch.device(device))
+    session.trainer = SimpleNamespace(model=SimpleNamespace(training=is_training))
+    return session
+
+
+@pytest.mark.parametrize(
+    ("case", "messages"),
+    [({}, ["outOfMemory"]), ({"is_training": False}, []), ({"device": "cpu"}, []), ({"trainer_type": "dpo"}, [])],
+    ids=["training", "evaluation", "without a GPU", "not planned"],
+)
+def test_only_a_planned_optimizer_step_on_a_gpu_sends_advice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: dict[str, Any], messages: list[str]
+) -> None:
+    channel = Channel.create_recording(tmp_path)
+    session = failed_session(monkeypatch, channel, **case)
+    with pytest.raises(torch.OutOfMemoryError), session._advice_after_out_of_memory():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    assert [message["kind"] for message in channel.sent] == messages
+    if messages:
+        assert channel.sent[0]["value"]["neededBytes"] == 72 * 2**30 + 500 * 2**20

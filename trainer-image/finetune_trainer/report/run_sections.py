@@ -29,6 +29,7 @@ from finetune_trainer.report.cells import (
 from finetune_trainer.report.redaction import flatten, redact_text
 from finetune_trainer.report.run_report import RunReport, StoredCheckpoint
 from finetune_trainer.report.scale import format_number
+from finetune_trainer.report.time_use import time_table
 
 SWITCHES = ("suspend", "cancel")
 """Fields of the spec that control a running job."""
@@ -154,12 +155,15 @@ def _check_rows(report: RunReport) -> list[list[Cell]]:
 
 
 def costs(report: RunReport) -> Section:
-    """Return the section with hours, throughput and the time of each stage."""
+    """Return the section with hours, throughput, and what the time was used for."""
     blocks: list[Block] = [Table("Use of the cluster", ["", "value"], _use_rows(report), is_narrow=True)]
+    used = time_table(report)
+    blocks += [used] if used is not None else []
     stage_rows = _stage_rows(report)
     if stage_rows:
         without = " Attempts that were killed are not included." if any(one.ended_at is None for one in report.attempts) else ""
-        blocks.append(Table("Time by stage", ["stage", "time"], stage_rows, note=f"The sum over the attempts.{without}", is_narrow=True))
+        note = f"The sum over the attempts.{without}"
+        blocks.append(Table("Time by stage", ["stage", "time"], stage_rows, note=note, is_folded=used is not None, is_narrow=True))
     return Section("costs", "Time and cost", blocks)
 
 

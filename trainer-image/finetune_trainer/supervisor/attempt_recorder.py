@@ -48,7 +48,8 @@ class AttemptRecorder:
         step = progress.progress.step
         self._store(
             ended_at=datetime.now(UTC), exit_code=message.exit_code, code=message.code, message=message.message, hint=message.hint,
-            last_step=step if step is not None else self._record.start_step, timings=progress.timings, notes=progress.resolved.notes or [],
+            last_step=step if step is not None else self._record.start_step, timings=progress.timings, time_use=progress.time_use,
+            notes=progress.resolved.notes or [],
             resolved=_without_notes(progress.resolved),
         )  # fmt: skip
 

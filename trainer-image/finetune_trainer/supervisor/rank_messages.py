@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from finetune_api.status import Metrics, Progress, ResolvedConfig, RunPlan, Stage
+from finetune_api.status import MemoryAdvice, Metrics, Progress, ResolvedConfig, RunPlan, Stage
 
 from finetune_trainer.failure import failure_from_message
 from finetune_trainer.supervisor.exit_decision import AttemptFacts
@@ -43,6 +43,8 @@ class RankMessages:
                 self._facts.is_output_written = True
                 self._state.enter_stage(Stage.UPLOADING)
                 self._staging.add_final(message, self._incarnation)
+            case "outOfMemory":
+                self._state.merge_plan(RunPlan(out_of_memory=MemoryAdvice.model_validate(message["value"])))
             case "failed":
                 self._facts.rank_failures.append(failure_from_message(message))
             case "stopping":

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from finetune_api.pod import RunConfig
-from finetune_api.status import EvaluationResult, GateResult, Output
+from finetune_api.status import EvaluationResult, GateResult, Output, TimeUse
 from finetune_trainer.evaluation.predictions import Prediction
 from finetune_trainer.report.page import render
 from finetune_trainer.report.run_report import RunReport
@@ -108,6 +108,27 @@ def test_attempts_data_costs_and_origin() -> None:
     assert table(parsed, "Committed checkpoints")[1] == ["4", "2", "12 MB", "1.5", "yes", "feed"]
     assert table(parsed, "Files of the final model")[1] == ["adapter.safetensors", "2.05 kB", "beef"]
     assert table(parsed, "Stages after training")[1] == ["evaluating", "2", "2026-03-01 13:08:00"]
+
+
+def test_the_time_of_the_pods_is_shown_by_part() -> None:
+    first = TimeUse(loading=20, first_step=5, steps=40, saving=0.01)
+    second = TimeUse(loading=20, first_step=5, steps=80, upload=10)
+    killed = attempt(3, ended_at=None, exit_code=None, last_step=None, start_step=10)
+    attempts = (attempt(1, last_step=8, time_use=first), attempt(2, start_step=6, last_step=10, time_use=second), killed)
+    parsed = page(attempts=attempts, last_lines={"a3-00000000": line(20)})
+    # Attempt 2 repeated two of the eight steps of attempt 1, so a quarter of the 40 seconds is lost. The last line is 20 seconds after the start.
+    assert table(parsed, "What the time was used for")[1:] == [
+        ["loading the model or a checkpoint", "40.0 s", "22.2%"], ["first step of each pod", "10.0 s", "5.6%"],
+        ["optimizer steps that count", "1 min 50 s", "61.1%"], ["optimizer steps that a later attempt repeated", "10.0 s", "5.6%"],
+        ["upload of the final model", "10.0 s", "5.6%"],
+        ["backoff, suspension, queue, preparation, scheduling, start of the container",
+         "not measured: a pod does not know it; status.goodput of the FineTuneJob shows it", "–"],
+    ]  # fmt: skip
+    assert any("66.7% of the time of rank 0's containers" in paragraph.full_text for paragraph in parsed.all("p"))
+
+
+def test_without_a_record_of_the_time_there_is_no_such_table() -> None:
+    assert "What the time was used for" not in page().full_text
 
 
 def test_an_attempt_that_was_killed_counts_until_its_last_line() -> None:

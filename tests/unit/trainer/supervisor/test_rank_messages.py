@@ -83,6 +83,15 @@ def test_the_reports_that_every_process_may_send_are_applied() -> None:
     assert report.plan is not None and report.plan.to_wire() == {"measured": {"memoryBytes": 5}}
 
 
+def test_each_rank_may_send_advice_of_the_memory_plan(pod: Pod) -> None:
+    value = {"neededBytes": 3, "availableBytes": 2, "plannedBytes": 1, "batchSizePerDevice": 4, "ofALaterVersion": 1}
+    pod.receive("plan", value={"measured": {"memoryBytes": 5}})
+    pod.receive("outOfMemory", local_rank=1, value=value)
+    plan = pod.state.report().plan
+    assert plan is not None and plan.measured is not None and plan.measured.memory_bytes == 5
+    assert plan.out_of_memory is not None and (plan.out_of_memory.needed_bytes, plan.out_of_memory.batch_size_per_device) == (3, 4)
+
+
 def test_a_failure_with_unreadable_fields_still_names_the_cause() -> None:
     found = failure_from_message(
         {

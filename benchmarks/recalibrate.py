@@ -1,0 +1,145 @@
+"""Collect how plans compare with real runs, and write the table by which plans are calibrated.
+
+    kubectl get finetunejobs -A -o json > jobs.json
+    .venv/bin/python benchmarks/recalibrate.py jobs.json
+
+Method. Each job that trained successfully has planned work, planned memory and measured values in `status.plan`. The program adds one row for each
+such job to `benchmarks/calibration_runs.jsonl`: type and number of GPUs, measured / planned time of a step, and measured / planned peak of memory. The
+planned time is computed again from the planned work without the table, so that a table does not calibrate itself. A row has a hash of the job's uid, and
+neither names nor addresses. Then the program writes `crds/finetune_api/calibration_table.py`: runs, median, lowest and highest for each type of GPU.
+Plans use entries of at least three runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import statistics
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune_api.gpus import GPU_TYPES, gpu_of_device
+from finetune_api.names import Phase
+from finetune_api.status import FineTuneJobStatus
+from finetune_api.time_plan import plan_time
+from pydantic import ValidationError
+
+ROOT = Path(__file__).resolve().parent.parent
+RUNS_FILE = ROOT / "benchmarks" / "calibration_runs.jsonl"
+TABLE_FILE = ROOT / "crds" / "finetune_api" / "calibration_table.py"
+TABLE = '''"""Written by benchmarks/recalibrate.py from benchmarks/calibration_runs.jsonl. Do not edit it by hand.
+
+Each entry: number of runs; median, lowest and highest of measured / planned. {summary}
+"""
+
+from __future__ import annotations
+
+TIME: dict[tuple[str, bool], tuple[int, float, float, float]] = {time}
+"""Seconds of the optimizer steps, by type of GPU and whether the run had several GPUs."""
+MEMORY: dict[tuple[str, bool], tuple[int, float, float, float]] = {memory}
+"""Peak of memory of the first rank's GPU, by type of GPU and whether the run had several GPUs."""
+'''
+
+
+@dataclass(frozen=True)
+class Run:
+    """One row of the file of runs."""
+
+    run: str
+    """Hash of the job's uid."""
+    gpu: str
+    """Type of the GPUs, as in `finetune_api.gpus`."""
+    gpus: int
+    time_ratio: float | None = None
+    """Measured / planned time of an optimizer step."""
+    memory_ratio: float | None = None
+    """Measured / planned peak of memory."""
+
+
+def read_jobs(content: Any) -> list[dict[str, Any]]:
+    """Return the FineTuneJobs in a JSON document: one job, or a list as kubectl writes it."""
+    items = content.get("items") if isinstance(content, dict) and content.get("kind", "").endswith("List") else [content]
+    return [one for one in items or [] if isinstance(one, dict) and one.get("kind") == "FineTuneJob"]
+
+
+def run_of_job(job: dict[str, Any]) -> Run | None:
+    """Return the row of a job, or None if the job has no measured values, or no known type of GPU."""
+    try:
+        status = FineTuneJobStatus.model_validate(job.get("status") or {})
+    except ValidationError:
+        return None
+    plan, resolved = status.plan, status.resolved
+    gpu = gpu_of_device((resolved.device if resolved else None) or "")
+    if status.phase is not Phase.SUCCEEDED or plan is None or plan.measured is None or gpu is None:
+        return None
+    gpus, time_ratio, memory_ratio = (resolved.world_size if resolved else None) or 1, None, None
+    if plan.work is not None and plan.measured.seconds and plan.measured.steps:
+        planned = plan_time(plan.work, gpu, gpus, table={}).expected_seconds / plan.work.steps
+        time_ratio = round(plan.measured.seconds / plan.measured.steps / planned, 4)
+    if plan.memory is not None and plan.measured.memory_bytes:
+        memory_ratio = round(plan.measured.memory_bytes / plan.memory.expected_bytes, 4)
+    if time_ratio is None and memory_ratio is None:
+        return None
+    name = next(name for name, one in GPU_TYPES.items() if one == gpu)
+    uid = str((job.get("metadata") or {}).get("uid"))
+    return Run(hashlib.sha256(uid.encode()).hexdigest()[:16], name, gpus, time_ratio, memory_ratio)
+
+
+def summarise(runs: Iterable[Run], value: str) -> dict[tuple[str, bool], tuple[int, float, float, float]]:
+    """Return number, median, lowest and highest value of the runs, by type of GPU and whether there are several GPUs."""
+    values: dict[tuple[str, bool], list[float]] = defaultdict(list)
+    for run in runs:
+        if (ratio := getattr(run, value)) is not None:
+            values[run.gpu, run.gpus > 1].append(ratio)
+    return {key: (len(found), round(statistics.median(found), 4), min(found), max(found)) for key, found in sorted(values.items())}
+
+
+def table_text(runs: Sequence[Run]) -> str:
+    """Return the module with the table."""
+    parts = {}
+    for name, value in (("time", "time_ratio"), ("memory", "memory_ratio")):
+        entries = [f"    {key!r}: {entry!r},".replace("'", '"') for key, entry in summarise(runs, value).items()]
+        parts[name] = "\n".join(["{", *entries, "}"]) if entries else "{}"
+    return TABLE.format(summary=f"{len(runs)} runs." if runs else "No run was recorded yet.", **parts)
+
+
+def read_runs(file: Path) -> list[Run]:
+    """Return the recorded runs."""
+    return [Run(**json.loads(line)) for line in file.read_text().splitlines() if line] if file.exists() else []
+
+
+def add_runs(recorded: Sequence[Run], found: Iterable[Run]) -> list[Run]:
+    """Return all runs. A run that is recorded already is replaced."""
+    return list({one.run: one for one in (*recorded, *found)}.values())
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the program. Returns its exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="JSON of FineTuneJobs; without files, the table is written again")
+    parser.add_argument("--runs", type=Path, default=RUNS_FILE, help="file of the recorded runs")
+    parser.add_argument("--table", type=Path, default=TABLE_FILE, help="module with the table")
+    options = parser.parse_args(arguments)
+    jobs = []
+    for file in options.files:
+        try:
+            jobs += read_jobs(json.loads(file.read_text()))
+        except (OSError, ValueError) as error:
+            print(f"{file} is not a JSON file: {error}; write the output of `kubectl get finetunejobs -A -o json` to it", file=sys.stderr)
+            return 1
+    found = [run for job in jobs if (run := run_of_job(job)) is not None]
+    runs = add_runs(read_runs(options.runs), found)
+    if runs:
+        options.runs.write_text("".join(json.dumps(asdict(run)) + "\n" for run in runs))
+    options.table.write_text(table_text(runs))
+    print(f"{len(found)} of {len(jobs)} jobs have measured values; the table follows from {len(runs)} runs")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,202 @@
+"""A preparation trains one step with a small copy of the model: which faults it finds, and what it only notes."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from finetune_api.errors import ConfigError
+from finetune_api.names import FailureClass
+from finetune_trainer import check_run, trial_step
+from finetune_trainer.channel import Channel
+from finetune_trainer.inputs import Inputs
+from finetune_trainer.small_copy import shrink_config
+from finetune_trainer.trial_step import reason_against, small_run
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from tests.support.learning import make_run
+from tests.support.tiny import make_tiny_model
+
+pytestmark = pytest.mark.pod
+NOTE = "the preparation trained no step with a small copy of the model: "
+PAIRS = [{"prompt": "a question", "chosen": f"yes {number}", "rejected": f"no {number}"} for number in range(6)]
+LABELLED = [{"prompt": "a question", "completion": f"yes {number}", "label": number % 2 == 0} for number in range(6)]
+REMOTE_CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
+
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+
+
+class OwnModel(LlamaModel):
+    config_class = OwnConfig
+    {body}
+
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = OwnModel(config)
+        self.post_init()
+"""
+BODIES = {
+    "good": "pass",
+    "unknown name": "def forward(self, *args, **options):\n        return no_such_function(*args, **options)",
+    "refuses an argument": "def forward(self, input_ids=None, attention_mask=None, **options):\n        if attention_mask is not None:\n"
+    "            raise ValueError('masks are not supported')\n        return super().forward(input_ids=input_ids, **options)",
+    "removed method": "def forward(self, *args, **options):\n        return self.no_such_method(*args, **options)",
+    "needs a GPU": "def forward(self, *args, **options):\n        raise RuntimeError('no kernel for this device')",
+}
+
+
+def notes_of(folder: Path, model: Path, spec: dict[str, Any], rows: list[dict[str, Any]] | None = None) -> list[str]:
+    """Run the check of a preparation in this process. Returns its notes about the small copy."""
+    run, inputs = make_run(folder, model, spec, **({"rows": rows} if rows else {}))
+    channel = Channel.create_recording(folder)
+    check_run.check(run, channel, inputs)
+    assert channel.sent[-1]["kind"] == "checked"
+    return [message["text"] for message in channel.sent if message["kind"] == "note" and "small copy" in message["text"]]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
+
+
+def remote_model(folder: Path, body: str, **config: Any) -> Path:
+    """A model with code of its own."""
+    path = make_tiny_model(folder / "model")
+    (path / "modeling_own.py").write_text(REMOTE_CODE.format(body=body))
+    content = json.loads((path / "config.json").read_text()) | config
+    auto_map = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    (path / "config.json").write_text(json.dumps(content | {"model_type": "own", "architectures": ["OwnForCausalLM"], "auto_map": auto_map}))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("spec", "rows"),
+    [
+        ({"method": {"type": "lora"}}, None), ({"method": {"type": "full"}, "training": {"optimizer": "paged_adamw_8bit"}}, None),
+        ({"method": {"type": "qlora"}, "dataset": {"packing": True, "maxSequenceLength": 64}}, None),
+        ({"method": {"type": "lora"}, "trainer": {"type": "dpo"}}, PAIRS), ({"method": {"type": "lora"}, "trainer": {"type": "orpo"}}, PAIRS),
+        ({"method": {"type": "lora"}, "trainer": {"type": "reward"}}, PAIRS), ({"method": {"type": "lora"}, "trainer": {"type": "kto"}}, LABELLED),
+        ({"method": {"type": "prefixTuning"}}, None),
+    ],
+    ids=["lora", "full", "qlora, packed", "dpo", "orpo", "reward", "kto", "prefix tuning"],
+)  # fmt: skip
+def test_a_good_job_trains_one_step(tmp_path: Path, model: Path, spec: dict[str, Any], rows: list[dict[str, Any]] | None) -> None:
+    assert notes_of(tmp_path, model, spec, rows) == []
+    assert not (tmp_path / "trial-step").exists()
+
+
+def test_a_model_with_good_code_of_its_own_trains_one_step(tmp_path: Path) -> None:
+    assert notes_of(tmp_path, remote_model(tmp_path, BODIES["good"]), {"model": {"trustRemoteCode": True}, "method": {"type": "lora"}}) == []
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "place"),
+    [
+        ("unknown name", "ModelCodeFails", "at modeling_own.py:12: NameError: name 'no_such_function' is not defined"),
+        ("removed method", "ModelCodeFails", "AttributeError: 'OwnModel' object has no attribute 'no_such_method'"),
+        ("refuses an argument", "TrainingStepFails", "a model of type own cannot be trained with trainer.type sft and method.type lora: one step with a small "
+         "copy fails at modeling_own.py:13: ValueError: masks are not supported. The same step works with a Llama model"),
+    ],
+)
+def test_faults_in_the_code_of_a_model_are_refused_with_place_and_cure(tmp_path: Path, body: str, code: str, place: str) -> None:
+    spec = {"model": {"trustRemoteCode": True}, "method": {"type": "lora"}}
+    with pytest.raises(ConfigError) as refused:
+        notes_of(tmp_path, remote_model(tmp_path, BODIES[body]), spec)
+    assert (refused.value.code, refused.value.failure_class) == (code, FailureClass.MODEL)
+    assert place in refused.value.message and "prepare.strategy: never" in (refused.value.hint or "")
+
+
+def test_a_model_that_cannot_compute_without_a_gpu_is_only_noted(tmp_path: Path) -> None:
+    spec = {"model": {"trustRemoteCode": True}, "method": {"type": "lora"}}
+    assert notes_of(tmp_path, remote_model(tmp_path, BODIES["needs a GPU"]), spec) == [
+        f"{NOTE}the small copy cannot be trained (RuntimeError: no kernel for this device)"
+    ]
+
+
+def test_a_fault_that_a_llama_model_has_as_well_is_only_noted(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise ValueError("this check is wrong")
+
+    monkeypatch.setattr(trial_step, "_job_step", refuse)
+    assert notes_of(tmp_path, model, {"method": {"type": "lora"}}) == [f"{NOTE}ValueError: this check is wrong"]
+
+
+def exit_at_once() -> None:
+    os._exit(9)
+
+
+def allocate_too_much() -> None:
+    torch.ones(2**30)
+
+
+@pytest.mark.parametrize(
+    ("action", "reason"),
+    [
+        (lambda: time.sleep(600), "it did not end within 0.1 seconds"), (exit_at_once, "its process ended with exit code 9"),
+        (allocate_too_much, "DefaultCPUAllocator: can't allocate memory"),
+    ],
+    ids=["time", "exit", "memory"],
+)  # fmt: skip
+def test_the_step_cannot_end_the_preparation(action: Any, reason: str) -> None:
+    assert reason in str(trial_step._run_forked(action, 0.1 if "time" in reason or "within" in reason else 60))
+
+
+@pytest.mark.parametrize(
+    ("spec", "inputs", "reason"),
+    [
+        ({}, {}, None), ({"trainer": {"type": "grpo"}}, {}, "grpo generates answers and calls rewards"),
+        ({"method": {"type": "spectrum"}}, {}, "the method needs the weights of the model"),
+        ({}, {"adapter": Path("a")}, "the method needs the weights of the model"),
+        ({"trainer": {"type": "dpo"}, "method": {"type": "full"}}, {}, "the objective needs the weights of a reference model"),
+        ({"trainer": {"type": "dpo"}}, {"reference": Path("r")}, "the objective needs the weights of a reference model"),
+        ({"trainer": {"type": "dpo"}}, {}, None), ({"trainer": {"type": "orpo"}, "method": {"type": "full"}}, {}, None),
+    ],
+)  # fmt: skip
+def test_jobs_that_need_weights_train_no_step(tmp_path: Path, spec: dict[str, Any], inputs: dict[str, Any], reason: str | None) -> None:
+    run, given = make_run(tmp_path, tmp_path, {"method": {"type": "lora"}, **spec})
+    context: Any = type("Context", (), {"run": run, "inputs": Inputs.model_validate(given.model_dump() | inputs), "vision": None})
+    assert reason_against(context) == reason
+    context.vision = object()
+    assert reason_against(context) == "it is a model for images and text"
+
+
+def test_the_step_runs_without_options_for_gpus(tmp_path: Path) -> None:
+    written = {"training": {"gradientCheckpointing": "unsloth", "mixedPrecision": "bf16"}, "method": {"type": "qlora"}, "model": {"quantization": {"bits": 4}}}
+    run, _ = make_run(tmp_path, tmp_path, written)
+    spec = small_run(run).spec
+    assert (spec.training.gradient_checkpointing, spec.training.mixed_precision, spec.training.max_steps) == ("enabled", "no", 1)
+    assert (spec.model.quantization, spec.model.liger_kernels, spec.checkpoint.strategy) == (None, False, "no")
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "phi3", "qwen3_moe", "deepseek_v3", "gemma3_text", "gpt_oss", "falcon"])
+def test_small_copies_of_real_models_compute(model_type: str) -> None:
+    config = AutoConfig.for_model(model_type, vocab_size=64, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    before, small = config.to_dict(), shrink_config(config)
+    assert config.to_dict() == before
+    built = AutoModelForCausalLM.from_config(small, attn_implementation="eager")
+    assert built(input_ids=torch.tensor([[5, 6, 7]])).logits.shape == (1, 3, 64)
+    assert (small.num_hidden_layers, small.model_type, sum(one.numel() for one in built.parameters()) < 3e6) == (2, model_type, True)
+
+
+def test_small_copies_keep_the_kind_of_attention_and_of_layers() -> None:
+    layer_types = ["sliding_attention"] * 5 + ["full_attention"]
+    config = AutoConfig.for_model("gemma3_text", num_hidden_layers=6, layer_types=layer_types, num_attention_heads=32, num_key_value_heads=8, head_dim=128)
+    small = shrink_config(config)
+    assert small.layer_types == ["sliding_attention", "full_attention"]
+    assert (small.num_attention_heads, small.num_key_value_heads, small.head_dim, small.hidden_size) == (8, 2, 16, 128)
+    factors = {"rope_type": "longrope", "short_factor": [1.0] * 48, "long_factor": [1.0] * 48, "rope_theta": 1e4, "original_max_position_embeddings": 4096}
+    sizes = {"hidden_size": 3072, "num_attention_heads": 32, "num_key_value_heads": 32, "max_position_embeddings": 131072}
+    long = AutoConfig.for_model("phi3", **sizes, rope_parameters=factors)
+    assert (shrink_config(long).hidden_size, shrink_config(long).num_attention_heads) == (2 * 96, 2)
