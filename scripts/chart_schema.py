@@ -24,7 +24,7 @@ Schema = dict[str, Any]
 
 VALUES_FILE = Path(__file__).resolve().parent.parent / "helm/finetune-operator/values.yaml"
 FIELDS_SET_BY_CHART = (
-    "namespaces", "trainer", "storage", "resources", "prepare", "nodePools", "policy", "leaderElection", "isolation", "log", "http",
+    "namespaces", "trainer", "storage", "resources", "prepare", "modelCache", "nodePools", "policy", "leaderElection", "isolation", "log", "http",
 )  # fmt: skip
 """Fields of the operator's configuration that users cannot set below `settings`. The chart sets them from other values or to a constant."""
 
@@ -132,6 +132,15 @@ def trainer_schema(settings: SettingsSchema) -> Schema:
         fields[name] |= {"pattern": pattern}
     fields["resources"] = settings.field_schema("resources")
     return closed_object_schema(fields)
+
+
+def model_cache_schema(settings: SettingsSchema) -> Schema:
+    """Schema of `modelCache`: the operator's section, but empty strings mean that the chart does not set the field."""
+    schema = settings.field_schema("modelCache")
+    fields = schema["properties"]
+    for holder, name in ((fields, "default"), (fields["node"]["properties"], "path")):
+        holder[name] = holder[name] | {"pattern": "^$|" + holder[name]["pattern"]}
+    return schema
 
 
 def leader_election_schema(settings: SettingsSchema) -> Schema:
@@ -260,6 +269,7 @@ def make_values_schema() -> Schema:
         "trainer": trainer_schema(settings),
         "storage": settings.field_schema("storage"),
         "prepare": settings.field_schema("prepare"),
+        "modelCache": model_cache_schema(settings),
         "nodePools": settings.field_schema("nodePools"),
         "policy": policy_schema(settings),
         "settings": closed_object_schema(settings.schemas_inside_settings()),

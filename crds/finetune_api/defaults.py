@@ -21,6 +21,7 @@ from finetune_api.rules import (
     LORA_METHODS,
     PROMPT_METHODS,
     batch_split,
+    can_be_cached,
     evaluates_during_training,
     given_bits,
     gpus_per_node,
@@ -67,6 +68,7 @@ class PlatformDefaults:
     prepare_cpu: str | None = None
     prepare_memory: str | None = None
     prepare_ephemeral_storage: str | None = None
+    model_cache: str | None = None
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,7 @@ def _computed_defaults(spec: FineTuneJobSpec, platform_defaults: PlatformDefault
     method, trainer, gpus = method_type_of(spec), trainer_type_of(spec), gpus_per_node(spec)
     result: dict[str, Any] = {
         "model.tokenizer": spec.model.source,
+        "model.cache": platform_defaults.model_cache if can_be_cached(spec) else None,
         "training.learningRate": _learning_rate(method, trainer),
         "training.gradientCheckpointing": "disabled" if gpus == 0 or method is MethodType.PREFIX_TUNING else "enabled",
         "resources.processesPerNode": gpus or 1,

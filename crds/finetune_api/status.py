@@ -524,6 +524,15 @@ class JobCost(ReportModel):
     ended_gpu_seconds: float = status_field("GPU-seconds of ended attempts.", default=0.0, example=7200)
 
 
+class ModelOrigin(StrEnum):
+    """Where a pod got the base model from."""
+
+    CACHE = "cache"
+    """The cache had the model."""
+    DOWNLOAD = "download"
+    """The pod downloaded the model, into the cache if it could. status.resolved.notes says why the cache was not used."""
+
+
 class ResolvedConfig(ReportModel):
     """The configuration in use: the spec with defaults, and values that the operator and the trainer computed."""
 
@@ -542,6 +551,10 @@ class ResolvedConfig(ReportModel):
     total_parameters: int | None = status_field("Number of parameters of the model.", example=139399680)
     model_revision: str | None = status_field(
         "Commit (hub) or digest (storage) of the base model.", example="12fd25f77366fa6b3b4b768ec3050bf629380bac"
+    )
+    model_source: ModelOrigin | None = status_field("Where the pods of the attempt got the base model from. Only for jobs with a cache of models.", example="cache")
+    model_bytes_saved: int | None = status_field(
+        "Bytes of the base model that the pod of rank 0 did not download, because the cache had them. Only for jobs with a cache of models.", example=2200119864
     )
     dataset_digest: str | None = status_field("sha256 (hex) of the training data.")
     dataset_rows: int | None = status_field("Number of training rows.", example=12000)

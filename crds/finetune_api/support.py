@@ -44,7 +44,6 @@ def _contains(item: object) -> Callable[[Any], bool]:
 
 
 UNSUPPORTED_FIELDS: tuple[UnsupportedField, ...] = (
-    UnsupportedField("model.cache"),
     UnsupportedField("method.lora.loftq.bits", _any_of(2, 8), "write 4, because no library can load the base model of LoftQ with 2 or 8 bits"),
     UnsupportedField(
         "method.lora.loftq.iterations",

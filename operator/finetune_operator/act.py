@@ -138,7 +138,8 @@ class PlanExecutor:
         accepted_spec, name = _accepted_spec(facts), attempt_job_name(facts.job.name, attempt)
         with _spec_rejected_on_error(facts, attempt):
             secret_name = self._secrets.secret_name(name, facts.job.uid, attempt) if self._secrets.is_enabled else ""
-            return build_job(facts.job, _build_run(facts, accepted_spec, attempt), accepted_spec.pool, self._config, secret_name)
+            run, cache = _build_run(facts, accepted_spec, attempt), accepted_spec.spec.model.cache
+            return build_job(facts.job, run, accepted_spec.pool, self._config, secret_name, model_cache=cache)
 
     def _build_preparation(self, facts: Facts, number: int) -> Object:
         """Build the Job of a preparation. Its pod gets the run configuration of the first attempt. Errors: SpecRejected."""

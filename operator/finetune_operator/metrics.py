@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from finetune_api.names import Phase
-from finetune_api.status import Goodput
+from finetune_api.status import Goodput, ResolvedConfig
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 SECONDS_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
@@ -84,6 +84,17 @@ class Metrics:
             ["part"],
             registry=self.registry,
         )
+        self.model_fetches = Counter(
+            f"{PREFIX}_model_fetches_total",
+            "Ended attempts with a cache of models, by the source of the base model: cache or download.",
+            ["source"],
+            registry=self.registry,
+        )
+        self.model_bytes_saved = Counter(
+            f"{PREFIX}_model_bytes_saved_total",
+            "Bytes of base models that ended attempts did not download, because the cache had them. Counts the pod of rank 0.",
+            registry=self.registry,
+        )
         self.loop_lag = Gauge(f"{PREFIX}_event_loop_lag_seconds", "Delay of the event loop.", registry=self.registry)
         self.leader = Gauge(f"{PREFIX}_leader", "1 while this replica is the leader.", registry=self.registry)
 
@@ -101,6 +112,12 @@ class Metrics:
                     self.attempt_seconds.labels(part).inc(seconds)
             elif entry.number in lost_before:
                 self.attempt_seconds.labels("lostSteps").inc(max(0.0, entry.parts.get("lostSteps", 0.0) - lost_before[entry.number]))
+
+    def record_model_fetch(self, resolved: ResolvedConfig) -> None:
+        """Count where an ended attempt got its base model from."""
+        if resolved.model_source is not None:
+            self.model_fetches.labels(resolved.model_source.value).inc()
+            self.model_bytes_saved.inc(resolved.model_bytes_saved or 0)
 
     def set_phase_counts(self, job_counts: dict[str, int]) -> None:
         """Set the number of jobs in each phase."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from enum import StrEnum
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,15 +16,19 @@ import yaml
 from finetune_api.base import WireModel
 from finetune_api.gpus import GPU_TYPES
 from finetune_api.metadata_addresses import METADATA_CIDRS
+from finetune_api.quantities import parse_amount
+from finetune_api.rules import NODE_CACHE
 from finetune_api.spec.cluster import LabelKey, StorageRoot
 from finetune_api.spec.enums import PrepareStrategy
 from finetune_api.tenancy import Platform, PlatformPolicy, Pool
-from pydantic import Field, ValidationError, field_validator, model_validator
+from finetune_api.tenancy.settings import NamespacePattern
+from pydantic import Field, StringConstraints, ValidationError, field_validator, model_validator
 
 from finetune_operator.config_types import (
     Cidr,
     DnsName,
     EnvVariables,
+    HostPath,
     NamespaceName,
     NodeLabels,
     PlatformQuantity,
@@ -32,6 +37,7 @@ from finetune_operator.config_types import (
     PodLabels,
 )
 
+MODEL_CACHE_PATTERN = r"^(node|pvc://[a-z0-9]([-a-z0-9.]*[a-z0-9])?(/[^\s?#]*)?)$"
 CONFIG_PATH = Path("/etc/finetune-operator/config.yaml")
 
 Seconds = Annotated[float, Field(gt=0, le=86400)]
@@ -130,6 +136,47 @@ class PrepareSettings(WireModel):
     ephemeral_storage: PlatformQuantity = Field(default="20Gi", description="Local disk request and limit of a preparation pod.")
     node_selector: NodeLabels = Field(default={}, description="Labels of the nodes for preparation pods.")
     tolerations: tuple[PlatformToleration, ...] = Field(default=(), description="Tolerations of preparation pods.")
+
+
+class NodeCacheSettings(WireModel):
+    """`modelCache.node`: a cache of models on the disk of each node, for `model.cache: node`. Pods mount it with hostPath."""
+
+    path: HostPath | None = Field(default=None, description="Folder on the nodes, writable for user 10001; default: there is no cache on the nodes.")
+    size_limit: PlatformQuantity = Field(default="200Gi", description="Bytes of all models in the cache of one node.")
+    namespaces: tuple[NamespacePattern, ...] = Field(
+        default=(), description="Namespaces whose jobs may use the cache; `*` matches any text. Pod Security baseline and restricted forbid hostPath, so the "
+        "namespaces need another level.",
+    )  # fmt: skip
+
+    def is_enabled_in(self, namespace: str) -> bool:
+        """Whether jobs of the namespace may use the cache."""
+        return self.path is not None and any(fnmatchcase(namespace, pattern) for pattern in self.namespaces)
+
+    @property
+    def size_limit_bytes(self) -> int:
+        """`size_limit` in bytes."""
+        return int(parse_amount(str(self.size_limit)))
+
+
+class ModelCacheSettings(WireModel):
+    """`modelCache`: the cache of base models."""
+
+    default: Annotated[str, StringConstraints(pattern=MODEL_CACHE_PATTERN)] | None = Field(
+        default=None, description="`model.cache` of jobs that do not set it: `node`, or `pvc://claim/path` with a claim in each namespace; default: no cache."
+    )
+    node: NodeCacheSettings = NodeCacheSettings()
+
+    @model_validator(mode="after")
+    def _check_node(self) -> ModelCacheSettings:
+        if (self.node.path is None) != (not self.node.namespaces):
+            raise ValueError("node.path and node.namespaces only have an effect together: write both, or remove both")
+        if self.default == NODE_CACHE and self.node.path is None:
+            raise ValueError("default is node, but node.path and node.namespaces are empty: write both, or remove default")
+        return self
+
+    def default_for(self, namespace: str) -> str | None:
+        """Return the default of `model.cache` in a namespace."""
+        return None if self.default == NODE_CACHE and not self.node.is_enabled_in(namespace) else self.default
 
 
 class NodePool(WireModel):
@@ -280,6 +327,7 @@ class OperatorConfig(WireModel):
     )
     resources: ResourceSettings = ResourceSettings()
     prepare: PrepareSettings = PrepareSettings()
+    model_cache: ModelCacheSettings = ModelCacheSettings()
     node_pools: tuple[NodePool, ...] = ()
     currency: str = Field(default="USD", min_length=1, max_length=16, description="Currency of `nodePools[].pricePerGpuHour` and of `spec.policy.maxCost`.")
     policy: PlatformPolicy = Field(

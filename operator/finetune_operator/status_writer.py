@@ -8,7 +8,7 @@ import logging
 
 from finetune_api.names import Condition as Kind
 from finetune_api.names import Reason
-from finetune_api.status import FineTuneJobStatus
+from finetune_api.status import FineTuneJobStatus, ResolvedConfig
 
 from finetune_operator.blocking_conditions import all_pods_ended
 from finetune_operator.cache import Cache
@@ -154,6 +154,7 @@ class StatusWriter:
     def _record_metrics(self, facts: Facts, old_status: FineTuneJobStatus, new_status: FineTuneJobStatus, plan: Plan) -> None:
         if plan.attempt_end is not None:
             self._metrics.attempts_ended.labels(plan.attempt_end.reason.value).inc()
+            self._metrics.record_model_fetch(new_status.resolved or ResolvedConfig())
             record = next((attempt for attempt in new_status.attempts if attempt.number == facts.attempt), None)
             if record is not None and record.last_step:
                 self._metrics.steps_done.inc(max(0, record.last_step - (record.resumed_from_step or 0)))

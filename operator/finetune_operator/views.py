@@ -11,7 +11,15 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
-from finetune_api.names import KIND, MANAGER_NAME, TRAINER_CONTAINER, Annotation, Label, preparation_of_job_name
+from finetune_api.names import (
+    KIND,
+    MANAGER_NAME,
+    MODEL_CACHE_CONTAINER,
+    TRAINER_CONTAINER,
+    Annotation,
+    Label,
+    preparation_of_job_name,
+)
 from finetune_api.pod import TerminationMessage
 from finetune_api.status import FineTuneJobStatus
 from pydantic import ValidationError
@@ -118,7 +126,7 @@ class PodView:
     disruption_message: str = ""
     terminated: TerminatedState | None = None
     init_failure_message: str = ""
-    """A message about a failed init container. Only admission webhooks add init containers to trainer pods."""
+    """A message about a failed init container, of the cache of models or of an admission webhook."""
     image_id: str = ""
     is_deleted: bool = False
     """Whether the pod was deleted. The other fields then contain its last known state."""
@@ -303,7 +311,10 @@ def _waiting_state(status: Object, state: Object) -> Object:
     trainer_waiting: Object = state.get("waiting") or {}
     if trainer_waiting.get("reason") != INITIALIZING_REASON:
         return trainer_waiting
-    states = [(init.get("state") or {}).get("waiting") or {} for init in status.get("initContainerStatuses") or []]
+    init_states = {init.get("name"): init.get("state") or {} for init in status.get("initContainerStatuses") or []}
+    if init_states.get(MODEL_CACHE_CONTAINER, {}).get("running"):
+        return {"reason": INITIALIZING_REASON, "message": f"the init container {MODEL_CACHE_CONTAINER} provides the model from model.cache"}
+    states = [state.get("waiting") or {} for state in init_states.values()]
     return next((state for state in states if state.get("reason") not in (None, INITIALIZING_REASON)), trainer_waiting)
 
 

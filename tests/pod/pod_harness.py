@@ -89,6 +89,7 @@ class Pod:
     env: dict[str, str] = field(default_factory=dict)
     node_rank: int = 0
     command: str = "supervise"
+    arguments: tuple[str, ...] = ()
     process: subprocess.Popen[bytes] | None = None
     has_secret: bool = True
     """Whether the pod has the secret of its attempt and the key for checkpoints. Pods of operator 0.1.0 have neither."""
@@ -120,7 +121,7 @@ class Pod:
         }  # fmt: skip
         self.log = (self.folder / "log").open("wb")
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "finetune_trainer", self.command], env=env, stdout=self.log, stderr=self.log,
+            [sys.executable, "-m", "finetune_trainer", self.command, *self.arguments], env=env, stdout=self.log, stderr=self.log,
             start_new_session=True,
         )  # fmt: skip
         return self

@@ -26,6 +26,7 @@ SPEC_RULES: dict[str, dict[str, Any]] = {
     },
     "BackendAndStrategy": {"trainer": {"backend": "unsloth"}, "distributed": {"strategy": "ddp"}},
     "ExistingResultNotCompared": {"policy": {"onExistingResult": "adopt"}, "prepare": {"strategy": "never"}},
+    "ModelCacheInvalid": {"model": {"source": "a/b", "cache": "s3://bucket/cache"}},
     "HubRepositoryMissing": {"output": {"hub": {"push": True, "tokenSecretRef": {"name": "h", "key": "t"}}}},
 }
 """For each rule that compares several groups, by its code: a spec that breaks the rule."""

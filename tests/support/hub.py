@@ -1,4 +1,4 @@
-"""A local stub of the model hub's API: an HTTP server on loopback with the requests that a push sends.
+"""A local stub of the model hub's API: an HTTP server on loopback with the requests of a push, and with the requests of a download.
 
 Repositories, files and commits are kept in memory. Like the real hub, the server reports the id of each stored file before an upload, so
 that a client can leave out unchanged files. Source: the requests of huggingface_hub 2.4 (`hf_api.py`, `_commit_api.py`, `lfs.py`).
@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 TOKEN = "hf_secretTokenOfTheTests"
@@ -41,6 +42,9 @@ class Repository:
     files: dict[str, bytes] = field(default_factory=dict)
     large: set[str] = field(default_factory=set)
     commits: list[Commit] = field(default_factory=list)
+    is_served: bool = False
+    """Whether the files can be downloaded, without a token unless the repository is private or gated."""
+    is_gated: bool = False
 
     def oid_of(self, path: str) -> str | None:
         """The hub's id of a file: the git blob id, or the sha256 of a large file. None if there is no such file."""
@@ -68,6 +72,20 @@ class Hub:
     accepted_token: str = TOKEN
     owners: tuple[str, ...] = (USER, "org")
 
+    def serve_model(self, name: str, folder: Path, *, is_gated: bool = False, is_private: bool = False) -> Repository:
+        """Serve the files of a folder as a repository with one commit."""
+        files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        large = {path for path in files if path.endswith(LARGE_FILE_SUFFIXES)}
+        commit = Commit(hashlib.sha1(repr(sorted(files.items())).encode()).hexdigest(), "first", "", sorted(files))  # noqa: S324  any id of 40 digits
+        repository = Repository(is_private, files, large, [commit], is_served=True, is_gated=is_gated)
+        self.repositories[name] = repository
+        return repository
+
+    def downloads(self, name: str) -> list[str]:
+        """Names of the files of a repository that were downloaded, in order, once for each download."""
+        prefix = f"GET /{name}/resolve/"
+        return sorted(request.removeprefix(prefix).partition("/")[2] for request in self.requests if request.startswith(prefix))
+
 
 class _Handler(BaseHTTPRequestHandler):
     hub: Hub
@@ -76,6 +94,9 @@ class _Handler(BaseHTTPRequestHandler):
         """Write no log."""
 
     def do_GET(self) -> None:
+        self._answer(b"")
+
+    def do_HEAD(self) -> None:
         self._answer(b"")
 
     def do_POST(self) -> None:
@@ -101,10 +122,53 @@ class _Handler(BaseHTTPRequestHandler):
                 status, text = responses.pop(0)
                 self._send(status, {"error": text})
                 return
+        if self._answer_download(path):
+            return
         if not path.startswith("/upload/") and self.headers.get("Authorization") != f"Bearer {self.hub.accepted_token}":
             self._send(401, {"error": "Invalid credentials in Authorization header"})
             return
         self._send(*self._route(path, body))
+
+    def _answer_download(self, path: str) -> bool:
+        """Answer a request for a repository that is served. False: it is another request."""
+        found = re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree|auth-check)(?:/([^/]+))?)?", path)
+        file = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([0-9a-f]{40})/(.+)", path)
+        match = found or file
+        repository = self.hub.repositories.get(match[1]) if match else None
+        if match is None or repository is None or not repository.is_served:
+            return False
+        has_token = self.headers.get("Authorization") == f"Bearer {self.hub.accepted_token}"
+        needs_access = file is not None or match[2] == "auth-check"
+        if repository.is_private and not has_token:
+            self._send(401, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
+        elif repository.is_gated and not has_token and needs_access:
+            self._send(403, {"error": "Access to model is restricted"}, {"X-Error-Code": "GatedRepo"})
+        elif file is not None:
+            self._send_file(repository, file[3])
+        elif match[2] == "tree":
+            self._send(200, [self._tree_entry(repository, name) for name in sorted(repository.files)])
+        else:
+            gated = "auto" if repository.is_gated else False
+            self._send(200, {"id": match[1], "private": repository.is_private, "gated": gated, "sha": repository.commits[-1].oid, "siblings": []})
+        return True
+
+    def _tree_entry(self, repository: Repository, name: str) -> dict[str, Any]:
+        oid, size = repository.oid_of(name), len(repository.files[name])
+        large = {"lfs": {"oid": oid, "size": size, "pointerSize": 130}} if name in repository.large else {}
+        return {"type": "file", "path": name, "size": size, "oid": oid, **large}
+
+    def _send_file(self, repository: Repository, name: str) -> None:
+        data = repository.files.get(name)
+        if data is None:
+            self._send(404, {"error": "no such file"}, {"X-Error-Code": "EntryNotFound"})
+            return
+        self.send_response(200)
+        headers = {"ETag": f'"{repository.oid_of(name)}"', "X-Repo-Commit": repository.commits[-1].oid, "Content-Length": str(len(data))}
+        for key, value in headers.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(data)
 
     def _route(self, path: str, body: bytes) -> tuple[int, dict[str, Any]]:
         hub = self.hub
@@ -170,15 +234,18 @@ class _Handler(BaseHTTPRequestHandler):
         repository.commits.append(Commit(oid, header["summary"], header.get("description") or "", sorted(paths)))
         return 200, {"commitOid": oid, "commitUrl": f"{self.hub.url}/{name}/commit/{oid}", "success": True}
 
-    def _send(self, status: int, value: dict[str, Any]) -> None:
+    def _send(self, status: int, value: Any, headers: dict[str, str] | None = None) -> None:
         data = json.dumps(value).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))
         if status >= 400:
             self.send_header("X-Error-Message", str(value.get("error")))
+        for key, text in (headers or {}).items():
+            self.send_header(key, text)
         self.end_headers()
-        self.wfile.write(data)
+        if self.command != "HEAD":
+            self.wfile.write(data)
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ CHART_VALUES: Values = {
                 "serviceAccounts": ["trainer-{namespace}"], "secrets": ["{namespace}-*"], "priorityClasses": ["batch"],
                 "tolerations": ["nvidia.com/gpu"], "nodeLabels": ["topology.kubernetes.io/*"], "environment": ["NCCL_*"], "labels": ["team"],
                 "annotations": [], "mountPaths": ["/mnt/*"], "endpoints": ["https://s3.example.com"],
-                "sources": ["hf://org/*", "s3://data/{namespace}/*", "configmap://*", "pvc://*", "https://data.example.com/*"],
+                "sources": ["hf://org/*", "s3://data/{namespace}/*", "configmap://*", "pvc://*", "!pvc://theirs/*", "https://data.example.com/*"],
                 "destinations": ["s3://results/{namespace}/*", "hf://org/{namespace}-*"],
                 "allowTrustRemoteCode": False, "allowUserCode": False, "maxNodes": 2, "maxGpus": 8, "maxDurationSeconds": 3600,
             },
@@ -114,7 +114,7 @@ def _address_rows() -> list[Row]:
     specs: dict[str, tuple[str, Values]] = {
         "model.source": ("plain", {"model": {"source": "s3://finetune/jobs/other/m"}}),
         "model.tokenizer": ("plain", {"model": {"tokenizer": "s3://finetune/jobs/other/m"}}),
-        "model.cache": ("plain", {"model": {"cache": "pvc://claim/a/../b"}}),
+        "model.cache": ("strict", {"model": {"cache": "pvc://theirs/hub"}}),
         "method.adapter.source": ("plain", {"method": model}),
         "trainer.dpo.referenceModel": ("plain", {"trainer": {"type": "dpo", "dpo": {"referenceModel": others}}}),
         "dataset.train": ("plain", _train(others)),
@@ -136,6 +136,9 @@ def _address_rows() -> list[Row]:
     for source in (own, "s3://finetune/jobs/plain", "s3://finetune/jobs/plain/", "s3://finetune/jobsx", "s3://finetune2/jobs/other", "org/rows",
                    "hf://org/rows@main", "configmap://rows/r.jsonl", "pvc://claim/finetune/jobs", "https://x.example.com/a//b/../c.jsonl"):  # fmt: skip
         rows.append(Row("plain", _train(source), None))
+    for cache in ("node", "none"):
+        rows += [Row(namespace, {"model": {"cache": cache}}, None) for namespace in ("plain", "strict")]
+    rows.append(Row("plain", {"model": {"cache": "pvc://models/hub"}}, None))
     for resume in ("auto", "never", OWN_CHECKPOINT, "https://x.example.com/checkpoints/step-00000100"):
         rows.append(Row("plain", {"checkpoint": {"resume": resume}}, None))
     for source in ("hf://orgs/rows", "s3://data/strict-2/x", "s3://data", "file:///data/x", "https://data.example.com.evil.example/x"):

@@ -1,4 +1,5 @@
-"""Entry point of the trainer image. `supervise` and `prepare` run as PID 1 of a pod; the other commands are processes of such a pod.
+"""Entry point of the trainer image. `supervise` and `prepare` run as PID 1 of a pod, `fill-cache` as its init container; the other commands are
+processes of such a pod.
 
 `agent` starts the pod's ranks, `train` runs one rank, `check` is the process of a preparation, `stage` runs a stage after training, `track`
 sends a run to its trackers, `compare-weights` compares the weights of two models for `finetune replay`, `check-storage` checks the access
@@ -50,9 +51,11 @@ def main(arguments: list[str] | None = None) -> int:
             from finetune_trainer.storage import check
 
             return check.main(options)
+        case "fill-cache":
+            return _fill_cache(options)
         case "supervise" | "run" | "prepare":
             return _supervise(command, options)
-    known = "supervise, run, prepare, train, agent, check, stage, track, compare-weights or check-storage"
+    known = "supervise, run, prepare, fill-cache, train, agent, check, stage, track, compare-weights or check-storage"
     print(f"finetune-trainer: unknown command {command!r}; use {known}", file=sys.stderr)
     return 64
 
@@ -84,6 +87,21 @@ def _supervise(command: str, arguments: list[str]) -> int:
     sys.stderr.flush()
     # End without waiting for threads: after a stop, abandoned transfers run until their requests time out.
     os._exit(code)
+
+
+def _fill_cache(arguments: list[str]) -> int:
+    """Run the init container with the cache. A stop ends it at once: locks end with the process, and the next download begins again."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda _number, _frame: os._exit(128 + signal.SIGTERM))
+    from finetune_trainer.logs import configure_logging
+    from finetune_trainer.supervisor import cache_pod
+
+    configure_logging("model-cache")
+    code = cache_pod.main(arguments)
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # without waiting for threads of the clients
 
 
 def _exit_code_of_failed_import(error: ImportError) -> int:

@@ -14,15 +14,9 @@ from typing import Any
 
 from finetune_api.gpus import GPU_TYPES
 from finetune_api.memory.architecture import ModelShape
+from finetune_api.memory.changes import MAX_CHANGES, changes_that_fit
 from finetune_api.memory.description import Facts
-from finetune_api.memory.plan import (
-    BATCH_PATHS,
-    CHECKPOINTING_PATH,
-    JobPlan,
-    change_spec,
-    changes_that_fit,
-    plan_memory,
-)
+from finetune_api.memory.plan import BATCH_PATHS, CHECKPOINTING_PATH, JobPlan, change_spec, plan_memory
 from finetune_api.rules import min_batch_size_per_device, new_problems
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.enums import GradientCheckpointing
@@ -30,7 +24,6 @@ from finetune_api.status import MemoryAdvice
 
 MAX_ACCUMULATION = 65536
 """Maximum of `training.gradientAccumulationSteps` in the CRD."""
-MOST_CHANGES = 3
 
 
 @dataclass(frozen=True)
@@ -120,4 +113,4 @@ def _changes(scaled: _Scaled) -> list[str]:
     larger = [name for name, gpu in sorted(GPU_TYPES.items(), key=lambda item: item[1].memory_bytes) if gpu.memory_bytes >= upper_bytes]
     if not larger:
         return texts
-    return [*texts[: MOST_CHANGES - 1], f"a GPU with {math.ceil(upper_bytes / 1e9)} GB of memory, such as {larger[0]}"]
+    return [*texts[: MAX_CHANGES - 1], f"a GPU with {math.ceil(upper_bytes / 1e9)} GB of memory, such as {larger[0]}"]

@@ -73,6 +73,8 @@ from finetune_api.rules import benchmarks
 from finetune_api.rules import serving
 from finetune_api.rules.serving import adapter_rank, max_lora_rank
 from finetune_api.rules import storage
+from finetune_api.rules import model_cache
+from finetune_api.rules.model_cache import NO_CACHE, NODE_CACHE, can_be_cached
 from finetune_api.rules import placement
 from finetune_api.rules import quantities
 from finetune_api.rules import existing_result
@@ -80,11 +82,14 @@ from finetune_api.rules.existing_result import is_prepared
 from finetune_api.rules.warnings import ALL_MODULES, warnings
 from finetune_api.rules.rewards import REWARD_PARAMETERS, invalid_parameters
 
-RULE_MODULES = (required_fields, methods, objectives, vision, data, training, strategies, results, benchmarks, serving, storage, placement, quantities, existing_result)
+RULE_MODULES = (required_fields, methods, objectives, vision, data, training, strategies, results, benchmarks, serving, storage, model_cache, placement, quantities, existing_result)
 """Modules with rules, in the order in which the rules run."""
 
 __all__ = [
     "MODULES",
+    "NODE_CACHE",
+    "NO_CACHE",
+    "can_be_cached",
     "ALL_MODULES",
     "INITS_CHANGING_BASE",
     "Findings",

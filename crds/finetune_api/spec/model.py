@@ -81,6 +81,8 @@ class Model(Group):
         example=["<think>", "</think>"],
     )
     cache: Source | None = spec_field(
-        "Volume for downloaded models, as `pvc://claim/path`.", default_text="none", example="pvc://model-cache/hub"
+        "Cache of the base model: `pvc://claim/path` (a volume of the namespace, shared by its jobs), `node` (the cache of the platform on each node) or `none`. "
+        "The first job downloads the model into the cache. Only for models on the hub and in S3. If the cache fails, the pods download the model.",
+        default_text="the operator's configuration, or none", example="pvc://model-cache/hub",
     )
     modality: Modality | None = spec_field("Kind of model.", default="text", example="text")

@@ -176,6 +176,15 @@ def _cel_resume(rule: str, value: str) -> str:
     return f"{value} in ['auto', 'never'] || ({_cel_source(rule, value)})"
 
 
+def _cache(value: Any, platform: Platform) -> Iterator[Text]:
+    if value not in ("node", "none"):
+        yield from _source(value, platform)
+
+
+def _cel_cache(rule: str, value: str) -> str:
+    return f"{value} in ['node', 'none'] || ({_cel_source(rule, value)})"
+
+
 def _written(address: str, shown: str) -> Text:
     return Text(shown, None if re.search(ODD_FOLDERS, address) else address)
 
@@ -221,7 +230,7 @@ SECRET_PATHS = (
     "placement.imagePullSecrets[]", "placement.volumes[].secret",
 )  # fmt: skip
 SOURCE_PATHS = (
-    "model.source", "model.tokenizer", "model.cache", "method.adapter.source", "trainer.dpo.referenceModel", "dataset.train", "dataset.validation",
+    "model.source", "model.tokenizer", "method.adapter.source", "trainer.dpo.referenceModel", "dataset.train", "dataset.validation",
     "dataset.test", "dataset.mixture[].source", "dataset.images.root", "evaluation.metricModels.bertscore", "evaluation.metricModels.semanticSimilarity",
     "evaluation.benchmarks[].folder", "output.combineAdapters[].source", "phases.from",
 )  # fmt: skip
@@ -243,6 +252,7 @@ PATTERN_CHECKS: tuple[PatternCheck, ...] = (
     PatternCheck("mountPaths", "placement.volumeMounts[].mountPath", _mount_path, _cel_mount_path),
     *(PatternCheck("endpoints", path, _endpoint, _cel_endpoint) for path in ENDPOINT_PATHS),
     *(PatternCheck("sources", path, _source, _cel_source) for path in SOURCE_PATHS),
+    PatternCheck("sources", "model.cache", _cache, _cel_cache),
     PatternCheck("sources", "checkpoint.resume", _resume, _cel_resume),
     PatternCheck("destinations", "storage.uri", _storage_uri, _cel_storage_uri),
     PatternCheck("destinations", "output.hub.repository", _hub_repository, _cel_hub_repository),

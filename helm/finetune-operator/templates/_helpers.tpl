@@ -155,6 +155,15 @@ operatorLabels: {{ include "finetune-operator.selectorLabels" . | fromYaml | toJ
 {{- end }}
 {{- end -}}
 
+{{/* The configuration of the cache of models. Empty values of the chart are omitted. */}}
+{{- define "finetune-operator.modelCache" -}}
+{{- $node := dict "sizeLimit" .Values.modelCache.node.sizeLimit "namespaces" .Values.modelCache.node.namespaces -}}
+{{- with .Values.modelCache.node.path -}}{{- $_ := set $node "path" . -}}{{- end -}}
+{{- $cache := dict "node" $node -}}
+{{- with .Values.modelCache.default -}}{{- $_ := set $cache "default" . -}}{{- end -}}
+{{- toYaml $cache -}}
+{{- end -}}
+
 {{/* The operator's configuration file, with the operator's key names. Empty values of the chart are omitted. */}}
 {{- define "finetune-operator.config" -}}
 {{- $trainer := dict "image" (include "finetune-operator.image" (dict "root" . "image" .Values.trainer.image "path" "trainer.image")) "imagePullPolicy" .Values.trainer.image.pullPolicy -}}
@@ -173,6 +182,7 @@ operatorLabels: {{ include "finetune-operator.selectorLabels" . | fromYaml | toJ
 {{- with .Values.watchNamespaces -}}{{- $_ := set $config "namespaces" . -}}{{- end -}}
 {{- with .Values.storage -}}{{- $_ := set $config "storage" . -}}{{- end -}}
 {{- $_ := set $config "prepare" .Values.prepare -}}
+{{- $_ := set $config "modelCache" (include "finetune-operator.modelCache" . | fromYaml) -}}
 {{- with .Values.nodePools -}}{{- $_ := set $config "nodePools" . -}}{{- end -}}
 {{- $_ := set $config "policy" (omit .Values.policy "validatingAdmissionPolicy") -}}
 {{- toYaml $config -}}

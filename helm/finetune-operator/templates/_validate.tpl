@@ -16,6 +16,14 @@
 {{- fail "isolation.networkPolicy is false, so isolation.blockMetadata, isolation.blockedCidrs and isolation.metricsFrom have no effect: set isolation.networkPolicy to true, or remove them" -}}
 {{- end -}}
 {{- end -}}
+{{- with .Values.modelCache -}}
+{{- if and (eq .default "node") (or (not .node.path) (not .node.namespaces)) -}}
+{{- fail "modelCache.default is node, but modelCache.node.path or modelCache.node.namespaces is empty: write both, or remove modelCache.default" -}}
+{{- end -}}
+{{- if ne (empty .node.path) (empty .node.namespaces) -}}
+{{- fail "modelCache.node.path and modelCache.node.namespaces only have an effect together: write both, or remove both" -}}
+{{- end -}}
+{{- end -}}
 {{- include "finetune-operator.validatePools" . -}}
 {{- include "finetune-operator.validatePod" . -}}
 {{- include "finetune-operator.validateDisruptionBudget" . -}}

@@ -17,6 +17,7 @@ from finetune_api.spec.cluster import EnvVar, PrepareResources
 from finetune_api.spec.common import SecretKeyRef, SecretRef, StorageConnection
 from finetune_api.tenancy import user_code_in_preparation
 
+from finetune_operator.builders.model_cache import add_model_cache
 from finetune_operator.builders.mounts import build_mounts
 from finetune_operator.builders.run_config import customer_key_variable
 from finetune_operator.objects import DEFAULT_CONTAINER_ANNOTATION, Object
@@ -31,10 +32,16 @@ PREPARATION_GRACE_SECONDS = 30
 """Grace period of a preparation pod. It has nothing to save."""
 
 
-def build_job(job: JobObject, run: RunConfig, pool: NodePool | None, config: OperatorConfig, secret_name: str = "") -> Object:
-    """Return the Job of the attempt that `run` describes. `secret_name`: name of the Secret of the attempt, or an empty string."""
+def build_job(
+    job: JobObject, run: RunConfig, pool: NodePool | None, config: OperatorConfig, secret_name: str = "", *, model_cache: str | None = None
+) -> Object:
+    """Return the Job of the attempt that `run` describes. `secret_name`: name of the Secret of the attempt, or an empty string.
+
+    `model_cache`: value of `model.cache` in the resolved spec, which is not part of `run`.
+    """
     name, queue, data = names.attempt_job_name(job.name, run.attempt), run.spec.placement.queue_name, run.to_bytes()
     pod = _build_pod_spec(name, run, run.sha256(data), pool, config, secret_name)
+    add_model_cache(pod, model_cache, job.namespace, config)
     body = _build_indexed_job(job, run.spec, config, data, name=name, attempt=run.attempt, pods=run.world.nodes, pod=pod)
     if secret_name:
         body["metadata"]["annotations"][Annotation.ATTEMPT_SECRET.value] = secret_name

@@ -97,8 +97,6 @@ def _yield_sources(spec: FineTuneJobSpec) -> Iterator[tuple[Any, bool]]:
     for text in read_sources:
         if text:
             yield parse(text), False
-    if spec.model.cache:
-        yield parse(spec.model.cache), True
     if spec.storage.uri and spec.storage.uri.startswith("pvc://"):
         yield parse(spec.storage.uri), True
 

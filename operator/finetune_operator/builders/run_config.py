@@ -29,6 +29,7 @@ from finetune_operator.views import JobObject
 LOOPBACK_ADDRESS = "127.0.0.1"
 DEFAULT_GRACE_SECONDS, MAX_GRACE_SECONDS = 300, 86400
 ON_EXISTING_RESULT = "policy.onExistingResult"
+MODEL_CACHE = "model.cache"
 SAVES_PER_GRACE_PERIOD = 3
 """The grace period is this multiple of the newest save's duration. A stopping pod first finishes a running upload, then saves once more.
 The multiple includes a margin, because the store may have become slower."""
@@ -41,7 +42,8 @@ def build_run_config(
 ) -> RunConfig:  # fmt: skip
     """Return the run configuration of an attempt.
 
-    `spec` is resolved, and all adaptations are applied. Its group `prepare` and `policy.maxCost` are omitted, because only the operator reads them.
+    `spec` is resolved, and all adaptations are applied. Its group `prepare`, `policy.maxCost` and
+    `model.cache` are omitted, because only the operator reads them.
     `policy.onExistingResult` is omitted, because only preparation pods adopt results (`for_preparation`). So an older trainer image can run the job.
     `committed_step` is the newest step that is known to be in storage, or 0.
     `max_step` is the newest step that the attempt may start from; None means no limit. It does not apply to checkpoints of
@@ -50,8 +52,10 @@ def build_run_config(
     """
     prepared = _prepared_rows(job, spec)
     policy = spec.policy.model_copy(update={"max_cost": None, "on_existing_result": None})
-    spec = spec.model_copy(update={"prepare": Prepare(), "policy": policy})
-    defaults = {path: value for path, value in defaults.items() if not path.startswith("prepare.") and path != ON_EXISTING_RESULT}
+    model = spec.model.model_copy(update={"cache": None})
+    spec = spec.model_copy(update={"prepare": Prepare(), "policy": policy, "model": model})
+    omitted = (ON_EXISTING_RESULT, MODEL_CACHE)
+    defaults = {path: value for path, value in defaults.items() if not path.startswith("prepare.") and path not in omitted}
     root = f"{(spec.storage.uri or '').rstrip('/')}"
     publish_uri = f"{root}/{spec.output.dir.strip('/')}" if spec.output.dir else None
     return RunConfig(

@@ -28,7 +28,7 @@ from finetune_api.tenancy import PolicyProblem, check_policy
 from pydantic import ValidationError
 
 from finetune_operator.objects import Object
-from finetune_operator.policies.placement import choose_pool, placement_problems
+from finetune_operator.policies.placement import choose_pool, model_cache_problems, placement_problems
 from finetune_operator.policies.pod_resources import default_resources
 from finetune_operator.policies.spec_hash import spec_sha256
 from finetune_operator.policies.verdict import AcceptedSpec, RefusedSpec
@@ -83,7 +83,7 @@ def accept(
     spec_digest, recorded = spec_sha256(raw_spec), first_attempt or FirstAttempt()
     choices, chosen_spec = _apply_choices(spec, choices or {})
     pool = choose_pool(chosen_spec, config)
-    platform_defaults = _platform_defaults(chosen_spec, config, None if isinstance(pool, RefusedSpec) else pool, recorded)
+    platform_defaults = _platform_defaults(chosen_spec, config, None if isinstance(pool, RefusedSpec) else pool, recorded, namespace)
     resolved_spec = _resolve_spec(spec, platform_defaults, recorded, choices)
     version_refusal = _refuse_other_version(unknown_fields, spec_digest, first_attempt)
     if version_refusal is not None:
@@ -95,7 +95,7 @@ def accept(
         return replace(_refuse_forbidden(forbidden_values), spec=resolved_spec.spec)
     if isinstance(pool, RefusedSpec):
         return replace(pool, spec=resolved_spec.spec)
-    placement_conflicts = list(placement_problems(chosen_spec, pool, config))
+    placement_conflicts = [*placement_problems(chosen_spec, pool, config), *model_cache_problems(spec, namespace, config)]
     refusal = (
         _refuse_conflicts(placement_conflicts, first_attempt)
         or (_refuse_unknown_price(spec, pool) if first_attempt is None else None)
@@ -212,7 +212,7 @@ def _resolve_spec(
         return resolved_spec
 
 
-def _platform_defaults(spec: FineTuneJobSpec, config: OperatorConfig, pool: NodePool | None, first_attempt: FirstAttempt) -> PlatformDefaults:
+def _platform_defaults(spec: FineTuneJobSpec, config: OperatorConfig, pool: NodePool | None, first_attempt: FirstAttempt, namespace: str) -> PlatformDefaults:
     """Return the defaults from the operator's configuration. The defaults of the pool take precedence."""
     return PlatformDefaults(
         storage=config.storage if config.storage.uri else None,
@@ -222,5 +222,6 @@ def _platform_defaults(spec: FineTuneJobSpec, config: OperatorConfig, pool: Node
         prepare_cpu=str(config.prepare.cpu),
         prepare_memory=str(config.prepare.memory),
         prepare_ephemeral_storage=str(config.prepare.ephemeral_storage),
+        model_cache=config.model_cache.default_for(namespace),
         **default_resources(spec, config, pool, first_attempt.defaults),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from finetune_api.names import GROUP, Annotation, Label, Reason
+from finetune_api.rules import NODE_CACHE
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.cluster import Toleration
 
@@ -76,6 +77,13 @@ def placement_problems(spec: FineTuneJobSpec, pool: NodePool | None, config: Ope
                 yield f"spec.placement.tolerations[{number}] is {job_value}, but pool {pool.name if pool else ''} sets {pool_value}"
     yield from _metadata_problems("labels", placement.labels or {}, trainer.labels, RESERVED_LABELS)
     yield from _metadata_problems("annotations", placement.annotations or {}, trainer.annotations, RESERVED_ANNOTATIONS)
+
+
+def model_cache_problems(spec: FineTuneJobSpec, namespace: str, config: OperatorConfig) -> Iterator[str]:
+    """Yield a message if the job uses a cache on the nodes that the platform does not have, or not for this namespace."""
+    if spec.model.cache == NODE_CACHE and not config.model_cache.node.is_enabled_in(namespace):
+        missing = "no such cache" if config.model_cache.node.path is None else f"no such cache for namespace {namespace}"
+        yield f"spec.model.cache is node, but the operator's configuration has {missing}: write pvc://claim/path, or remove model.cache"
 
 
 def _selector_problems(node_selector: Mapping[str, str], pool: NodePool | None) -> Iterator[str]:

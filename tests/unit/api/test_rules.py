@@ -634,6 +634,12 @@ PROBLEM_CASES: list[tuple[str, dict[str, Any], str]] = [
         {"placement": {"env": [{"name": "AWS_ACCESS_KEY_ID", "value": "x"}]}},
         "placement.env[0].name",
     ),
+    ("ModelCacheInvalid", {"model": {"source": "org/m", "cache": "s3://bucket/cache"}}, "model.cache"),
+    ("ModelCacheInvalid", {"model": {"source": "org/m", "cache": "Node"}}, "model.cache"),
+    ("ModelCacheInvalid", {"model": {"source": "org/m", "cache": "pvc://claim/../x"}}, "model.cache"),
+    ("ModelCacheInvalid", {"model": {"source": "org/m", "cache": "/var/lib/models"}}, "model.cache"),
+    ("ModelCacheWithoutEffect", {"model": {"source": "pvc://claim/m", "cache": "pvc://models/hub"}}, "model.cache"),
+    ("ModelCacheWithoutEffect", {"model": {"source": "file:///m", "cache": "node"}}, "model.cache"),
     (
         "EncryptionContradiction",
         {"storage": {"encryption": {"type": "s3", "kmsKeyId": "alias/x"}}},

@@ -21,7 +21,6 @@ def test_fields_are_explained_and_searched(run_command: RunCommand) -> None:
 
 
 def test_unsupported_fields_are_marked(run_command: RunCommand) -> None:
-    assert "\n  [not supported yet] " in run_command("explain", "model.cache")[1]
     assert "[some values are not supported yet: write 4, because " in run_command("explain", "method.lora.loftq.bits")[1]
     assert "not supported yet" not in run_command("explain", "method.vision")[1]
     assert "not supported yet" not in run_command("explain", "training")[1]

@@ -169,6 +169,21 @@ def test_operator_has_exactly_the_expected_permissions(render: Render) -> None:
     assert renew["resourceNames"] == ["rel-finetune-operator"]
 
 
+def test_the_cache_of_models_reaches_the_operator(render: Render, template: Any) -> None:
+    node = {"path": "/var/lib/finetune-models", "sizeLimit": "1Ti", "namespaces": ["ml-*"]}
+    cache = config(render(modelCache={"default": "node", "node": node})).model_cache
+    assert (cache.default, cache.node.path, cache.node.size_limit_bytes, cache.node.namespaces) == ("node", node["path"], 2**40, ("ml-*",))
+    without = config(render()).model_cache
+    assert (without.default, without.node.path, without.node.namespaces) == (None, None, ())
+    for values, error in (
+        ({"default": "node"}, "modelCache.default is node, but modelCache.node.path or modelCache.node.namespaces is empty"),
+        ({"node": {"path": "/var/lib/x"}}, "modelCache.node.path and modelCache.node.namespaces only have an effect together"),
+        ({"node": {"path": "/"}}, "'/modelCache/node/path': '/' does not match pattern"),
+        ({"default": "s3://bucket/x"}, "'/modelCache/default': 's3://bucket/x' does not match pattern"),
+    ):
+        assert error in template({"modelCache": values}).stderr
+
+
 def test_isolation_values_reach_the_configuration_and_the_permissions(render: Render, template: Any) -> None:
     own_pods = {"app.kubernetes.io/name": "finetune-operator", "app.kubernetes.io/instance": "rel"}
     default = config(render()).isolation

@@ -143,7 +143,7 @@ def has_type_of_sources(info: FieldInfo) -> bool:
 def test_every_source_of_the_spec_is_checked() -> None:
     others = {"dataset.responseOnly.questionMarker", "dataset.responseOnly.answerMarker", "tracking.mlflow.trackingUri"}
     found = {path for path, info in string_fields(FineTuneJobSpec) if has_type_of_sources(info)}
-    assert found - others == {*table.SOURCE_PATHS, "checkpoint.resume"}
+    assert found - others == {*table.SOURCE_PATHS, "checkpoint.resume", "model.cache"}
 
 
 def test_every_address_of_a_server_is_checked() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -32,6 +32,7 @@ from finetune_api.sources import (
 from finetune_trainer.checkpoint.address import download_committed, parse_address
 from finetune_trainer.checkpoint.tree import CheckpointTree
 from finetune_trainer.disk import free_bytes
+from finetune_trainer.model_cache.record import CachedModel
 from finetune_trainer.storage.base import ByteCounter, ObjectStat
 from finetune_trainer.storage.preflight import PREFLIGHT_OPTIONS
 from finetune_trainer.storage.s3 import S3Store
@@ -103,19 +104,47 @@ class FetchedSource:
         return self.hub_revision or self.listing_version or fingerprint(self.path)
 
 
+@dataclass(frozen=True)
+class S3Listing:
+    """The objects of an S3 source: one object, or all objects below a prefix. `needed`: those that are downloaded."""
+
+    source: S3Source
+    objects: list[ObjectStat]
+    needed: list[ObjectStat]
+
+    @property
+    def is_single_object(self) -> bool:
+        """Whether the source is the key of an object."""
+        return [stat.key for stat in self.needed] == [self.source.key]
+
+    def name_of(self, stat: ObjectStat) -> str:
+        """Return the name of an object's file, relative to the folder of the source."""
+        return _relative_path(stat.key, self.source.key.rpartition("/")[0] if self.is_single_object else self.source.key)
+
+    @property
+    def version(self) -> str:
+        """The version of the source, with all its objects."""
+        return _listing_version((self.name_of(stat), stat.size, stat.tag) for stat in self.objects)
+
+
 class Fetcher:
     """Fetches the sources of one run. `byte_counter` is called with the number of bytes of each downloaded chunk."""
 
     def __init__(
         self, run: RunConfig, work: Path, *, byte_counter: ByteCounter | None = None, digests: FileDigests | None = None,
-        model_kind: SourceKind = MODEL_SOURCE,
+        model_kind: SourceKind = MODEL_SOURCE, cached: Mapping[str, CachedModel] | None = None,
     ) -> None:  # fmt: skip
         """`digests` receives the sha256 of each file downloaded from a store. The hub's client does not compute one.
+
+        `cached`: the models that the pod's init container provides, by spec path.
 
         `model_kind`: MODEL_SOURCE, or MODEL_WITHOUT_WEIGHTS if the weights of models are not needed.
         """
         self.run, self.work, self.byte_counter, self._model_kind = run, work, byte_counter, model_kind
+        self._cached = cached or {}
         self.digests = FileDigests() if digests is None else digests
+        self.models_from_cache: dict[str, CachedModel] = {}
+        """The models that were not downloaded, because the init container provides them, by spec path."""
         self.source_versions: dict[str, str] = {}
         """Version of each fetched model with weights and each folder of a benchmark, by spec path."""
 
@@ -139,7 +168,8 @@ class Fetcher:
         return self._fetch_model(text, path, name, MODEL_SOURCE)
 
     def _fetch_model(self, text: str, path: str, name: str, kind: SourceKind) -> FetchedSource:
-        fetched = self._fetch(text, path, self.work / "fetched" / name, kind)
+        cached = self._find_cached(text, path) if kind is MODEL_SOURCE else None
+        fetched = cached or self._fetch(text, path, self.work / "fetched" / name, kind)
         if not fetched.path.is_dir():
             raise NotFoundError(
                 "ModelInvalid", f"{path} is {redact_source(text)}, which is a file: a folder with config.json and weights is needed",
@@ -152,6 +182,16 @@ class Fetcher:
                 hint=f"set {path} to the folder that holds config.json and the weights", failure_class=MODEL_SOURCE.failure_class,
             )  # fmt: skip
         return fetched
+
+    def _find_cached(self, text: str, path: str) -> FetchedSource | None:
+        """Return the model that the init container provides, and keep it in the cache until this process ends. None: it is downloaded."""
+        cached = self._cached.get(path)
+        if cached is None or cached.source != text or not cached.hold():
+            return None
+        self.models_from_cache[path] = cached
+        for name, sha256 in cached.sha256.items():
+            self.digests.add_download(cached.path / name, sha256)
+        return FetchedSource(cached.path, _data_files(cached.path), hub_revision=cached.hub_revision, listing_version=cached.listing_version)
 
     def data(self, text: str, path: str, name: str) -> list[Path]:
         """Fetch the files of a data source, in the order of their names. Errors: NotFoundError DatasetNotFound (66); storage errors."""
@@ -217,34 +257,40 @@ class Fetcher:
         return S3Store(base.model_copy(update={"uri": f"s3://{bucket}"}), **options)  # type: ignore[arg-type] # mixed numbers
 
     def _fetch_s3(self, source: S3Source, path: str, target: Path, kind: SourceKind) -> FetchedSource:
-        store = self._open_store(source.bucket, kind)
         try:
-            listed = self._list_with_short_timeouts(source, kind)
-            objects = [stat for stat in listed if not kind.skips(stat.key)]
-            if not objects:
+            listing = self.list_s3(source, kind)
+            if not listing.needed:
                 raise self._missing_error(
                     kind, path, str(source), "does not exist: there is no object at this key or below it"
                 )
-            self.require_space(sum(stat.size for stat in objects), path)
-            is_single_object = [stat.key for stat in objects] == [source.key]
-            folder = source.key.rpartition("/")[0] if is_single_object else source.key
-            jobs = [(stat, target / _relative_path(stat.key, folder)) for stat in objects]
-            with ThreadPoolExecutor(DOWNLOAD_THREADS) as pool:
-                digests = list(pool.map(lambda job: store.download(job[0].key, job[1], byte_counter=self.byte_counter), jobs))
-            for (stat, file), digest in zip(jobs, digests, strict=True):
-                if digest is None:
-                    raise self._missing_error(kind, path, f"s3://{source.bucket}/{stat.key}", "was removed during its download")
-                self.digests.add_download(file, digest)
+            self.require_space(sum(stat.size for stat in listing.needed), path)
+            files = self.download_s3(listing, path, target, kind)
         except FineTuneError as error:
             if error.failure_class is FailureClass.STORAGE and isinstance(error, CredentialsError):
                 error.failure_class = kind.failure_class
             raise
+        skipped_names = frozenset(listing.name_of(stat) for stat in listing.objects if kind.skips(stat.key))
+        return FetchedSource(files[0] if listing.is_single_object else target, files, skipped_names=skipped_names, listing_version=listing.version)
+
+    def list_s3(self, source: S3Source, kind: SourceKind) -> S3Listing:
+        """List the objects of a source. Errors: storage errors."""
+        objects = self._list_with_short_timeouts(source, kind)
+        return S3Listing(source, objects, [stat for stat in objects if not kind.skips(stat.key)])
+
+    def download_s3(self, listing: S3Listing, path: str, target: Path, kind: SourceKind) -> list[Path]:
+        """Download the needed objects of a listing to a folder, and record their digests. Errors: NotFoundError; storage errors."""
+        store = self._open_store(listing.source.bucket, kind)
+        files = [target / listing.name_of(stat) for stat in listing.needed]
+        try:
+            with ThreadPoolExecutor(DOWNLOAD_THREADS) as pool:
+                digests = list(pool.map(lambda stat, file: store.download(stat.key, file, byte_counter=self.byte_counter), listing.needed, files))
         finally:
             store.close()
-        files = [file for _, file in jobs]
-        skipped_names = frozenset(_relative_path(stat.key, folder) for stat in listed if kind.skips(stat.key))
-        version = _listing_version((_relative_path(stat.key, folder), stat.size, stat.tag) for stat in listed)
-        return FetchedSource(files[0] if is_single_object else target, files, skipped_names=skipped_names, listing_version=version)
+        for stat, file, digest in zip(listing.needed, files, digests, strict=True):
+            if digest is None:
+                raise self._missing_error(kind, path, f"s3://{listing.source.bucket}/{stat.key}", "was removed during its download")
+            self.digests.add_download(file, digest)
+        return files
 
     def _list_with_short_timeouts(self, source: S3Source, kind: SourceKind) -> list[ObjectStat]:
         """List the source with short timeouts, so that wrong settings fail within seconds. The downloads retry longer."""

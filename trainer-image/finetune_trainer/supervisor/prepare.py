@@ -21,7 +21,7 @@ from finetune_api.names import Env, Reason
 from finetune_api.pod import RunConfig
 from finetune_api.rules import benchmarks_after_training, prompts_to_compare, pushes_to_hub
 from finetune_api.spec.enums import OutputKind
-from finetune_api.status import ResolvedConfig, Stage
+from finetune_api.status import ModelOrigin, ResolvedConfig, Stage
 
 from finetune_trainer.artefact.combination import adapter_name, require_combinable
 from finetune_trainer.checkpoint.manifest import RunFacts
@@ -29,6 +29,7 @@ from finetune_trainer.checkpoint.restore import RestoreResult, restore
 from finetune_trainer.checkpoint.tree import CheckpointTree
 from finetune_trainer.file_entry import sha256_file
 from finetune_trainer.inputs import Inputs, RestoredCheckpoint
+from finetune_trainer.model_cache.record import CacheRecord
 from finetune_trainer.results.model_comparison import read_prompts
 from finetune_trainer.settings import Settings
 from finetune_trainer.storage.preflight import preflight
@@ -203,12 +204,16 @@ class Preparation:
 
     def _fetch(self) -> Inputs:
         spec = self._run.spec
+        cache = CacheRecord.read(self._work)
         fetcher = Fetcher(
-            self._run, self._work, byte_counter=self._count_downloaded_bytes, digests=self._digests, model_kind=self._model_kind
-        )
+            self._run, self._work, byte_counter=self._count_downloaded_bytes, digests=self._digests, model_kind=self._model_kind,
+            cached=cache.models if cache is not None else None,
+        )  # fmt: skip
         data = spec.dataset
         source = spec.model.source or ""
         model = fetcher.model(source, "model.source", "model")
+        if cache is not None:
+            self._report_cache(cache, fetcher)
         tokenizer = spec.model.tokenizer
         adapter = spec.method.adapter.source if spec.method.adapter else None
         reference = spec.trainer.dpo.reference_model if spec.trainer.dpo else None
@@ -244,6 +249,18 @@ class Preparation:
             dataset_digest=combined_digest([*train, *(file for part in mixture for file in part)], self._digests.of),
             output_dir=self._work / "output",
             config_maps=self._config_maps,
+        )
+
+    def _report_cache(self, cache: CacheRecord, fetcher: Fetcher) -> None:
+        """Report where the base model came from."""
+        for note in cache.notes:
+            self._state.add_note(note)
+        used = fetcher.models_from_cache.get("model.source")
+        if used is None and "model.source" in cache.models:
+            self._state.add_note("model.source was removed from model.cache before this pod could use it, and was downloaded again")
+        is_cached = used is not None and used.from_cache
+        self._state.merge_resolved(
+            ResolvedConfig(model_source=ModelOrigin.CACHE if is_cached else ModelOrigin.DOWNLOAD, model_bytes_saved=used.size if used and is_cached else 0)
         )
 
     def _fetch_benchmarks(self, fetcher: Fetcher) -> list[Path | None]:

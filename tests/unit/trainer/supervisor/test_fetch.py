@@ -18,11 +18,12 @@ from finetune_api.pod import StoreTarget
 from finetune_trainer.checkpoint.manifest import Manifest, prefix_of
 from finetune_trainer.checkpoint.tree import CheckpointTree
 from finetune_trainer.file_entry import sha256_file
+from finetune_trainer.model_cache.record import CachedModel
 from finetune_trainer.storage.base import ObjectStat
 from finetune_trainer.storage.folder import FolderStore
 from finetune_trainer.storage.roots import open_store
 from finetune_trainer.storage.web import MAX_ATTEMPTS
-from finetune_trainer.supervisor.fetch import Fetcher, fingerprint
+from finetune_trainer.supervisor.fetch import MODEL_WITHOUT_WEIGHTS, FetchedSource, Fetcher, fingerprint
 from web_server import Fault, WebServer
 
 SECRET_QUERY = "?X-Amz-Signature=hidden-word"
@@ -326,3 +327,51 @@ def test_a_fingerprint_covers_small_files_and_the_ends_of_large_files(tmp_path: 
         stream.write(b"x")
     assert before.startswith("sha256:") and len(before) == len("sha256:") + 64
     assert (fingerprint(tmp_path) != before) is is_noticed
+
+
+# ---- models that the init container provides ----
+
+
+def cached_model(folder: Path, **fields: Any) -> CachedModel:
+    values: dict[str, Any] = {"source": "a/b", "path": folder, "from_cache": True, "size": 3, "hub_revision": "abc", "sha256": {"config.json": "0" * 64}}
+    return CachedModel(**(values | fields))
+
+
+def fetch_with(local: Fetcher, cached: CachedModel, source: str = "a/b") -> tuple[FetchedSource, Fetcher]:
+    fetcher = Fetcher(local.run, local.work, cached={"model.source": cached})
+    return fetcher.model(source, "model.source", "model"), fetcher
+
+
+@pytest.mark.usefixtures("no_download")
+def test_a_cached_model_is_not_downloaded(local: Fetcher, tmp_path: Path) -> None:
+    write_files(tmp_path / "cached", "config.json", "model.safetensors")
+    fetched, fetcher = fetch_with(local, cached_model(tmp_path / "cached"))
+    assert (fetched.path, fetched.hub_revision, fetched.source_version) == (tmp_path / "cached", "abc", "abc")
+    assert fetcher.source_versions == {"model.source": "abc"} and list(fetcher.models_from_cache) == ["model.source"]
+    assert fetcher.digests.known(tmp_path / "cached/config.json") == "0" * 64
+
+
+@pytest.fixture
+def no_download(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    def refuse(*_: object, **__: object) -> str:
+        raise ConnectionError("a download")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+
+
+@pytest.mark.usefixtures("no_download")
+@pytest.mark.parametrize("change", [{"source": "a/c"}, {"path": Path("/nonexistent")}, {"in_use_file": Path("/nonexistent")}])
+def test_a_cached_model_that_is_gone_or_of_another_source_is_downloaded(local: Fetcher, tmp_path: Path, change: dict[str, Any]) -> None:
+    write_files(tmp_path / "cached", "config.json")
+    with pytest.raises(FineTuneError, match="HubUnreachable"):
+        fetch_with(local, cached_model(tmp_path / "cached", **change))
+
+
+@pytest.mark.usefixtures("no_download")
+def test_a_preparation_without_weights_does_not_use_cached_models(local: Fetcher, tmp_path: Path) -> None:
+    write_files(tmp_path / "cached", "config.json")
+    fetcher = Fetcher(local.run, local.work, cached={"model.source": cached_model(tmp_path / "cached")}, model_kind=MODEL_WITHOUT_WEIGHTS)
+    with pytest.raises(FineTuneError, match="HubUnreachable"):
+        fetcher.model("a/b", "model.source", "model")

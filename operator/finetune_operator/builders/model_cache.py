@@ -1,0 +1,82 @@
+"""Adds the cache of base models to a pod: an init container that fills the cache, and the volume.
+
+Only the init container can write to the cache. It runs the platform's trainer image without the user's mounts and variables, so no code of the
+job can change the models of other jobs. The trainer container reads a node's cache through a read-only mount; from a claim, the init container copies the
+model to the pod's disk.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from finetune_api import names
+from finetune_api.names import Env
+from finetune_api.rules import NO_CACHE, NODE_CACHE
+from finetune_api.sources import PvcSource, parse
+
+from finetune_operator.objects import Object
+from finetune_operator.settings import OperatorConfig
+
+VOLUME = "model-cache"
+CLAIM_FOLDER, CLAIM_TENANT = "finetune-models", "models"
+"""In a claim: a folder of its own, so that the cache never touches other files of the volume."""
+NODE_FREE_SHARE = "0.15"
+"""Share of a node's disk that the cache leaves free: the kubelet's usual threshold for the eviction of pods."""
+MOUNTS = ("run", "work", "tmp", "ca")
+"""Volumes of the trainer container that the init container also mounts."""
+VARIABLES = frozenset({
+    *(name.value for name in (Env.RUN_SHA256, Env.NODE_RANK, Env.POD_NAME, Env.POD_UID, Env.NODE_NAME, Env.DISK_LIMIT, Env.HF_TOKEN)),
+    *(prefix + name.value for prefix in ("", names.MODEL_CREDENTIALS_PREFIX)
+      for name in (Env.STORAGE_ACCESS_KEY, Env.STORAGE_SECRET_KEY, Env.STORAGE_SESSION_TOKEN, Env.STORAGE_CUSTOMER_KEY)),
+    "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION", "HF_ENDPOINT",
+    "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy",
+})  # fmt: skip
+"""Variables of the trainer container that decide what is downloaded and how. The user's other variables could load code into the init container."""
+
+
+def add_model_cache(pod: Object, cache: str | None, namespace: str, config: OperatorConfig) -> None:
+    """Add the cache that the resolved field `model.cache` names to a pod spec with a trainer container."""
+    if cache in (None, NO_CACHE) or (cache == NODE_CACHE and not config.model_cache.node.is_enabled_in(namespace)):
+        return
+    trainer = pod["containers"][0]
+    if cache == NODE_CACHE:
+        volume: Object = {"hostPath": {"path": config.model_cache.node.path, "type": "DirectoryOrCreate"}}
+        size_limit = str(config.model_cache.node.size_limit_bytes)
+        arguments = ["--folder", names.MODEL_CACHE_MOUNT, "--tenant", namespace, "--size-limit", size_limit, "--free-share", NODE_FREE_SHARE]
+        trainer["volumeMounts"].append(
+            {"name": VOLUME, "mountPath": f"{names.MODEL_CACHE_MOUNT}/{namespace}", "subPath": namespace, "readOnly": True}
+        )
+    else:
+        source = parse(cache or "", path="model.cache")
+        assert isinstance(source, PvcSource)
+        volume = {"persistentVolumeClaim": {"claimName": source.claim}}
+        folder = "/".join(part for part in (names.MODEL_CACHE_MOUNT, source.path, CLAIM_FOLDER) if part)
+        arguments = ["--folder", folder, "--tenant", CLAIM_TENANT, "--copy"]
+    pod["volumes"].append({"name": VOLUME, **volume})
+    pod["initContainers"] = [_build_init_container(trainer, ["fill-cache", *arguments], config)]
+
+
+def _build_init_container(trainer: Object, arguments: list[str], config: OperatorConfig) -> Object:
+    """The init container. Its requests do not exceed those of the trainer container, so the pod needs no more of a node."""
+    mounts = [mount for mount in trainer["volumeMounts"] if mount["name"] in MOUNTS]
+    return {
+        "name": names.MODEL_CACHE_CONTAINER,
+        "image": config.trainer.image,
+        "imagePullPolicy": config.trainer.image_pull_policy.value,
+        "args": arguments,
+        "env": _build_env(trainer["env"], config.trainer.env),
+        "resources": {kind: _without_devices(amounts) for kind, amounts in trainer["resources"].items()},
+        "securityContext": trainer["securityContext"],
+        "terminationMessagePolicy": "FallbackToLogsOnError",
+        "volumeMounts": [*mounts, {"name": VOLUME, "mountPath": names.MODEL_CACHE_MOUNT}],
+    }
+
+
+def _build_env(variables: list[Object], platform_variables: dict[str, str]) -> list[Object]:
+    kept = [variable for variable in variables if variable["name"] in VARIABLES]
+    kept_names = {variable["name"] for variable in kept}
+    return [*kept, *({"name": name, "value": value} for name, value in sorted(platform_variables.items()) if name not in kept_names)]
+
+
+def _without_devices(amounts: dict[str, Any]) -> dict[str, Any]:
+    return {name: amount for name, amount in amounts.items() if name in ("cpu", "memory", "ephemeral-storage")}

@@ -1,0 +1,140 @@
+"""Pods with a cache of base models: one download for all pods of a node, and the same run as without the cache."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from finetune_api.pod import RunConfig, TerminationMessage
+from finetune_trainer.model_cache.record import CacheRecord
+from pod_buckets import Bucket, new_bucket
+from pod_harness import Pod, merge, run_config
+from recorded_run import record_run, spec_of, traced_pod
+
+from localcluster.s3 import S3Endpoint
+from tests.support.hub import Hub, serve_hub
+from tests.support.s3proxy import Latency, S3Proxy
+
+FILES = ["chat_template.jinja", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+NODE = ("--tenant", "team", "--size-limit", str(10**9))
+CLAIM = ("--tenant", "models", "--copy")
+
+
+@pytest.fixture
+def hub(model: Path) -> Iterator[Hub]:
+    with serve_hub() as server:
+        server.serve_model("org/tiny", model)
+        yield server
+
+
+def hub_variables(hub: Hub) -> dict[str, str]:
+    return {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_TOKEN": ""}
+
+
+def init_pod(run: RunConfig, folder: Path, cache: Path, arguments: tuple[str, ...], env: dict[str, str]) -> Pod:
+    """The init container of the pod whose trainer container has the same folder."""
+    return Pod(run, folder, env, command="fill-cache", arguments=("--folder", str(cache), *arguments))
+
+
+def read_record(pod: Pod) -> CacheRecord:
+    record = CacheRecord.read(pod.folder / "work")
+    assert record is not None, pod.text[-4000:]
+    return record
+
+
+def weights_size(model: Path) -> int:
+    return sum((model / name).stat().st_size for name in FILES)
+
+
+def model_values(message: TerminationMessage) -> tuple[Any, ...]:
+    resolved = message.resolved
+    assert resolved is not None
+    return resolved.model_source, resolved.model_bytes_saved, [note for note in resolved.notes or [] if "cache" in note]
+
+
+def train(run: RunConfig, folder: Path, bucket: Bucket, hub: Hub) -> tuple[Pod, TerminationMessage]:
+    """Run the trainer container with traced rows."""
+    pod = traced_pod(run, folder, bucket)
+    pod.env |= hub_variables(hub)
+    with pod:
+        assert pod.end() == 0, pod.text[-4000:]
+    return pod, pod.termination_message()
+
+
+def test_eight_pods_of_a_node_download_the_model_once(s3_server: S3Endpoint, hub: Hub, model: Path, rows: Path, tmp_path: Path) -> None:
+    """Two of the pods train, one with the model in the cache and one with a copy of it. Their runs equal a run without a cache, bit for bit."""
+    spec = merge(spec_of(model, rows, "full"), {"model": {"source": "org/tiny"}})
+    buckets = [new_bucket(s3_server) for _ in range(3)]
+    run, variables, cache = run_config(spec, buckets[0].target()), hub_variables(hub), tmp_path / "node"
+    pods = [init_pod(run, tmp_path / f"pod-{number}", cache, NODE, variables).start() for number in range(8)]
+    assert [pod.end() for pod in pods] == [0] * 8
+    assert hub.downloads("org/tiny") == FILES
+    cached = [read_record(pod).models["model.source"] for pod in pods]
+    assert sorted(model.from_cache for model in cached) == [False] + [True] * 7
+    assert len({model.path for model in cached}) == 1
+
+    chosen = next(pod for pod, model in zip(pods, cached, strict=True) if model.from_cache)
+    with_cache, message = train(run, chosen.folder, buckets[0], hub)
+    assert model_values(message) == ("cache", weights_size(model), [])
+    assert hub.downloads("org/tiny") == FILES and not (chosen.folder / "work/fetched/model").exists()
+
+    copy_run = run_config(spec, buckets[1].target())
+    with init_pod(copy_run, tmp_path / "claim-pod", tmp_path / "claim", CLAIM, variables) as pod:
+        assert pod.end() == 0
+    with_copy, copy_message = train(copy_run, tmp_path / "claim-pod", buckets[1], hub)
+    assert model_values(copy_message) == ("download", 0, [])
+    assert hub.downloads("org/tiny") == sorted(FILES * 2)
+
+    without_cache, plain_message = train(run_config(spec, buckets[2].target()), tmp_path / "plain", buckets[2], hub)
+    assert model_values(plain_message) == (None, None, [])
+    expected = record_run(buckets[2], [without_cache], plain_message)
+    assert record_run(buckets[0], [with_cache], message) == expected
+    assert record_run(buckets[1], [with_copy], copy_message) == expected
+    for other in (message, copy_message):
+        assert other.resolved and plain_message.resolved and other.resolved.model_revision == plain_message.resolved.model_revision
+
+
+def test_a_cache_that_fails_only_adds_a_note(s3_server: S3Endpoint, hub: Hub, model: Path, rows: Path, tmp_path: Path) -> None:
+    bucket = new_bucket(s3_server)
+    run = run_config(merge(spec_of(model, rows, "lora"), {"model": {"source": "org/tiny"}, "training": {"maxSteps": 2}}), bucket.target())
+    (tmp_path / "node").write_text("not a folder")
+    with init_pod(run, tmp_path / "pod", tmp_path / "node", NODE, hub_variables(hub)) as pod:
+        assert pod.end() == 0
+    _, message = train(run, tmp_path / "pod", bucket, hub)
+    source, saved, notes = model_values(message)
+    assert (source, saved) == ("download", 0) and hub.downloads("org/tiny") == FILES
+    assert [note.partition(": ")[0] for note in notes] == ["model.source is downloaded without model.cache"]
+
+
+def test_a_model_in_s3_is_downloaded_once(s3_server: S3Endpoint, bucket: Bucket, model: Path, rows: Path, tmp_path: Path) -> None:
+    """One object was uploaded in parts. A poisoned file in the claim is found by the hash that the store names."""
+    for name in FILES:
+        bucket.put(f"{bucket.root}/base/{name}", (model / name).read_bytes())
+    blob = os.urandom(17 * 1024 * 1024)
+    (tmp_path / "extra.bin").write_bytes(blob)
+    bucket.client.upload_file(str(tmp_path / "extra.bin"), bucket.name, f"{bucket.root}/base/extra.bin")
+    with S3Proxy(s3_server.host_url) as proxy:
+        read = proxy.fault(Latency(0), operation="GetObject", key="/base/extra.bin")
+        target = bucket.target(endpoint=proxy.url)
+        run = run_config(merge(spec_of(model, rows, "lora"), {"model": {"source": f"s3://{bucket.name}/{bucket.root}/base"}}), target)
+
+        def fill(name: str) -> CacheRecord:
+            with init_pod(run, tmp_path / name, tmp_path / "claim", CLAIM, bucket.env) as pod:
+                assert pod.end() == 0
+            return read_record(pod)
+
+        first, second = fill("first"), fill("second")
+        downloads = read.hits
+        (cached,) = (tmp_path / "claim").glob("models/*/files/extra.bin")
+        cached.write_bytes(b"\0" + blob[1:])
+        third = fill("third")
+    assert [record.models["model.source"].from_cache for record in (first, second, third)] == [False, True, False], (first.notes, second.notes)
+    assert read.hits == 2 * downloads
+    assert (first.notes, second.notes) == ([], [])
+    assert third.notes[0].endswith("which was removed: extra.bin has another hash than at the source")
+    for record in (first, second, third):
+        assert (record.models["model.source"].path / "extra.bin").read_bytes() == blob
+    assert first.models["model.source"].listing_version == third.models["model.source"].listing_version is not None

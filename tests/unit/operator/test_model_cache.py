@@ -1,0 +1,208 @@
+"""`model.cache`: the init container and the volumes of a pod, the default of the platform, and who may use the cache on the nodes."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from finetune_api.names import Annotation, Reason
+from finetune_api.spec import FineTuneJobSpec
+from finetune_api.status import ModelOrigin, ResolvedConfig
+from finetune_operator.builders.job import build_job, build_preparation_job
+from finetune_operator.builders.run_config import build_run_config
+from finetune_operator.metrics import Metrics
+from finetune_operator.objects import Object
+from finetune_operator.policies.acceptance import AcceptedSpec, RefusedSpec, accept
+from finetune_operator.settings import OperatorConfig, SettingsError, parse_config
+from finetune_operator.views import read_pod
+
+from tests.unit.operator.samples import finetunejob, spec
+
+NODE = {"path": "/var/lib/finetune-models", "sizeLimit": "1Ki", "namespaces": ["team", "ml-*"]}
+
+
+def config_with(cache: Object | None = None, **fields: Any) -> OperatorConfig:
+    trainer = {"image": "registry.example.com/trainer:1", "env": {"HF_HUB_ETAG_TIMEOUT": "30", "HF_ENDPOINT": "https://mirror.example.com"}}
+    return parse_config({"trainer": trainer, **({"modelCache": cache} if cache is not None else {}), **fields}, "test")
+
+
+CONFIG = config_with({"node": NODE})
+
+
+def build(written: Object, config: OperatorConfig = CONFIG, namespace: str = "team") -> tuple[AcceptedSpec, Object]:
+    accepted = accept(written, config, namespace=namespace)
+    assert isinstance(accepted, AcceptedSpec), accepted
+    job = finetunejob(written)
+    run = build_run_config(job, accepted.spec, 1, defaults=accepted.defaults, committed_step=0, max_step=None)
+    body = build_job(job, run, accepted.pool, config, model_cache=accepted.spec.model.cache)
+    return accepted, body
+
+
+def pod_of(body: Object) -> Object:
+    value: Object = body["spec"]["template"]["spec"]
+    return value
+
+
+def mounts_of(container: Object) -> list[Object]:
+    return [mount for mount in container["volumeMounts"] if mount["name"] == "model-cache"]
+
+
+def volumes_of(pod: Object) -> list[Object]:
+    return [volume for volume in pod["volumes"] if volume["name"] == "model-cache"]
+
+
+def test_a_claim_is_mounted_only_in_the_init_container() -> None:
+    pod = pod_of(build(spec(model={"cache": "pvc://models/hub/base"}))[1])
+    (init,) = pod["initContainers"]
+    assert volumes_of(pod) == [{"name": "model-cache", "persistentVolumeClaim": {"claimName": "models"}}]
+    assert mounts_of(init) == [{"name": "model-cache", "mountPath": "/mnt/model-cache"}] and mounts_of(pod["containers"][0]) == []
+    assert init["args"] == ["fill-cache", "--folder", "/mnt/model-cache/hub/base/finetune-models", "--tenant", "models", "--copy"]
+
+
+def test_the_root_of_a_claim_gets_a_folder_for_the_cache() -> None:
+    (init,) = pod_of(build(spec(model={"cache": "pvc://models"}))[1])["initContainers"]
+    assert init["args"][2] == "/mnt/model-cache/finetune-models"
+
+
+def test_the_trainer_container_can_only_read_the_models_of_its_namespace_on_the_node() -> None:
+    pod = pod_of(build(spec(model={"cache": "node"}))[1])
+    (init,) = pod["initContainers"]
+    assert volumes_of(pod) == [{"name": "model-cache", "hostPath": {"path": "/var/lib/finetune-models", "type": "DirectoryOrCreate"}}]
+    assert mounts_of(init) == [{"name": "model-cache", "mountPath": "/mnt/model-cache"}]
+    assert mounts_of(pod["containers"][0]) == [{"name": "model-cache", "mountPath": "/mnt/model-cache/team", "subPath": "team", "readOnly": True}]
+    assert init["args"] == ["fill-cache", "--folder", "/mnt/model-cache", "--tenant", "team", "--size-limit", "1024", "--free-share", "0.15"]
+
+
+def test_no_code_of_the_user_runs_in_the_init_container() -> None:
+    """The user's image, variables that load code, and mounts are left out. Variables that name servers, and credentials, are kept."""
+    written = spec(
+        model={"cache": "node", "tokenSecretRef": {"name": "hub", "key": "token"}},
+        placement={
+            "image": "registry.example.com/own:2",
+            "env": [{"name": name, "value": "x"} for name in ("MY_PRELOAD", "HTTPS_PROXY", "HF_ENDPOINT", "HF_HOME", "SSL_CERT_FILE", "AWS_CONFIG_FILE")],
+            "volumes": [{"name": "code", "persistentVolumeClaim": "code"}], "volumeMounts": [{"name": "code", "mountPath": "/code"}],
+        },
+        storage={"credentialsSecretRef": {"name": "s3"}},
+        resources={"gpusPerNode": 1, "memory": "8Gi"},
+    )  # fmt: skip
+    pod = pod_of(build(written)[1])
+    (init,), (trainer,) = pod["initContainers"], pod["containers"]
+    assert (init["name"], init["image"], trainer["image"]) == ("model-cache", "registry.example.com/trainer:1", "registry.example.com/own:2")
+    variables = {variable["name"]: variable.get("value", "from elsewhere") for variable in init["env"]}
+    assert variables.keys() - {"FINETUNE_RUN_SHA256"} == {
+        "FINETUNE_NODE_RANK", "FINETUNE_POD_NAME", "FINETUNE_POD_UID", "FINETUNE_NODE_NAME", "FINETUNE_DISK_LIMIT_BYTES", "AWS_ACCESS_KEY_ID",
+        "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "HF_TOKEN", "HTTPS_PROXY", "HF_ENDPOINT", "HF_HUB_ETAG_TIMEOUT",
+    }  # fmt: skip
+    assert (variables["HF_ENDPOINT"], variables["HF_HUB_ETAG_TIMEOUT"]) == ("x", "30")
+    assert [mount["name"] for mount in init["volumeMounts"]] == ["run", "work", "tmp", "model-cache"]
+    assert init["securityContext"] == trainer["securityContext"] == {
+        "allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]},
+    }  # fmt: skip
+    assert "nvidia.com/gpu" in trainer["resources"]["limits"] and "nvidia.com/gpu" not in init["resources"]["limits"]
+    assert init["resources"]["limits"]["memory"] == "8Gi"
+
+
+def test_older_trainer_images_get_a_run_configuration_without_the_cache() -> None:
+    accepted, body = build(spec(model={"cache": "node"}))
+    run = json.loads(body["spec"]["template"]["metadata"]["annotations"][Annotation.RUN_CONFIG])
+    assert accepted.spec.model.cache == "node" and "cache" not in run["spec"]["model"]
+    _, defaulted = build(spec(), config_with({"default": "node", "node": NODE}))
+    run = json.loads(defaulted["spec"]["template"]["metadata"]["annotations"][Annotation.RUN_CONFIG])
+    assert "model.cache" not in run["defaults"] and "cache" not in run["spec"]["model"]
+
+
+@pytest.mark.parametrize("written", [spec(), spec(model={"cache": "none"})])
+def test_a_job_without_a_cache_has_the_same_pod_as_before(written: Object) -> None:
+    pod = pod_of(build(written)[1])
+    assert "initContainers" not in pod and volumes_of(pod) == []
+
+
+def test_a_preparation_pod_has_no_cache() -> None:
+    """It downloads no weights."""
+    accepted, _ = build(spec(model={"cache": "node"}))
+    job = finetunejob(spec())
+    run = build_run_config(job, accepted.spec, 1, defaults=accepted.defaults, committed_step=0, max_step=None)
+    pod = pod_of(build_preparation_job(job, run, 1, accepted.spec.prepare.resources, None, CONFIG))
+    assert "initContainers" not in pod and volumes_of(pod) == []
+
+
+# ---- default and permission ----
+
+
+@pytest.mark.parametrize(
+    ("cache", "namespace", "source", "expected"),
+    [
+        ({"default": "pvc://models"}, "team", "org/m", "pvc://models"), ({"default": "node", "node": NODE}, "ml-1", "s3://bucket/m", "node"),
+        ({"default": "node", "node": NODE}, "other", "org/m", None), ({"default": "pvc://models"}, "team", "pvc://claim/m", None),
+        ({"default": "pvc://models"}, "team", "file:///m", None), ({"node": NODE}, "team", "org/m", None), (None, "team", "org/m", None),
+    ],
+)  # fmt: skip
+def test_the_default_of_the_platform(cache: Object | None, namespace: str, source: str, expected: str | None) -> None:
+    accepted, _ = build(spec(model={"source": source}), config_with(cache), namespace)
+    assert accepted.spec.model.cache == expected and accepted.defaults.get("model.cache") == expected
+
+
+def test_a_job_can_refuse_the_default() -> None:
+    accepted, body = build(spec(model={"cache": "none"}), config_with({"default": "pvc://models"}))
+    assert accepted.spec.model.cache == "none" and "initContainers" not in pod_of(body)
+
+
+@pytest.mark.parametrize(
+    ("config", "namespace", "message"),
+    [
+        (config_with(), "team", "spec.model.cache is node, but the operator's configuration has no such cache: write pvc://claim/path, or remove model.cache"),
+        (CONFIG, "other",
+         "spec.model.cache is node, but the operator's configuration has no such cache for namespace other: write pvc://claim/path, or remove model.cache"),
+    ],
+)  # fmt: skip
+def test_a_cache_on_the_nodes_needs_the_platform(config: OperatorConfig, namespace: str, message: str) -> None:
+    refused = accept(spec(model={"cache": "node"}), config, namespace=namespace)
+    assert isinstance(refused, RefusedSpec)
+    assert (refused.reason, refused.message, refused.is_final) == (Reason.REJECTED, message, True)
+
+
+@pytest.mark.parametrize(
+    ("cache", "text"),
+    [
+        ({"default": "node"}, "default is node, but node.path and node.namespaces are empty"),
+        ({"node": {"path": "/var/lib/x"}}, "node.path and node.namespaces only have an effect together"),
+        ({"node": {"namespaces": ["*"]}}, "node.path and node.namespaces only have an effect together"),
+        ({"default": "s3://bucket/x"}, "modelCache.default"), ({"node": {**NODE, "path": "/var"}}, "modelCache.node.path"),
+        ({"node": {**NODE, "path": "relative/x"}}, "modelCache.node.path"), ({"node": {**NODE, "sizeLimit": "much"}}, "modelCache.node.sizeLimit"),
+    ],
+)  # fmt: skip
+def test_a_wrong_configuration_is_refused(cache: Object, text: str) -> None:
+    with pytest.raises(SettingsError, match=text.replace(".", r"\.")):
+        config_with(cache)
+
+
+# ---- status and metrics ----
+
+
+def test_the_message_of_a_pod_that_fills_the_cache() -> None:
+    labels = {"app.kubernetes.io/managed-by": "finetune-operator", "finetune-operator.io/name": "run", "finetune-operator.io/attempt": "1"}
+    statuses = {
+        "containerStatuses": [{"name": "trainer", "state": {"waiting": {"reason": "PodInitializing"}}}],
+        "initContainerStatuses": [{"name": "model-cache", "state": {"running": {"startedAt": "2026-11-21T12:00:00Z"}}}],
+    }
+    pod = read_pod({"metadata": {"namespace": "team", "name": "run-1-0", "uid": "u", "labels": labels}, "status": {"phase": "Pending", **statuses}})
+    assert pod is not None
+    assert (pod.waiting_reason, pod.waiting_message) == ("PodInitializing", "the init container model-cache provides the model from model.cache")
+
+
+def test_the_metrics_count_where_models_came_from() -> None:
+    metrics = Metrics()
+    for resolved in (
+        ResolvedConfig(model_source=ModelOrigin.CACHE, model_bytes_saved=7), ResolvedConfig(model_source=ModelOrigin.CACHE, model_bytes_saved=5),
+        ResolvedConfig(model_source=ModelOrigin.DOWNLOAD, model_bytes_saved=0), ResolvedConfig(),
+    ):  # fmt: skip
+        metrics.record_model_fetch(resolved)
+    value = metrics.registry.get_sample_value
+    assert value("finetune_operator_model_fetches_total", {"source": "cache"}) == 2
+    assert value("finetune_operator_model_fetches_total", {"source": "download"}) == 1
+    assert value("finetune_operator_model_bytes_saved_total") == 12
+
+
+def test_the_spec_knows_the_values() -> None:
+    assert FineTuneJobSpec.model_validate(spec(model={"cache": "pvc://models/hub"})).model.cache == "pvc://models/hub"

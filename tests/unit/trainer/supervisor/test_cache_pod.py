@@ -1,0 +1,267 @@
+"""The init container with the cache: models from a stub of the hub, read in the cache or copied and verified."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from finetune_api.pod import RunConfig
+from finetune_trainer.model_cache.folder import Limits
+from finetune_trainer.model_cache.record import CacheRecord
+from finetune_trainer.settings import Settings
+from finetune_trainer.supervisor import cache_pod
+from finetune_trainer.supervisor.cache_pod import CacheOptions, CachePod, cached_sources
+
+from tests.support.hub import TOKEN, Hub, serve_hub
+from tests.support.learning import make_run
+
+WEIGHTS = b"weights" * 100
+FILES = {"config.json": b'{"model_type": "llama"}', "model.safetensors": WEIGHTS, "tokenizer.json": b"{}"}
+OTHER_FILES = {"image.png": b"not needed", ".gitattributes": b"*"}
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    with serve_hub() as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        yield server
+
+
+@pytest.fixture
+def model(tmp_path: Path, hub: Hub) -> Path:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for name, data in (FILES | OTHER_FILES).items():
+        (folder / name).write_bytes(data)
+    hub.serve_model("org/model", folder)
+    return folder
+
+
+Provide = Callable[..., CacheRecord]
+
+
+@pytest.fixture
+def provide(tmp_path: Path, model: Path) -> Provide:
+    """Run one init container of a new pod and return its record."""
+    numbers = iter(range(100))
+
+    def run_pod(*, copies: bool = False, source: str = "org/model", tenant: str = "team", limits: Limits = Limits(poll_seconds=0.01)) -> CacheRecord:
+        folder = tmp_path / f"pod-{next(numbers)}"
+        run = make_run(folder / "run", model, {"model": {"source": source}})[0]
+        (folder / "run.json").write_bytes(run.to_bytes())
+        settings = replace(Settings.from_env(run_file=str(folder / "run.json"), work=str(folder / "work")), run_sha256=None)
+        assert CachePod(settings, CacheOptions(tmp_path / "cache", tenant, copies, limits)).run() == 0
+        record = CacheRecord.read(folder / "work")
+        assert record is not None
+        return record
+
+    return run_pod
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("copies", [False, True])
+def test_the_model_is_downloaded_once(provide: Provide, hub: Hub, tmp_path: Path, copies: bool) -> None:
+    models = [provide(copies=copies).models["model.source"] for _ in range(3)]
+    assert hub.downloads("org/model") == sorted(FILES)
+    assert [(model.from_cache, model.size) for model in models] == [(False, 725), (True, 725), (True, 725)]
+    assert {model.hub_revision for model in models} == {hub.repositories["org/model"].commits[0].oid}
+    for model in models:
+        assert files_of(model.path) == FILES
+        assert model.sha256 == {name: hashlib.sha256(data).hexdigest() for name, data in FILES.items()}
+        assert (tmp_path / "cache" in model.path.parents) is not copies and (model.in_use_file is None) is copies
+
+
+def test_each_revision_has_a_folder_of_its_own(provide: Provide, hub: Hub, model: Path) -> None:
+    first = provide().models["model.source"]
+    (model / "config.json").write_text('{"model_type": "qwen2"}')
+    hub.serve_model("org/model", model)
+    second = provide().models["model.source"]
+    assert second.from_cache is False and second.path != first.path
+    assert (first.path / "config.json").read_bytes() == FILES["config.json"] and files_of(second.path) == files_of(second.path) | {
+        "config.json": b'{"model_type": "qwen2"}'
+    }
+
+
+def test_namespaces_share_no_models(provide: Provide, hub: Hub) -> None:
+    assert [provide(tenant=tenant).models["model.source"].from_cache for tenant in ("first", "second")] == [False, False]
+
+
+# ---- poisoned files ----
+
+
+def poison(tmp_path: Path, *, repairs_record: bool) -> Path:
+    """Change a file of the model as another pod with the claim could do it. `repairs_record`: also fit the cache's own record to it."""
+    (file,) = (tmp_path / "cache").glob("*/*/files/model.safetensors")
+    status = file.stat()
+    file.write_bytes(b"poison!" * 100)
+    if repairs_record:
+        os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+        entry = file.parents[1] / "entry.json"
+        record = json.loads(entry.read_text())
+        record["files"]["model.safetensors"] |= {"modifiedNs": file.stat().st_mtime_ns, "sha256": hashlib.sha256(b"poison!" * 100).hexdigest()}
+        entry.write_text(json.dumps(record))
+    return file
+
+
+DAMAGE_NOTE = "model.cache had a damaged copy of org/model, which was removed: model.safetensors has another hash than at the source"
+
+
+@pytest.mark.parametrize(("copies", "repairs_record"), [(True, True), (True, False), (False, False)])
+def test_a_poisoned_file_is_named_and_downloaded_again(provide: Provide, hub: Hub, tmp_path: Path, copies: bool, repairs_record: bool) -> None:
+    provide(copies=copies)
+    poison(tmp_path, repairs_record=repairs_record)
+    record = provide(copies=copies)
+    assert record.notes == [DAMAGE_NOTE]
+    assert files_of(record.models["model.source"].path) == FILES and record.models["model.source"].from_cache is False
+    assert hub.downloads("org/model") == sorted([*FILES, *FILES])
+    assert provide(copies=copies).notes == []
+
+
+# ---- access, and a hub that does not answer ----
+
+
+def test_access_to_a_gated_model_is_checked_for_each_job(provide: Provide, hub: Hub, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.serve_model("org/model", model, is_gated=True)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    assert provide().models["model.source"].from_cache is False
+    monkeypatch.delenv("HF_TOKEN")
+    record = provide()
+    assert record.models == {} and record.notes == ["model.source is downloaded without model.cache: GatedRepoError"]
+
+
+def test_access_to_a_private_model_is_checked_for_each_job(provide: Provide, hub: Hub, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.serve_model("org/model", model, is_private=True)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    assert provide().models["model.source"].from_cache is False
+    monkeypatch.setenv("HF_TOKEN", "hf_other")
+    record = provide()
+    assert record.models == {} and record.notes == ["model.source is downloaded without model.cache: RepositoryNotFoundError"]
+
+
+def stop_hub(hub: Hub, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    if how == "unavailable":
+        hub.failures["/api/models/"] = [(503, "down")] * 100
+    else:
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+
+
+@pytest.mark.parametrize("how", ["unavailable", "offline"])
+def test_without_the_hub_a_public_model_on_the_node_is_used(provide: Provide, hub: Hub, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    provide()
+    stop_hub(hub, how, monkeypatch)
+    record, revision = provide(), hub.repositories["org/model"].commits[0].oid
+    assert record.notes == [f"the model hub does not answer: revision {revision} of org/model from model.cache is used"]
+    cached = record.models["model.source"]
+    assert (cached.from_cache, cached.hub_revision, files_of(cached.path)) == (True, revision, FILES)
+
+
+NOT_KNOWN = "model.source is downloaded without model.cache: the model hub does not answer, and "
+
+
+@pytest.mark.parametrize(
+    ("gated", "copies", "source", "note"),
+    [
+        (True, False, "org/model", NOT_KNOWN + "the cache has no public model of this name"),
+        (False, False, "org/model@v2", NOT_KNOWN + "the cache has no public model of this name"),
+        (False, True, "org/model", NOT_KNOWN + "without it the hashes of the files in a claim are not known"),
+    ],
+)
+def test_without_the_hub_other_models_are_not_used(
+    provide: Provide, hub: Hub, model: Path, monkeypatch: pytest.MonkeyPatch, gated: bool, copies: bool, source: str, note: str
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    hub.serve_model("org/model", model, is_gated=gated)
+    assert provide(copies=copies).models != {}
+    stop_hub(hub, "unavailable", monkeypatch)
+    record = provide(copies=copies, source=source)
+    assert (record.models, record.notes) == ({}, [note])
+
+
+def test_without_the_hub_a_removed_model_is_not_used(provide: Provide, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    provide()
+    poison(tmp_path, repairs_record=False)
+    stop_hub(hub, "unavailable", monkeypatch)
+    assert provide().notes == ["model.source is downloaded without model.cache: model.safetensors has another hash than at the source"]
+    assert provide().notes == [NOT_KNOWN + "the cache no longer has this model"]
+
+
+# ---- a cache that fails ----
+
+
+def test_a_full_cache_is_named(provide: Provide, hub: Hub) -> None:
+    record = provide(limits=Limits(size_bytes=100))
+    assert record.models == {} and hub.downloads("org/model") == []
+    assert record.notes[0].startswith("model.source is downloaded without model.cache: the cache has no space for 0.00 GB")
+
+
+def test_a_full_disk_is_named(provide: Provide, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    assert provide().notes == ["model.source is downloaded without model.cache: No space left on device"]
+
+
+def test_a_folder_that_cannot_be_written_is_named(provide: Provide, tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("a file instead of a folder")
+    record = provide()
+    assert record.models == {} and record.notes[0].startswith("model.source is downloaded without model.cache: ") and str(tmp_path / "cache") in record.notes[0]
+
+
+@pytest.mark.parametrize("name", ["../../outside.json", "/etc/x.json", "a/../../x.json"])
+def test_a_name_that_leads_out_of_the_folder_is_refused(provide: Provide, hub: Hub, tmp_path: Path, name: str) -> None:
+    hub.repositories["org/model"].files[name] = b"{}"
+    record = provide()
+    assert record.models == {} and record.notes == [f"model.source is downloaded without model.cache: the source has a file with the name {name!r}"]
+    assert hub.downloads("org/model") == []
+
+
+def test_a_pod_without_run_json_ends_without_a_record(tmp_path: Path) -> None:
+    settings = Settings.from_env(run_file=str(tmp_path / "none"), work=str(tmp_path / "work"))
+    assert CachePod(settings, CacheOptions(tmp_path / "cache", "team", False, Limits())).run() == 0
+    assert CacheRecord.read(tmp_path / "work") is None
+
+
+def test_only_models_from_the_hub_and_s3_are_provided(tmp_path: Path) -> None:
+    def sources(model: str, reference: str) -> list[tuple[str, str]]:
+        spec = {"model": {"source": model}, "trainer": {"type": "dpo", "dpo": {"referenceModel": reference}}}
+        run: RunConfig = make_run(tmp_path / "run", tmp_path, spec)[0]
+        return list(cached_sources(run))
+
+    assert sources("org/a", "s3://bucket/c") == [("model.source", "org/a"), ("trainer.dpo.referenceModel", "s3://bucket/c")]
+    assert sources("pvc://claim/a", "file:///a") == []
+
+
+def test_the_arguments_of_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    given: list[CacheOptions] = []
+
+    class Recorder:
+        def __init__(self, _settings: Settings, options: CacheOptions) -> None:
+            given.append(options)
+
+        def run(self) -> int:
+            return 0
+
+    monkeypatch.setattr(cache_pod, "CachePod", Recorder)
+    cache_pod.main(["--folder", "/mnt/model-cache", "--tenant", "team", "--size-limit", "123", "--free-share", "0.15"])
+    cache_pod.main(["--folder", "/mnt/model-cache/hub", "--tenant", "models", "--copy"])
+    assert given == [
+        CacheOptions(Path("/mnt/model-cache"), "team", False, Limits(size_bytes=123, free_share=0.15)),
+        CacheOptions(Path("/mnt/model-cache/hub"), "models", True, Limits()),
+    ]

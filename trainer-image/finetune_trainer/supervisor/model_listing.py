@@ -1,0 +1,148 @@
+"""Lists the files of a model at its source, with the hashes that the source names, and checks that the job may read the model.
+
+The cache compares its files with these hashes, so it does not matter who has written them. Only models from the hub and from S3 have such
+hashes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from finetune_api.names import Env
+from finetune_api.sources import HubSource, S3Source, Source
+
+from finetune_trainer.model_cache.content import SourceFile, digest_of_etag
+from finetune_trainer.model_cache.folder import CacheProblem
+from finetune_trainer.storage.s3 import describe_connection
+from finetune_trainer.supervisor.fetch import DOWNLOAD_THREADS, MODEL_SOURCE, Fetcher
+
+
+@dataclass(frozen=True)
+class ModelListing:
+    """The files of one version of a model."""
+
+    location: str
+    """Server, and repository or folder. The cache never mixes models of two servers."""
+    files: tuple[SourceFile, ...]
+    hub_revision: str | None = None
+    listing_version: str | None = None
+    is_public: bool = False
+    """Whether everyone may read the model, without a token."""
+
+    @property
+    def key(self) -> str:
+        """sha256 (hex) over source, version, and names, sizes and hashes of the files: the name of the model's folder in the cache."""
+        files = [[file.name, file.size, file.digest] for file in self.files]
+        return hashlib.sha256(json.dumps([self.location, self.hub_revision, self.listing_version, files]).encode()).hexdigest()
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(file.size for file in self.files)
+
+
+class HubDown(Exception):
+    """The hub does not answer."""
+
+
+def list_model(fetcher: Fetcher, source: Source) -> tuple[ModelListing, Callable[[Path], None]]:
+    """Return the listing of a model, and a function that downloads its files to a folder.
+
+    Errors: CacheProblem if the source has no hashes; HubDown; errors of the source, which the download without the cache reports with its field.
+    """
+    match source:
+        case HubSource():
+            return _list_hub(source)
+        case S3Source():
+            return _list_s3(fetcher, source)
+    raise CacheProblem(f"{source} is not a model on the hub or in S3")
+
+
+def hub_location(source: HubSource) -> str:
+    """The hub's address, and the repository."""
+    return f"{_hub_endpoint()}/{source.repo}"
+
+
+def _hub_endpoint() -> str:
+    from huggingface_hub import constants
+
+    return (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
+
+
+def _list_hub(source: HubSource) -> tuple[ModelListing, Callable[[Path], None]]:
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError
+
+    token = os.environ.get(Env.HF_TOKEN) or False
+    try:
+        api = huggingface_hub.HfApi(endpoint=_hub_endpoint(), token=token)
+        info = api.model_info(source.repo, revision=source.revision)
+        if info.gated or info.private:
+            api.auth_check(source.repo)  # the cache may already have the files, but this job needs access of its own
+        tree = list(api.list_repo_tree(source.repo, revision=info.sha, recursive=True))
+    except HfHubHTTPError as error:
+        if error.response is not None and error.response.status_code < 500:
+            raise
+        raise HubDown from error
+    except Exception as error:  # the hub's client does not convert the exceptions of its HTTP library
+        if isinstance(error, ValueError):
+            raise
+        raise HubDown from error
+    files = _needed_files(tree)
+    revision = str(info.sha)
+
+    def download(folder: Path) -> None:
+        huggingface_hub.snapshot_download(
+            source.repo, revision=revision, local_dir=folder, endpoint=_hub_endpoint(), token=token, allow_patterns=list(MODEL_SOURCE.patterns),
+            max_workers=DOWNLOAD_THREADS,
+        )  # fmt: skip
+        shutil.rmtree(folder / ".cache", ignore_errors=True)  # the client's own notes about the download
+
+    is_public = not info.gated and not info.private
+    return ModelListing(hub_location(source), _safe(files), hub_revision=revision, is_public=is_public), download
+
+
+def _needed_files(tree: list[Any]) -> list[SourceFile]:
+    from huggingface_hub.hf_api import RepoFile
+    from huggingface_hub.utils import filter_repo_objects
+
+    files = [entry for entry in tree if isinstance(entry, RepoFile)]
+    needed = filter_repo_objects(files, allow_patterns=list(MODEL_SOURCE.patterns), key=lambda entry: entry.path)
+    return [SourceFile(entry.path, entry.size, f"sha256:{entry.lfs.sha256}" if entry.lfs else f"git-blob:{entry.blob_id}") for entry in needed]
+
+
+def _list_s3(fetcher: Fetcher, source: S3Source) -> tuple[ModelListing, Callable[[Path], None]]:
+    listing = fetcher.list_s3(source, MODEL_SOURCE)
+    if not listing.needed or listing.is_single_object:
+        raise CacheProblem(f"{source} is not a folder with objects")
+    files = []
+    for stat in listing.needed:
+        digest = digest_of_etag(stat.tag)
+        if digest is None:
+            raise CacheProblem(f"the store names no MD5 of {stat.key} (ETag {stat.tag})")
+        files.append(SourceFile(listing.name_of(stat), stat.size, digest))
+    target = fetcher.run.model_store or fetcher.run.storage
+    location = f"{describe_connection(target, source.bucket).endpoint or 's3'}/{source.bucket}/{source.key}"
+
+    def download(folder: Path) -> None:
+        fetcher.download_s3(listing, "model.cache", folder, MODEL_SOURCE)
+
+    return ModelListing(location, _safe(files), listing_version=listing.version), download
+
+
+def _safe(files: list[SourceFile]) -> tuple[SourceFile, ...]:
+    """Return the files, sorted. Errors: CacheProblem for names that lead out of the model's folder, and for names that occur twice."""
+    for file in files:
+        parts = PurePosixPath(file.name).parts
+        if not parts or file.name.startswith("/") or ".." in parts or "\0" in file.name:
+            raise CacheProblem(f"the source has a file with the name {file.name!r}")
+    if len({file.name for file in files}) < len(files):
+        raise CacheProblem("the source has two files with the same name")
+    return tuple(sorted(files, key=lambda file: file.name))
