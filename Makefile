@@ -69,7 +69,7 @@ docs: setup ## Build the documentation site into build/site; fails for a dead li
 	@$(PY) scripts/docs_site.py
 
 .PHONY: locks
-locks: setup ## Regenerate requirements/{operator,trainer,cli,docs}.lock with the versions of dev.lock
+locks: ## Regenerate the lock files in requirements/ with the versions of dev.lock; bootstrap.lock, nodeps.lock and dev.lock stay
 	@scripts/locks.sh
 
 .PHONY: report-screenshot
@@ -84,6 +84,11 @@ mutants: setup ## Mutation tests of the most important modules: MODULES="lease d
 .PHONY: test-quick
 test-quick: tools ## Run unit, integration and pod tests; they need no images and no node
 	@$(PYTEST) -m "not e2e and not image and not faults and not slow and not gpu"
+
+VERSION ?= 3.12
+.PHONY: test-python
+test-python: ## Run the unit tests of API, operator and command line with another Python, without torch (VERSION=3.11, 3.12 or 3.13)
+	@$(TEST_ENV) scripts/test-python.sh "$(VERSION)"
 
 .PHONY: test
 test: prepare verify ## Run all tests that must pass before a change is merged, including real pods

@@ -139,8 +139,8 @@ def build_programs() -> None:
 
 @app.command()
 def packages(install: Annotated[bool, typer.Option(help="Install missing packages with apt.")] = False) -> None:
-    """Check the Debian packages that nodes and image builds need."""
-    package_by_program = {**requirements.NODE_PACKAGES, **requirements.IMAGE_PACKAGES}
+    """Check the Debian packages that nodes, image builds and tests of NetworkPolicies need."""
+    package_by_program = {**requirements.NODE_PACKAGES, **requirements.IMAGE_PACKAGES, **requirements.TEST_PACKAGES}
     missing_names = requirements.list_missing_packages(package_by_program)
     if missing_names and install:
         with shown_step(f"install {' '.join(missing_names)}"):

@@ -15,7 +15,7 @@ SERVICE_CIDR = "10.96.0.0/16"
 DNS_DOMAIN = "cluster.local"
 AUDIT_POLICY_FILE = "audit-policy.json"
 AUDIT_LOG = "logs/audit.log"
-"""The API server's audit log in the state folder: which user wrote which FineTuneJob. One JSON object per line."""
+"""The API server's audit log in the state folder: who wrote which FineTuneJob, and all requests of ServiceAccounts. One JSON object per line."""
 WRITING_VERBS = ["create", "update", "patch", "delete", "deletecollection"]
 
 
@@ -80,8 +80,16 @@ def api_server_command(kube_program: Path, folder: Path, addresses: ControlPlane
 
 
 def make_audit_policy(group: str) -> str:
-    """Return an audit policy that records only writes to objects of one API group, so that the log stays small."""
-    rules = [{"level": "Metadata", "verbs": WRITING_VERBS, "resources": [{"group": group}]}, {"level": "None"}]
+    """Return an audit policy that records writes to objects of one API group, and all requests of ServiceAccounts to the API's resources.
+
+    Tests compare these requests with the granted permissions. Components of the cluster have other users, so the log stays small.
+    """
+    rules = [
+        {"level": "Metadata", "verbs": WRITING_VERBS, "resources": [{"group": group}]},
+        {"level": "None", "nonResourceURLs": ["*"]},
+        {"level": "Metadata", "userGroups": ["system:serviceaccounts"]},
+        {"level": "None"},
+    ]
     return json.dumps({"apiVersion": "audit.k8s.io/v1", "kind": "Policy", "omitStages": ["RequestReceived"], "rules": rules})
 
 

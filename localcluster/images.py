@@ -25,7 +25,8 @@ from localcluster.requirements import IMAGE_PACKAGES, check_packages
 from localcluster.s3 import find_program
 from localcluster.steps import Step, silent_step
 
-PUBLIC_BASE = "docker.io/library/python:3.11-slim-bookworm"
+PUBLIC_BASE = "docker.io/library/python@sha256:a36c24f9cbdf4fd0f52d67f0823eeac19c2028c637cecc392d97f980d4fec56b"
+"""Base image of the Dockerfiles: python:3.11-slim-bookworm of September 2026 (Python 3.11.16)."""
 LOCAL_BASE = "localhost/finetune-base:bookworm-1"
 """Base image that debootstrap creates if PUBLIC_BASE cannot be pulled: the same Debian release with Debian's Python 3.11."""
 CA_FILE_VARIABLES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
@@ -205,6 +206,7 @@ def _create_local_base() -> None:
 
 def _run_build(recipe: ImageRecipe, context: Path, base_image: str) -> None:
     with tempfile.TemporaryDirectory(dir=layer_folder()) as scratch:
+        # This build context replaces the Dockerfiles' stage `uv`. buildah 1.28 cannot mount a file from a stage that it takes from its cache.
         shutil.copy2(find_program("uv", "the Python package uv"), scratch)
         build_options = [f"--build-arg={argument}" for argument in (f"BASE={base_image}", *recipe.build_arguments)]
         run_buildah(

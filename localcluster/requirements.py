@@ -20,6 +20,10 @@ IMAGE_PACKAGES = {"buildah": "buildah", "skopeo": "skopeo", "debootstrap": "debo
 """Programs for building images, and the Debian package of each."""
 
 
+TEST_PACKAGES = {"nft": "nftables"}
+"""Programs of the tests that enforce NetworkPolicies, and the Debian package of each. A cluster works without them."""
+
+
 def find_executable(program: str) -> str | None:
     """Return the path of a program; None if it is missing. Searches the PATH, the sbin folders and the folder of the CNI plugins."""
     path = os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/sbin", "/usr/sbin", "/sbin", str(CNI_PLUGIN_FOLDER)])

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune_api.names import GROUP, PLURAL
-from parallel_steps import Commands, Step, StepFailed
+from parallel_steps import Commands, Step
 from prepare import ROOT, local_steps
 from smollm2 import cache_folder
 from tools import KIND, installed_kind
@@ -165,12 +165,7 @@ class KindCluster(KubectlCluster):
         return [*kind_steps, *build_steps, create_step]
 
     def _build_image(self, command: Commands, dockerfile: str, tag: str) -> None:
-        uv = shutil.which("uv") or next((str(p) for p in cache_folder().glob("uv-*/bin/uv")), "")
-        if not uv:
-            raise StepFailed("uv is missing: run `make setup`")
-        command(
-            ["docker", "build", "-q", "-f", ROOT / dockerfile, "--build-context", f"uv={Path(uv).parent}", "-t", tag, ROOT]
-        )
+        command(["docker", "build", "-q", "-f", ROOT / dockerfile, "-t", tag, ROOT])
 
     def _create_cluster(self, command: Commands) -> None:
         clusters = subprocess.run([self._kind_program, "get", "clusters"], capture_output=True, text=True).stdout.split()

@@ -19,14 +19,10 @@ started=$SECONDS
 if [ ! -e "$base/.ready" ]; then
   echo "setup: installing the locked Python packages (about 7 GB once, shared by all checkouts) ..."
   rm -rf "$base"
-  uvbin="$cache/uv-$tag"
-  if ! "$uvbin/bin/uv" --version >/dev/null 2>&1; then
-    "$python" -m venv "$uvbin"
-    "$uvbin/bin/pip" install -q --disable-pip-version-check --require-hashes -r requirements/bootstrap.lock
-  fi
-  "$uvbin/bin/uv" venv -q --python "$python" "$base"
-  "$uvbin/bin/uv" pip install -q --python "$base/bin/python" --require-hashes -r requirements/dev.lock
-  "$uvbin/bin/uv" pip install -q --python "$base/bin/python" --require-hashes --no-deps -r requirements/nodeps.lock
+  uv="$(scripts/uv.sh)"
+  "$uv" venv -q --python "$python" "$base"
+  "$uv" pip install -q --python "$base/bin/python" --require-hashes -r requirements/dev.lock
+  "$uv" pip install -q --python "$base/bin/python" --require-hashes --no-deps -r requirements/nodeps.lock
   "$base/bin/python" -m compileall -q -j 2 "$base/lib" >/dev/null 2>&1 || true
   touch "$base/.ready"
   echo "setup: packages ready after $((SECONDS - started)) s"

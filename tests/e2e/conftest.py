@@ -11,7 +11,8 @@ import pytest
 
 from localcluster import NodeCluster, images, paths
 from localcluster.steps import shown_step
-from tests.e2e.jobs.installation import OPERATOR_IMAGE, TRAINER_IMAGE, Installation, JobNamespace
+from tests.e2e.jobs.installation import OPERATOR_IMAGE, TRAINER_IMAGE, Installation, JobNamespace, demo
+from tests.support.audit_log import read_requests
 from tests.support.tiny import make_tiny_model
 
 
@@ -46,8 +47,8 @@ def namespace(node_cluster: NodeCluster) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def installation(node_cluster: NodeCluster, tmp_path_factory: pytest.TempPathFactory) -> Installation:
-    """The cluster with the operator of this checkout installed, and a model in S3."""
+def installation(node_cluster: NodeCluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installation]:
+    """The cluster with the operator of this checkout installed, and a model in S3. The chart must have permitted all requests of the operator."""
     images.build_images([images.ImageName.OPERATOR, images.ImageName.TRAINER], shown_step)
     for tag in (OPERATOR_IMAGE, TRAINER_IMAGE):
         node_cluster.load_image(tag)
@@ -55,7 +56,11 @@ def installation(node_cluster: NodeCluster, tmp_path_factory: pytest.TempPathFac
     installation.install()
     model = make_tiny_model(tmp_path_factory.mktemp("model"), hidden=128, layers=4)
     installation.upload(model, {})
-    return installation
+    yield installation
+    requests = read_requests(node_cluster.endpoint, demo.RELEASE_NAME, demo.RELEASE_NAME)
+    print("permissions that the operator used:", sorted({request.permission for request in requests}))  # pytest -s shows it
+    assert requests, "the audit log has no request of the operator"
+    assert sorted(request for request in requests if not request.is_permitted) == []
 
 
 @pytest.fixture

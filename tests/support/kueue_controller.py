@@ -1,4 +1,4 @@
-"""Kueue's own controller, built from its Go module, for tests against a control plane without nodes.
+"""Kueue's own controller, built from its Go module, for tests against a control plane with or without nodes.
 
 The CRDs and the webhooks come from the chart in the module. The API server calls the webhooks of Jobs and of Kueue's own kinds on this machine. Pods,
 Deployments and the kinds of other projects are not handled.
@@ -14,6 +14,7 @@ import subprocess
 import sys
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,14 @@ PATHS = {
     "MutatingWebhookConfiguration": "/apis/admissionregistration.k8s.io/v1/mutatingwebhookconfigurations",
     "ValidatingWebhookConfiguration": "/apis/admissionregistration.k8s.io/v1/validatingwebhookconfigurations",
 }
+
+
+@dataclass(frozen=True)
+class NodeNetwork:
+    """The network of a node cluster, in which the API server runs: a process in this network, and the address under which this machine reaches it."""
+
+    pid: int
+    address: str
 
 
 def _chart_objects() -> list[Object]:
@@ -75,10 +84,10 @@ def _install(endpoint: Endpoint, webhook_port: int) -> None:
         endpoint.apply(f"{PATHS[body['kind']]}/{body['metadata']['name']}", _with_port(body, webhook_port))
 
 
-def _configuration(folder: Path, webhook_port: int, health_port: int) -> Object:
+def _configuration(folder: Path, webhook_port: int, health_address: str) -> Object:
     return {
         "apiVersion": "config.kueue.x-k8s.io/v1beta2", "kind": "Configuration", "namespace": NAMESPACE,
-        "health": {"healthProbeBindAddress": f"127.0.0.1:{health_port}"}, "metrics": {"bindAddress": "0"},
+        "health": {"healthProbeBindAddress": health_address}, "metrics": {"bindAddress": "0"},
         "webhook": {"host": "127.0.0.1", "port": webhook_port, "certDir": str(folder)},
         "leaderElection": {"leaderElect": False}, "internalCertManagement": {"enable": True},
         "integrations": {"frameworks": ["batch/job"]},
@@ -88,26 +97,39 @@ def _configuration(folder: Path, webhook_port: int, health_port: int) -> Object:
 
 
 @contextlib.contextmanager
-def running_kueue(endpoint: Endpoint, folder: Path) -> Iterator[Path]:
-    """Install Kueue's CRDs and webhooks, and run its controller until the context ends. Yields the path of its log. Errors: StartFailed, BuildFailed."""
+def running_kueue(endpoint: Endpoint, folder: Path, network: NodeNetwork | None = None) -> Iterator[Path]:
+    """Install Kueue's CRDs and webhooks, and run its controller until the context ends. Yields the path of its log. Errors: StartFailed, BuildFailed.
+
+    The API server calls the webhooks at the loopback address, so the controller runs in the network of the API server: that of this machine, or `network`.
+    """
     certificates = folder / "certificates"
     certificates.mkdir(parents=True)
     program = ensure_built(KUEUE_PROGRAM)
     webhook_port, health_port = free_ports(2)
     _install(endpoint, webhook_port)
     config, log = folder / "config.yaml", folder / "log"
-    config.write_text(json.dumps(_configuration(certificates, webhook_port, health_port)))
+    health_address = f"{network.address if network else '127.0.0.1'}:{health_port}"
+    config.write_text(json.dumps(_configuration(certificates, webhook_port, health_address)))
+    enter_network = ["nsenter", "--net", "--target", str(network.pid)] if network else []
     server = spawn(
-        "Kueue", [program, "--config", config, "--zap-log-level", "2"], owner=folder, log=log, lifetime=Lifetime.UNTIL_PARENT_ENDS,
+        "Kueue", [*enter_network, program, "--config", config, "--zap-log-level", "2"], owner=folder, log=log, lifetime=Lifetime.UNTIL_PARENT_ENDS,
         env={**os.environ, "KUBECONFIG": str(endpoint.kubeconfig)},
     )  # fmt: skip
     try:
         wait_until("Kueue's certificate", lambda: _mount_secret(endpoint, certificates), servers=[server], timeout=START_SECONDS)
-        wait_until("Kueue", lambda: _is_ready(health_port), servers=[server], timeout=START_SECONDS)
+        wait_until("Kueue", lambda: _is_ready(health_address), servers=[server], timeout=START_SECONDS)
         yield log
     finally:
+        _remove_webhooks(endpoint)
         server.process.kill()
         server.process.wait()
+
+
+def _remove_webhooks(endpoint: Endpoint) -> None:
+    """Remove the webhooks, because the API server would refuse all Jobs without the controller."""
+    for kind in ("MutatingWebhookConfiguration", "ValidatingWebhookConfiguration"):
+        for item in endpoint.get(PATHS[kind])["items"]:
+            endpoint.request("DELETE", f"{PATHS[kind]}/{item['metadata']['name']}")
 
 
 def _mount_secret(endpoint: Endpoint, folder: Path) -> bool:
@@ -118,10 +140,10 @@ def _mount_secret(endpoint: Endpoint, folder: Path) -> bool:
     return bool(data)
 
 
-def _is_ready(port: int) -> bool:
+def _is_ready(address: str) -> bool:
     """Whether the controller's webhooks are served."""
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz", timeout=2) as response:
+        with urllib.request.urlopen(f"http://{address}/readyz", timeout=2) as response:
             return bool(response.status == 200)
     except OSError:
         return False

@@ -24,11 +24,15 @@ from finetune_cli.commands.shared import (
 if TYPE_CHECKING:
     from finetune_api.pod import PodUsage
 
-    from finetune_cli.cluster import Cluster
+    from finetune_cli.cluster import Cluster, ClusterError
 
 HEADER = ["NAME", "PHASE", "PROGRESS", "TOKENS/S", "ETA", "POD", "NODE", "GPUS", "GPU%", "GPU MEMORY", "MEMORY"]
 PARALLEL_REQUESTS = 8
 NO_RIGHT_NOTE = "GPUs and memory are unknown: you may not get pods/proxy in this namespace"
+BLOCKED_NOTE = (
+    "the API server does not reach the pod: if a NetworkPolicy blocks it, list the addresses of the API server in isolation.metricsFrom of the chart's values"
+)
+"""Added to the error of a request that the API server could not forward, or that had no answer in time. A NetworkPolicy drops packets silently."""
 OLD_IMAGE_NOTE = "GPUs and memory of some pods are unknown: their trainer image is older than 0.2.0"
 
 
@@ -108,9 +112,14 @@ def _read_row(cluster: Cluster, job: dict[str, Any], pod: dict[str, Any]) -> Pod
     try:
         report = cluster.read_from_pod(pod["metadata"]["namespace"], pod["metadata"]["name"], Path.USAGE)
     except ClusterError as error:
-        known = {HTTPStatus.FORBIDDEN: NO_RIGHT_NOTE, HTTPStatus.NOT_FOUND: OLD_IMAGE_NOTE}
-        return PodRow(job, pod, None, known.get(error.code, f"{pod['metadata']['name']}: {error}"))
+        return PodRow(job, pod, None, _explain(error, pod["metadata"]["name"]))
     return PodRow(job, pod, PodUsage.model_validate(report))
+
+
+def _explain(error: ClusterError, pod_name: str) -> str:
+    known: dict[int, str] = {HTTPStatus.FORBIDDEN: NO_RIGHT_NOTE, HTTPStatus.NOT_FOUND: OLD_IMAGE_NOTE}
+    is_unreachable = not error.code or error.code >= HTTPStatus.INTERNAL_SERVER_ERROR
+    return known.get(error.code) or f"{pod_name}: {error}" + (f"; {BLOCKED_NOTE}" if is_unreachable else "")
 
 
 def _cells(row: PodRow, with_namespace: bool) -> list[str]:

@@ -13,8 +13,8 @@ import pytest
 from finetune_api.names import GROUP, TRAINER_CONTAINER, Condition, Phase, Reason
 from ruamel.yaml import YAML
 
-from localcluster.components import AUDIT_LOG
 from tests.support.apiproxy import ApiProxy
+from tests.support.audit_log import read_requests
 from tests.support.kubeapi import resource_path
 from tests.support.kubelet import PodPlan, PodStart, failure_exit, success_exit
 from tests.support.operator_process import CHECKOUT_FOLDER
@@ -117,19 +117,12 @@ def test_chart_grants_exactly_the_permissions_in_use(rig: Rig) -> None:
     rig.operator(proxy=proxy, token=token, config=config)
     rig.submit("last")
     rig.wait_attempt(1, "last", timeout=40)
-    refused_operations = sorted({e.operation for e in proxy.exchanges if e.server_status == 403})
-    assert refused_operations == [], "the operator sent requests that the chart does not permit"
-    unused_permissions = list_granted_permissions(documents) - list_used_permissions(proxy) - set(UNUSED_BY_DESIGN)
+    requests = read_requests(rig.cluster.endpoint, rig.namespace, "ft-finetune-operator")
+    assert sorted(r for r in requests if not r.is_permitted) == [], "the operator sent requests that the chart does not permit"
+    unused_permissions = list_granted_permissions(documents) - {r.permission for r in requests} - set(UNUSED_BY_DESIGN)
     assert sorted(unused_permissions) == [], "the chart grants permissions that the operator never uses"
-    assert audited_writes(rig, "ft-finetune-operator") == {"update status"}, "GitOps tools would see changes of anything but the status as drift"
-
-
-def audited_writes(rig: Rig, account: str) -> set[str]:
-    """Return verb and subresource of each write to FineTuneJobs that the API server's audit log records for a ServiceAccount."""
-    lines = (rig.cluster.endpoint.kubeconfig.parent / AUDIT_LOG).read_text("utf-8").splitlines()
-    user = f"system:serviceaccount:{rig.namespace}:{account}"
-    entries = [entry for entry in map(json.loads, lines) if entry["user"]["username"] == user]
-    return {f"{entry['verb']} {entry['objectRef'].get('subresource', 'object')}" for entry in entries}
+    writes = {r.permission for r in requests if r.resource.startswith("finetunejobs") and r.verb in WRITE_VERBS}
+    assert writes == {("finetunejobs/status", "update")}, "GitOps tools would see changes of anything but the status as drift"
 
 
 def use_all_permissions(rig: Rig, proxy: ApiProxy) -> None:
@@ -169,15 +162,6 @@ def list_granted_permissions(documents: list[dict[str, Any]]) -> set[tuple[str, 
         for document in documents if document["kind"] in ("Role", "ClusterRole")
         for rule in document["rules"] for resource in rule["resources"] for verb in rule["verbs"]
     }  # fmt: skip
-
-
-def list_used_permissions(proxy: ApiProxy) -> set[tuple[str, str]]:
-    """Return (resource, verb) for each request that the operator has sent."""
-    found = set()
-    for exchange in proxy.exchanges:
-        verb, _, resource = exchange.operation.partition(" ")
-        found.add((resource, verb))
-    return found
 
 
 @pytest.mark.row(39)

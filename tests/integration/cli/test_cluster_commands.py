@@ -16,6 +16,7 @@ from finetune_api.names import Label
 from finetune_cli import cluster as cluster_module
 from finetune_cli import main
 
+from localcluster.ports import free_ports
 from tests.integration.cli.conftest import Result, condition
 from tests.support.kubeapi import KubeApi
 
@@ -327,6 +328,16 @@ def test_top_names_pods_that_do_not_report(finetune: Finetune, job: Job, api: Ku
     result = finetune("top")
     assert (result.code, "note: bot-1-0: " in result.err, "2,731" in result.out) == (0, True, True)
     assert finetune("top", "bot", "-A", default_namespace=False).code == 1
+
+
+def test_top_names_the_setting_for_network_policies_if_the_api_server_does_not_reach_a_pod(
+    finetune: Finetune, job: Job, api: KubeApi, namespace: str, pod_server: tuple[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster_module, "PROGRESS_PORT", free_ports(1)[0])  # nothing listens there
+    create_pod(api, namespace, job(status=RUNNING_STATUS), 1, pod_server[0])
+    result = finetune("top")
+    assert (result.code, result.err.startswith("note: bot-1-0: error trying to reach service: ")) == (0, True), result.err
+    assert result.err.endswith("list the addresses of the API server in isolation.metricsFrom of the chart's values\n")
 
 
 # --- delete ---------------------------------------------------------------------------------------------------------

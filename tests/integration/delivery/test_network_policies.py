@@ -114,6 +114,15 @@ def test_only_the_gang_the_operator_and_monitoring_reach_a_pod(helm_program: Pat
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(("metrics_from", "reached"), [([], []), ([{"ipBlock": {"cidr": "10.77.0.99/32"}}], [PROGRESS_PORT])], ids=["default", "listed"])
+def test_top_reaches_a_pod_if_the_addresses_of_the_api_server_are_listed(
+    helm_program: Path, operator_labels: Object, metrics_from: list[Object], reached: list[int]
+) -> None:
+    """`finetune top` reads pods through the API server, which is no pod: here, it has the IPv4 address of `cloud`."""
+    isolation = isolation_of(render(helm_program, {"metricsFrom": metrics_from}))
+    assert reached_ports(pods(operator_labels), policies_of(isolation))["cloud"] == reached
+
+
 def test_by_default_prometheus_does_not_reach_a_pod(chart: list[Object], operator_labels: Object) -> None:
     found = reached_ports(pods(operator_labels), policies_of(isolation_of(chart)))
     assert {source for source, ports in found.items() if ports} == {"run-1", "operator"}

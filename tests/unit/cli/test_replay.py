@@ -72,9 +72,9 @@ def test_reasons_name_devices_versions_and_changed_values(statement: Statement) 
     assert list(reasons_to_differ(statement, statement)) == []
     gpu = changed(statement, "predicate.runDetails.finetune_run.attempts.0.resolved.device", "NVIDIA H100")
     assert list(reasons_to_differ(gpu, statement)) == ["the run used NVIDIA H100; equal weights are only expected on CPUs"]
-    older = changed(statement, "predicate.runDetails.builder.version.torch", "2.0.0")
-    current = statement.predicate.run_details.builder.version["torch"]
-    assert list(reasons_to_differ(older, statement)) == [f"library versions differ: torch 2.0.0 -> {current}"]
+    older = changed(statement, "predicate.runDetails.builder.version.python", "2.0.0")
+    current = statement.predicate.run_details.builder.version["python"]
+    assert list(reasons_to_differ(older, statement)) == [f"library versions differ: python 2.0.0 -> {current}"]
     adapted = changed(statement, f"{PARAMETERS}.internalParameters.originalValues", {"training.batchSizePerDevice": 8})
     assert [reason.partition(" between")[0] for reason in reasons_to_differ(adapted, statement)] == ["the operator changed values of the spec"]
 

@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 from finetune_trainer.failure import IMAGE_PACKAGES
 
+from localcluster import images
+
 LOCKED_PROGRAMS = ("operator", "trainer", "cli")
+DOCKERFILES = ("operator/Dockerfile", "trainer-image/Dockerfile", "cli/Dockerfile")
 
 
 def locked_versions(path: Path) -> dict[str, str]:
@@ -23,7 +26,7 @@ def test_operator_image_has_no_torch(root: Path) -> None:
     assert not {"torch", "transformers", "numpy", "boto3"} & set(versions)
 
 
-@pytest.mark.parametrize("name", LOCKED_PROGRAMS)
+@pytest.mark.parametrize("name", [*LOCKED_PROGRAMS, "unit-tests"])
 def test_images_and_test_environment_have_the_same_package_versions(root: Path, name: str) -> None:
     tested = locked_versions(root / "requirements/dev.lock")
     versions = locked_versions(root / f"requirements/{name}.lock")
@@ -43,7 +46,7 @@ def test_every_package_that_the_trainer_requires_is_known_as_part_of_the_image(r
     assert len(known) > 10 and all(known.values()), known
 
 
-@pytest.mark.parametrize("name", [*LOCKED_PROGRAMS, "dev", "nodeps", "bootstrap", "mutants", "checkov", "mlflow-server"])
+@pytest.mark.parametrize("name", [*LOCKED_PROGRAMS, "dev", "nodeps", "bootstrap", "unit-tests", "mutants", "checkov", "mlflow-server"])
 def test_locks_have_hashes_and_no_addresses(root: Path, name: str) -> None:
     text = (root / f"requirements/{name}.lock").read_text("utf-8")
     assert text.count("==") <= text.count("--hash=sha256:")
@@ -63,7 +66,7 @@ def test_dockerfile_copies_only_lock_and_packages(root: Path, dockerfile: str, l
     text = (root / dockerfile).read_text("utf-8")
     copies = re.findall(r"^COPY (\S+) (\S+)", text, re.M)
     assert [source for source, _ in copies] == [
-        f"requirements/{lock}.lock", "crds/finetune_api", str(Path(dockerfile).parent / module),
+        "requirements/bootstrap.lock", f"requirements/{lock}.lock", "crds/finetune_api", str(Path(dockerfile).parent / module),
     ]  # fmt: skip
     assert "--require-hashes" in text
     assert "USER 10001:10001" in text
@@ -72,3 +75,23 @@ def test_dockerfile_copies_only_lock_and_packages(root: Path, dockerfile: str, l
     ignored = (root / ".dockerignore").read_text("utf-8").splitlines()
     assert "*" in ignored
     assert {f"!{source}" for source, _ in copies} <= set(ignored)
+
+
+def test_all_images_have_the_same_base_pinned_by_digest(root: Path) -> None:
+    """The local cluster pulls the same base if it can."""
+    bases = {re.findall(r"^ARG BASE=(\S+)$", (root / path).read_text("utf-8"), re.M)[0] for path in DOCKERFILES}
+    (base,) = bases
+    name, digest = re.fullmatch(r"(python):3\.11-slim-bookworm@(sha256:[0-9a-f]{64})", base).groups()
+    assert f"docker.io/library/{name}@{digest}" == images.PUBLIC_BASE
+
+
+def test_dockerfiles_fetch_the_locked_uv(root: Path) -> None:
+    """All images have the same stage for uv, and no stage takes files from outside of the Dockerfile and the checkout."""
+    stages = {(root / path).read_text("utf-8").partition(" AS uv\n")[2].partition("FROM ")[0] for path in DOCKERFILES}
+    assert len(stages) == 1
+    assert "--require-hashes --target /opt/uv -r /tmp/requirements.lock" in stages.pop()
+    for path in DOCKERFILES:
+        text = (root / path).read_text("utf-8")
+        stage_names = set(re.findall(r"^FROM \S+ AS (\S+)$", text, re.M))
+        assert set(re.findall(r"[,-]from=([^,\s]+)", text)) <= stage_names
+    assert locked_versions(root / "requirements/bootstrap.lock") == {"uv": locked_versions(root / "requirements/dev.lock")["uv"]}

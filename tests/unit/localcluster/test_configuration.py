@@ -89,9 +89,10 @@ def test_api_server_on_the_loopback_has_no_endpoint_reconciler(tmp_path: Path) -
     assert (endpoint_reconciler("127.0.0.1"), endpoint_reconciler("10.201.0.1")) == ("none", "lease")
 
 
-def test_the_audit_log_records_only_writes_to_one_group(tmp_path: Path) -> None:
+def test_the_audit_log_records_writes_to_one_group_and_requests_of_service_accounts(tmp_path: Path) -> None:
     policy = json.loads(components.make_audit_policy("example.org"))
-    assert [rule["level"] for rule in policy["rules"]] == ["Metadata", "None"]
+    assert [rule["level"] for rule in policy["rules"]] == ["Metadata", "None", "Metadata", "None"]
+    assert policy["rules"][2] == {"level": "Metadata", "userGroups": ["system:serviceaccounts"]}
     assert policy["rules"][0]["resources"] == [{"group": "example.org"}] and "patch" in policy["rules"][0]["verbs"]
     addresses = ControlPlaneAddresses("127.0.0.1", "127.0.0.1", 6443, 2379, 2380)
     arguments = components.api_server_command(Path("kube"), tmp_path, addresses)
