@@ -9,8 +9,9 @@ export PYTHONDONTWRITEBYTECODE :=
 # One thread per process, because ranks share the cores with the test that starts them. No test may download from the Hugging Face hub.
 # Some virtual machines advertise the processor's AMX instructions but do not permit them. torch's 16-bit products would end with SIGILL there.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 ONEDNN_MAX_CPU_ISA=AVX512_CORE_FP16
-# Two test files run at a time, in the order of collection. The e2e tests take longest and come first in this order.
-WORKERS ?= 2
+# Three test files run at a time, in the order of collection. The e2e tests take longest and come first in this order.
+# With two workers on two cores, a third of the processor time was idle: tests wait for pods, API servers and time limits.
+WORKERS ?= 3
 PYTEST := $(TEST_ENV) .venv/bin/pytest -q -n $(WORKERS) --no-loadscope-reorder
 
 .PHONY: help

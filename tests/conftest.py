@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 
-from tests.support import fault_rows
+from tests.support import fault_rows, later_clock
 
 NODE_CLUSTER_TESTS = "tests/e2e/"
 """Folder of the tests that share the only node cluster of the machine."""
@@ -26,6 +26,8 @@ if not os.environ.get("CI"):  # with CI set, hypothesis loads its own profile, w
 def pytest_configure(config: pytest.Config) -> None:
     """Register the summary of fault rows here, because the xdist controller prints it and loads no other conftest."""
     fault_rows.register_plugin(config)
+    if not config.pluginmanager.is_registered(later_clock):
+        config.pluginmanager.register(later_clock)
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         # A shell ignores SIGINT in background jobs, and programs that the tests interrupt would inherit this setting.
         signal.signal(signal.SIGINT, signal.default_int_handler)

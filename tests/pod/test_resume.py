@@ -58,6 +58,7 @@ def pod_stopped(pod: Pod) -> tuple[int, int]:
 def resume_case(
     method: str, processes: int, interrupt: Callable[[Pod], tuple[int, int]], variant: str, *, is_quick: bool = False
 ) -> Any:
+    """A case. `make test` runs only quick cases: tests/e2e/jobs/test_resume.py resumes pods with two ranks, and tests/pod/strategies resumes ranks."""
     marks = [] if is_quick else [pytest.mark.faults]
     return pytest.param(
         method, processes, interrupt, variant, marks=marks, id=f"{variant}-{method}-{processes}-{interrupt.__name__}"
@@ -67,9 +68,10 @@ def resume_case(
 @pytest.mark.parametrize(
     ("method", "processes", "interrupt", "variant"),
     [
-        resume_case("lora", 2, pod_stopped, "windows", is_quick=True), resume_case("full", 1, pod_killed, "end"),
+        resume_case("lora", 2, pod_stopped, "windows"), resume_case("full", 1, pod_killed, "end"),
         resume_case("full", 1, pod_killed, "plain"), resume_case("lora", 1, pod_killed, "early-end"),
-        resume_case("lora", 2, rank_killed, "windows"), resume_case("full", 1, pod_stopped, "plain"), resume_case("lora", 1, pod_stopped, "packing"),
+        resume_case("lora", 2, rank_killed, "windows"), resume_case("full", 1, pod_stopped, "plain", is_quick=True),
+        resume_case("lora", 1, pod_stopped, "packing"),
         resume_case("full", 1, pod_stopped, "boundary"), resume_case("lora", 2, agent_killed, "boundary"),
         resume_case("lora", 1, pod_killed, "epochs"), resume_case("lora", 1, pod_stopped, "epochs"), resume_case("lora", 1, rank_killed, "best"),
         resume_case("lora", 1, pod_stopped, "best"), resume_case("lora", 1, rank_killed, "early"), resume_case("lora", 1, pod_stopped, "early"),

@@ -2,8 +2,9 @@
 
 Ranks import their libraries while the supervisor downloads the inputs. bitsandbytes and deepspeed take seconds to import. peft
 imports bitsandbytes if it is installed; accelerate imports deepspeed whenever a model is saved; TRL imports wandb and mlflow. If a
-job does not need such a package, its entry in `sys.modules` is set to None, and `importlib` reports it as not installed. scipy is hidden
-only while transformers is imported: transformers would import it for object detection losses, which takes half a second.
+job does not need such a package, its entry in `sys.modules` is set to None, and `importlib` reports it as not installed. scipy and boto3
+are hidden only while transformers and peft are imported: transformers would import scipy for object detection losses, which takes half a
+second, and accelerate would import boto3 for a command that configures SageMaker.
 
 The garbage collector pauses during these imports. They create about a million objects that live as long as the process. Collections
 would examine all of them again and again, which takes a fifth of the time of the imports.
@@ -18,6 +19,8 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 from finetune_api.pod import RunConfig
 from finetune_api.rules import base_bits
@@ -49,11 +52,42 @@ def needs_deepspeed(run: RunConfig) -> bool:
 def preload(run: RunConfig, objective_module: str) -> None:
     """Hide the libraries that the job does not need, and import the others and `objective_module`."""
     hide_unneeded(run)
-    with garbage_collection_paused(), hide_temporarily("scipy", unless_imported="transformers"):
-        for name in ("torch", "transformers", "peft", "datasets", objective_module):
+    with garbage_collection_paused(), hide_temporarily("scipy", "boto3", unless_imported="transformers"):
+        for name in ("torch", "transformers"):
+            importlib.import_module(name)
+        reuse_list_of_models()
+        for name in ("peft", "datasets", objective_module):
             importlib.import_module(name)
         from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer  # noqa: F401  transformers loads these names on access
     importlib.import_module("transformers.utils.import_utils").is_scipy_available.cache_clear()
+
+
+def reuse_list_of_models() -> None:
+    """Let `transformers.models` use the list of classes that the import of transformers has made from the same files.
+
+    transformers reads its more than 1,600 model files twice to list their classes: for `transformers` with the prefix `models.` in the names
+    of modules, and for `transformers.models` without. This function stores the second list where `transformers.models` looks it up, which
+    saves a tenth of the time of all imports (transformers 5.23). It does nothing if `transformers.models` is already imported.
+    """
+    if "transformers.models" in sys.modules:
+        return
+    lists: Any = importlib.import_module("transformers.utils.import_utils")
+    folder = Path(lists.__file__).parents[1] / "models"
+    make_list, prefix = lists.define_import_structure, f"{folder.name}."
+    with_prefix = make_list(folder, prefix=folder.name)  # transformers has called this function with equal arguments, and it has a cache
+    names = {
+        requirements: {module.removeprefix(prefix): classes for module, classes in modules.items() if module.startswith(prefix)}
+        for requirements, modules in with_prefix.items()
+    }  # transformers has added its other modules, without the prefix
+
+    def list_models(path: str, prefix: str | None = None) -> object:
+        return names if prefix is None and Path(path) == folder / "__init__.py" else make_list(path, prefix)
+
+    lists.define_import_structure = list_models
+    try:
+        importlib.import_module("transformers.models")
+    finally:
+        lists.define_import_structure = make_list
 
 
 def hide_unneeded(run: RunConfig, *, keeps_bitsandbytes: bool = False) -> None:

@@ -89,6 +89,7 @@ def check_output(job_namespace: JobNamespace, name: str, status: FineTuneJobStat
         assert job_namespace.installation.store.head_object(Bucket=bucket, Key=f"{prefix}/{path}")["ContentLength"] > 0
 
 
+@pytest.mark.slow  # test_resume.py checks the nodes of a job with two pods
 def test_two_pods_run_on_two_nodes(examples: ExampleRunner) -> None:
     examples.wait_finished("two-pods")
     nodes = {pod["spec"]["nodeName"] for pod in examples.job_namespace.pods("two-pods")}
@@ -96,22 +97,22 @@ def test_two_pods_run_on_two_nodes(examples: ExampleRunner) -> None:
 
 
 def test_pods_are_restricted_and_have_no_cluster_credentials(examples: ExampleRunner) -> None:
-    examples.wait_finished("quickstart")
-    (pod,) = examples.job_namespace.pods("quickstart")
+    examples.wait_finished("full")
+    (pod,) = examples.job_namespace.pods("full")
     (container,) = pod["spec"]["containers"]
     assert pod["spec"]["automountServiceAccountToken"] is False
     assert container["securityContext"]["readOnlyRootFilesystem"] is True
     assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
     assert pod["spec"]["securityContext"]["runAsNonRoot"] is True
-    assert pod["metadata"]["labels"][Label.JOB_NAME] == "quickstart"
+    assert pod["metadata"]["labels"][Label.JOB_NAME] == "full"
 
 
 def test_kubectl_get_shows_every_column(examples: ExampleRunner) -> None:
-    examples.wait_finished("quickstart")
+    examples.wait_finished("full")
     kubectl = examples.job_namespace.installation.cluster.kubectl
-    header, row = kubectl("-n", examples.job_namespace.namespace, "get", "finetunejobs", "quickstart").splitlines()
+    header, row = kubectl("-n", examples.job_namespace.namespace, "get", "finetunejobs", "full").splitlines()
     assert header.split() == ["NAME", "STATUS", "PROGRESS", "LOSS", "ETA", "WORKERS", "RESTARTS", "REASON", "AGE"]
     name, phase, progress, percent, loss, eta, _, restarts, reason, _ = row.split()
-    assert (name, phase, progress, percent) == ("quickstart", Phase.SUCCEEDED.value, "40/40", "(100%)")
+    assert (name, phase, progress, percent) == ("full", Phase.SUCCEEDED.value, "5/5", "(100%)")
     assert float(loss) > 0
     assert (eta, restarts, reason) == ("-", "0", "-")

@@ -112,7 +112,9 @@ def test_resumed_run_ends_with_the_weights_of_an_uninterrupted_run(
     resources, interrupt, pod_index = INTERRUPTIONS[name]
     shared_namespace.apply(long_job(name, resources))
     shared_namespace.wait(name, lambda s: s.latest_checkpoint, "past its first checkpoint")
-    interrupt(shared_namespace, shared_namespace.pods(name)[pod_index])
+    pods = shared_namespace.pods(name)
+    assert len({pod["spec"]["nodeName"] for pod in pods}) == len(pods), "each pod of a gang has a node of its own if there are enough nodes"
+    interrupt(shared_namespace, pods[pod_index])
     status = shared_namespace.wait_finished(name)
     assert status.restarts == 1
     first, second = status.attempts

@@ -1,9 +1,7 @@
-"""TrainingArguments of GPU runs (checked without a GPU), and the modules that a run imports."""
+"""TrainingArguments of GPU runs, checked without a GPU."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -62,44 +60,6 @@ def test_backend_unsloth_needs_a_gpu(tmp_path: Path) -> None:
     run, _ = make_run(tmp_path, Path("/models/tiny"), {"trainer": {"backend": "unsloth"}})
     with pytest.raises(ConfigError, match="BackendNeedsGpu"):
         MemorySavers.choose(run, Hardware(torch.device("cpu"), "cpu", torch.float32, False, False, "sdpa"))
-
-
-PRELOAD_SCRIPT = """
-import os, sys
-from pathlib import Path
-from tests.support.learning import make_run
-from finetune_trainer import imports, train
-run, _ = make_run(Path(sys.argv[1]), Path("/models/tiny"), {"dataset": {"numProc": 3}})
-train.preload(run)
-for name in ("bitsandbytes", "deepspeed"):
-    assert sys.modules.get(name) is None, name
-from peft.import_utils import is_bnb_available
-assert not is_bnb_available()
-assert os.environ["RAYON_NUM_THREADS"] == "3"
-assert os.environ["HF_HUB_DISABLE_TELEMETRY"] == "1"
-run, _ = make_run(Path(sys.argv[1]), Path("/models/tiny"), {"method": {"type": "qlora"}})
-assert imports.needs_bitsandbytes(run) and not imports.needs_deepspeed(run)
-"""
-
-
-def test_a_plain_job_imports_neither_bitsandbytes_nor_deepspeed(tmp_path: Path) -> None:
-    root = Path(__file__).parents[3]
-    result = subprocess.run(
-        [sys.executable, "-c", PRELOAD_SCRIPT, str(tmp_path)],
-        cwd=root,
-        env=_script_environment(root),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-2000:]
-
-
-def _script_environment(root: Path) -> dict[str, str]:
-    import os
-
-    path = os.pathsep.join(str(root / part) for part in ("crds", "trainer-image", "."))
-    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
 
 
 @pytest.mark.parametrize(

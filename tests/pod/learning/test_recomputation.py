@@ -12,6 +12,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from tests.support import learning
 from tests.support.learning import RunOutcome, merge_mappings, run_training
+from tests.support.slices import quick_slice
 
 pytestmark = pytest.mark.pod
 ROWS = [{"text": "The quick brown fox jumps over the lazy dog. " * (1 + number % 5)} for number in range(20)]
@@ -65,7 +66,7 @@ def train(folder: Path, model: Path, spec: dict[str, Any], kept_layer_tokens: in
         return run_training(folder, model, spec, ROWS, validation=ROWS[:4]), counter.counts
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", quick_slice(METHODS, ("full in 16 bits", "lora with dropout")))
 def test_results_do_not_depend_on_the_choice(name: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = merge_mappings(SPEC, METHODS[name])
     disabled = merge_mappings(spec, {"training": {"gradientCheckpointing": "disabled"}})

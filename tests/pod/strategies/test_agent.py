@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from finetune_api.pod import StoreTarget
 from pod_harness import PYTHONPATH, UID, Pod, run_config
+
+from tests.support.slices import quick_slice
 
 POD_TESTS_FOLDER = Path(__file__).parents[1]
 
@@ -44,34 +44,13 @@ def test_the_agent_loads_torch_only_for_several_ranks(
         pod.kill()
 
 
-PRELOAD_SCRIPT = """
-import sys
-from pathlib import Path
-from tests.support.learning import make_run
-from finetune_trainer import train
-run, _ = make_run(Path(sys.argv[1]), Path("/models/tiny"))
-train.preload(run)
-assert not any(name.split(".")[0] == "scipy" for name in sys.modules)
-import scipy.optimize
-from transformers.utils import is_scipy_available
-assert is_scipy_available()
-"""
+ENDS = [(ranks, event, code, name) for ranks in (1, 2) for event, code, name in (("exit", 70, "RankCrashed"), ("die", 74, "RankKilled"))]
+IN_MAKE_TEST = [(1, "die", 74, "RankKilled"), (2, "exit", 70, "RankCrashed")]
 
 
-def test_scipy_can_still_be_imported_after_preloading_without_it(tmp_path: Path) -> None:
-    result = subprocess.run(
-        [sys.executable, "-c", PRELOAD_SCRIPT, str(tmp_path)],
-        env={**os.environ, "PYTHONPATH": PYTHONPATH},
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr[-2000:]
-
-
-@pytest.mark.parametrize(("event", "code", "name"), [("exit", 70, "RankCrashed"), ("die", 74, "RankKilled")])
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize(("ranks", "event", "code", "name"), quick_slice(ENDS, IN_MAKE_TEST))
 def test_a_rank_that_ends_without_a_report_is_named_in_the_termination_message(
-    event: str, code: int, name: str, ranks: int, model: Path, rows: Path, tmp_path: Path
+    ranks: int, event: str, code: int, name: str, model: Path, rows: Path, tmp_path: Path
 ) -> None:
     # Toy ranks do not wait for one another. With 100,000 steps, the healthy rank still runs when the other rank fails.
     with toy_pod(tmp_path, model, rows, {"steps": 100_000, "at": {f"{ranks - 1}:7": event}}, ranks) as pod:

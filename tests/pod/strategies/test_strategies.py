@@ -157,7 +157,7 @@ def equal_cell(method: str, name: str) -> str:
 
 QUICK_CELLS = {
     "ddp full", "ddp lora", "ddp qlora", "fsdp full", "fsdp full, full states", "fsdp lora", "fsdp qlora", "fsdp noShard",
-    "zero1 full", "zero2 full", "zero2 lora", "zero3 full", "zero3 lora", "zero3 json", *REFUSED_SPECS, "16 bits, ddp", "16 bits, fsdp", "zero2 best",
+    "zero1 full", "zero2 full", "zero3 full", "zero3 lora", "zero3 json", *REFUSED_SPECS, "16 bits, ddp", "16 bits, fsdp", "zero2 best",
     equal_cell("full", "ddp, accumulated"), equal_cell("lora", "fsdp"), equal_cell("full", "zero2, accumulated"),
     "ddp full, stored in 16 bits", "fsdp full, stored in 16 bits",
 }  # fmt: skip

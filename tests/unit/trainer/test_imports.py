@@ -34,18 +34,55 @@ def test_bitsandbytes_stays_visible_for_a_base_model_that_another_job_quantised(
         assert (done.returncode, done.stdout) == (0, f"{hidden}\n"), done.stderr
 
 
-def test_ranks_never_import_trackers_and_no_garbage_is_collected_during_imports(tmp_path: Path) -> None:
+def test_a_rank_imports_only_the_packages_that_its_job_needs(tmp_path: Path) -> None:
     """TRL imports wandb and mlflow if they are installed, which takes 0.6 s and 2 s. Another process sends values to trackers."""
-    run, _ = make_run(tmp_path, tmp_path / "model", {"tracking": {"reportTo": ["mlflow"], "mlflow": {"trackingUri": "http://mlflow.mlops:5000"}}})
+    tracking = {"reportTo": ["mlflow"], "mlflow": {"trackingUri": "http://mlflow.mlops:5000"}}
+    run, _ = make_run(tmp_path, tmp_path / "model", {"tracking": tracking, "dataset": {"numProc": 3}})
+    done = subprocess.run([sys.executable, "-c", PRELOAD], input=run.model_dump_json(by_alias=True), capture_output=True, text=True)
+    assert (done.returncode, done.stdout.splitlines()[-5:]) == (0, ["0 True 0", "[]", "False 3 1", "True", "1"]), done.stderr
+
+
+PRELOAD = """
+import gc, os, sys
+from finetune_api.pod import RunConfig
+from finetune_trainer import imports, train
+run = RunConfig.model_validate_json(sys.stdin.read())
+opened = []
+sys.addaudithook(lambda event, arguments: opened.append(str(arguments[0])) if event == "open" else None)
+collections = gc.get_stats()[2]["collections"]
+imports.preload(run, "finetune_trainer.objective.grpo")
+print(gc.get_stats()[2]["collections"] - collections, gc.isenabled(), gc.get_freeze_count())
+train.preload(run)
+imported = {name.partition(".")[0] for name, module in sys.modules.items() if module is not None}
+print(sorted(imported & {"bitsandbytes", "boto3", "deepspeed", "mlflow", "scipy", "wandb"}))
+from peft.import_utils import is_bnb_available
+from transformers.utils import is_scipy_available
+print(is_bnb_available(), os.environ["RAYON_NUM_THREADS"], os.environ["HF_HUB_DISABLE_TELEMETRY"])
+import boto3, scipy.optimize
+print(is_scipy_available())
+print(sum(name.endswith("/models/zamba/modeling_zamba.py") for name in opened))
+"""
+"""Prints: collections of garbage during the imports, and the state of the collector; packages that the job does not need; whether PEFT finds
+bitsandbytes, and variables of libraries; whether transformers finds scipy, which was hidden during the imports; how often transformers has read
+the file of a model that the job does not use."""
+
+
+def test_a_job_with_a_quantised_base_model_needs_bitsandbytes(tmp_path: Path) -> None:
+    run, _ = make_run(tmp_path, tmp_path / "model", {"method": {"type": "qlora"}})
+    assert imports.needs_bitsandbytes(run) and not imports.needs_deepspeed(run)
+
+
+def test_transformers_reads_its_model_files_once() -> None:
+    """Without `reuse_list_of_models`, transformers would make two lists. The reused list equals the one that transformers would make."""
     program = (
-        "import gc, sys; from finetune_api.pod import RunConfig; from finetune_trainer import imports; "
-        "run = RunConfig.model_validate_json(sys.stdin.read()); collections = gc.get_stats()[2]['collections']; "
-        "imports.preload(run, 'finetune_trainer.objective.grpo'); "
-        "found = gc.get_stats()[2]['collections'] - collections, gc.isenabled(), gc.get_freeze_count(); "
-        "print([sys.modules.get(name) for name in ('wandb', 'mlflow')], *found)"
+        "import transformers; from transformers.utils import import_utils as lists; from finetune_trainer import imports; "
+        "imports.reuse_list_of_models(); models = transformers.models; print(lists.define_import_structure.cache_info().misses); "
+        "expected = lists._LazyModule(models.__name__, models.__file__, lists.define_import_structure(models.__file__)); "
+        "print([vars(models)[name] == vars(expected)[name] for name in ('_class_to_module', '_object_missing_backend', '_modules')]); "
+        "print(len(models._class_to_module) > 3000)"
     )
-    done = subprocess.run([sys.executable, "-c", program], input=run.model_dump_json(by_alias=True), capture_output=True, text=True)
-    assert (done.returncode, done.stdout.splitlines()[-1:]) == (0, ["[None, None] 0 True 0"]), done.stderr
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.splitlines()) == (0, ["1", "[True, True, True]", "True"]), done.stderr
 
 
 def test_rouge_imports_nltk_without_scipy_and_scikit_learn() -> None:
