@@ -23,6 +23,7 @@ from finetune_api.rules import (
     batch_split,
     can_be_cached,
     evaluates_during_training,
+    generation_server,
     given_bits,
     gpus_per_node,
     has_validation_set,
@@ -36,6 +37,7 @@ from finetune_api.rules import (
 from finetune_api.spec import FineTuneJobSpec, load_spec
 from finetune_api.spec.cluster import StorageRoot
 from finetune_api.spec.enums import (
+    GenerationBackend,
     IntervalStrategy,
     LoraInit,
     MethodType,
@@ -51,6 +53,8 @@ LEARNING_RATE_FULL = 2e-5
 LEARNING_RATE_ADAPTER = 2e-4
 WARMUP_RATIO = 0.03
 MAX_SEQUENCE_LENGTH = 2048
+GENERATION_IMAGE = "trainer.grpo.generation.image"
+"""Field with the image of the vLLM server."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,8 @@ class PlatformDefaults:
     prepare_memory: str | None = None
     prepare_ephemeral_storage: str | None = None
     model_cache: str | None = None
+    generation_image: str | None = None
+    """Image of the vLLM server."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +93,7 @@ METHOD_GROUPS = frozenset(
 """The groups of `spec.method`. `resolve_defaults` adds the group that has the name of the method; a group of another method would be refused."""
 OPTIONAL_GROUPS = METHOD_GROUPS | frozenset({
     "model.tokenSecretRef", "model.storage", "model.quantization", "method.lora.loftq",
-    "trainer.dpo", "trainer.grpo", "dataset.storage", "dataset.columns", "dataset.split", "dataset.chatTemplate", "dataset.mcq", "dataset.checks",
+    "trainer.dpo", "trainer.grpo", "trainer.grpo.generation", "dataset.storage", "dataset.columns", "dataset.split", "dataset.chatTemplate", "dataset.mcq", "dataset.checks",
     "dataset.images",
     "training.earlyStopping", "distributed.deepspeed", "distributed.fsdp", "output.hub", "output.runName", "evaluation.judge", "evaluation.comparison",
     "evaluation.metricModels",
@@ -162,6 +168,8 @@ def _computed_defaults(spec: FineTuneJobSpec, platform_defaults: PlatformDefault
         result["training.batchSizePerDevice"], result["training.gradientAccumulationSteps"] = batch_split(spec)
     if spec.training.warmup_steps is None:
         result["training.warmupRatio"] = WARMUP_RATIO
+    if generation_server(spec) is not None:
+        result[GENERATION_IMAGE] = platform_defaults.generation_image
     if evaluates_during_training(spec) and spec.evaluation.strategy in (None, IntervalStrategy.STEPS):
         result["evaluation.steps"] = spec.checkpoint.steps or 100
     result |= _method_defaults(spec, method) | dict(OBJECTIVES[trainer].defaults) | _storage_defaults(spec, platform_defaults)
@@ -218,6 +226,7 @@ def _storage_defaults(spec: FineTuneJobSpec, platform_defaults: PlatformDefaults
 
 FROM_PLATFORM = (
     "resources.gpuResource", "resources.nodePool", "resources.cpu", "resources.memory", "resources.ephemeralStorage", "resources.sharedMemory",
+    GENERATION_IMAGE,
 )  # fmt: skip
 
 
@@ -282,6 +291,10 @@ DEFAULT_CONDITIONS: dict[str, Callable[[dict[str, Any]], bool]] = {
     "output.layout": lambda group: group.get("dir") is not None,
     "method.spectrum.snrThreshold": lambda group: group.get("layers") is None,
     "method.spectrum.metric": lambda group: group.get("layers") is None,
+    **{
+        f"trainer.grpo.generation.{name}": lambda group: group.get("backend") == GenerationBackend.VLLM
+        for name in ("gpus", "gpuMemoryUtilization", "cpu", "memory", "startTimeoutSeconds", "requestTimeoutSeconds")
+    },
 }
 """Constant defaults with a condition. The condition gets the fields of the same group, with camelCase keys."""
 COMPUTED_DEFAULTS = frozenset({"method.promptLength", "model.quantization.type", "model.quantization.doubleQuant"})

@@ -121,15 +121,16 @@ _CHECKPOINT = "checkpoint"
 _PREPARED_ROWS = "preparedRows"
 _PREPARED_TTL_DAYS = "preparedTtlDays"
 _GPU_POOL = "gpuPool"
+_GENERATION_URL = "generationUrl"
 
 
 class RunConfig(WireModel):
     """`run.json`: the configuration of all pods of an attempt, at most 64 KiB.
 
     Trainer 0.1.0 refuses unknown fields, but ignores unknown entries of the list `defaults`. Therefore `to_wire` writes `origins`,
-    `min_trainer_version`, `resume.rolled_back_attempt`, `resume.known_checkpoints` and `prepared` as entries of this list, called marks:
+    `min_trainer_version`, `resume.rolled_back_attempt`, `resume.known_checkpoints`, `prepared` and `generation_url` as entries of this list, called marks:
     `#platform resources.cpu`, `#minTrainerVersion 0.2.0`, `#rolledBackAttempt 3`, `#checkpoint step-00000400/a1-1f3c9a2b <sha256>`,
-    `#preparedTtlDays 30`, `#preparedRows <digest> <sha256>`, `#gpuPool <JSON>`.
+    `#preparedTtlDays 30`, `#preparedRows <digest> <sha256>`, `#gpuPool <JSON>`, `#generationUrl http://127.0.0.1:8100`.
     """
 
     version: int = Field(default=CONTRACT_VERSION, description="Version of the format of `run.json`.")
@@ -158,6 +159,9 @@ class RunConfig(WireModel):
     resume: ResumeConfig = Field(description="The checkpoint from which the attempt starts.")
     prepared: PreparedRows | None = Field(default=None, description="Prepared rows in storage. Absent for jobs without a preparation.")
     pools: list[GpuPool] = Field(default=[], description="Node pools that the job may use. Only for the preparation, which chooses one of them.")
+    generation_url: str | None = Field(
+        default=None, description="Address of the vLLM server that generates the completions of grpo. Absent if the trainer generates them itself."
+    )
     grace_seconds: int = Field(ge=1, description="Seconds between SIGTERM and SIGKILL, in which the pod can save a checkpoint.")
 
     def origin(self, path: str) -> Origin:
@@ -187,6 +191,8 @@ class RunConfig(WireModel):
             if self.prepared.digest and self.prepared.manifest_sha256:
                 mark_entries.append(f"{_MARK_PREFIX}{_PREPARED_ROWS} {self.prepared.digest} {self.prepared.manifest_sha256}")
         mark_entries += [f"{_MARK_PREFIX}{_GPU_POOL} {json.dumps(pool, sort_keys=True)}" for pool in value.pop("pools", [])]
+        if value.pop("generationUrl", None) is not None:
+            mark_entries.append(f"{_MARK_PREFIX}{_GENERATION_URL} {self.generation_url}")
         return value | {"defaults": [*self.defaults, *sorted(mark_entries)]}
 
     @model_validator(mode="before")
@@ -228,6 +234,8 @@ def read_marks(data: dict[str, Any]) -> dict[str, Any]:
         elif key == _PREPARED_ROWS:
             digest, _, sha256 = value.partition(" ")
             result["prepared"] = {**(result.get("prepared") or {}), "digest": digest, "manifestSha256": sha256}
+        elif key == _GENERATION_URL:
+            result["generationUrl"] = value
         else:
             # Treat an unknown origin as `user`, so that the trainer does not ignore the field.
             result["origins"][value] = key if key in list(Origin) else Origin.USER

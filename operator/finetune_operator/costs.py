@@ -10,7 +10,7 @@ from datetime import datetime, timedelta
 from finetune_api.gpus import GPU_TYPES, gpu_of_device
 from finetune_api.memory.plan import GPUS_PATH, POOL_PATH
 from finetune_api.names import FailureClass, Reason
-from finetune_api.rules import gpus_per_node
+from finetune_api.rules import gpus_per_node, gpus_per_pod
 from finetune_api.status import Failure, JobCost, RunPlan
 from finetune_api.time_plan import plan_cost, plan_time
 
@@ -54,7 +54,8 @@ def plan_with_cost(plan: RunPlan | None, facts: Facts, device: str | None) -> Ru
     if plan is None or plan.work is None or gpu is None or gpus == 0:
         return plan
     time, price, old = plan_time(plan.work, gpu, gpus), _price(facts, pool), facts.job.status.cost
-    cost = plan_cost(time, gpus, price, old.currency if old else facts.config.currency) if price is not None else plan.cost
+    server_gpus = (gpus_per_pod(facts.spec) - gpus_per_node(facts.spec)) * (facts.spec.resources.nodes or 1)
+    cost = plan_cost(time, gpus + server_gpus, price, old.currency if old else facts.config.currency) if price is not None else plan.cost
     return plan.model_copy(update={"time": time, "cost": cost})
 
 
@@ -70,7 +71,7 @@ def budget_spent_at(facts: Facts) -> datetime | None:
     """Return when `policy.maxCost` will be spent, or None if there is no limit or no pod costs anything now."""
     limit, price = facts.max_cost, _price(facts)
     pods_with_node = [pod for pod in facts.attempt_pods if pod.scheduled_at is not None and _end_of(pod) is None]
-    rate = len(pods_with_node) * gpus_per_node(facts.spec) * (price or 0.0) / SECONDS_PER_HOUR
+    rate = len(pods_with_node) * gpus_per_pod(facts.spec) * (price or 0.0) / SECONDS_PER_HOUR
     if limit is None or price is None or rate <= 0:
         return None
     spent = _gpu_seconds(facts, facts.now) / SECONDS_PER_HOUR * price
@@ -125,7 +126,7 @@ def _price(facts: Facts, chosen_pool: NodePool | None = None) -> float | None:
 
 
 def _gpus(facts: Facts) -> int:
-    return gpus_per_node(facts.spec) * (facts.spec.resources.nodes or 1)
+    return gpus_per_pod(facts.spec) * (facts.spec.resources.nodes or 1)
 
 
 def _ended_gpu_seconds(facts: Facts) -> float:
@@ -138,7 +139,7 @@ def _gpu_seconds(facts: Facts, until: datetime) -> float:
     recorded = facts.job.status.cost
     current = sum(seconds_between(pod.scheduled_at, min(until, _end_of(pod) or until)) for pod in facts.attempt_pods)
     known = recorded.gpu_hours * SECONDS_PER_HOUR if recorded is not None else 0.0
-    return max(known, _ended_gpu_seconds(facts) + current * gpus_per_node(facts.spec))
+    return max(known, _ended_gpu_seconds(facts) + current * gpus_per_pod(facts.spec))
 
 
 def _end_of(pod: PodView) -> datetime | None:

@@ -80,6 +80,9 @@ class TrainerSettings(WireModel):
 
     image: str = Field(default="finetune-trainer:0.2.0", min_length=1, description="Image of the trainer.")
     image_pull_policy: PullPolicy = Field(default=PullPolicy.IF_NOT_PRESENT, description="When nodes pull the image.")
+    generation_image: str | None = Field(
+        default=None, description="Image of the vLLM server for jobs that request one and do not name an image."
+    )
     image_pull_secrets: tuple[DnsName, ...] = Field(
         default=(), description="Names of pull Secrets. The Secrets must exist in each job's namespace."
     )

@@ -18,7 +18,7 @@ from pod_harness import PYTHONPATH, Pod, merge, run_config
 from localcluster.s3 import S3Endpoint
 
 STEPS, CHECKPOINT_STEPS = 40, 8
-TIMED_SUFFIXES = ("_per_second", "runtime", "data_wait_share", "peak_memory_gb", "mfu", "unix_time", "training_seconds")
+TIMED_SUFFIXES = ("_per_second", "runtime", "data_wait_share", "peak_memory_gb", "mfu", "unix_time", "training_seconds", "step_time")
 """Name suffixes of logged values that measure time or memory and therefore differ between equal runs."""
 Lines = dict[tuple[int, str], dict[str, Any]]
 """Logged values, by step and kind of log line (`loss` or `eval_loss`)."""

@@ -68,6 +68,12 @@ def _placement(**fields: Any) -> Values:
     return {"placement": fields}
 
 
+def _generation(**options: Any) -> Values:
+    """A grpo job with a vLLM server."""
+    generation = {"backend": "vllm", **options}
+    return {"trainer": {"type": "grpo", "rewards": [{"builtin": "thinkFormat"}], "grpo": {"generation": generation}}}
+
+
 def _env(*names: str) -> Values:
     return _placement(env=[{"name": name, "value": "1"} for name in names])
 
@@ -186,8 +192,11 @@ def _pool_and_limit_rows() -> list[Row]:
                [("strict", resources(gpusPerNode=1)), ("strict", resources(nodePool="h100", gpusPerNode=0)), ("plain", resources(gpuResource=mig)),
                 ("strict", resources(gpuResource="nvidia.com/gpu")), ("plain", resources(gpusPerNode=0))]),
         *_both("resources.nodes", "maxNodes", [("strict", resources(nodes=3))], [("strict", resources(nodes=2)), ("plain", resources(nodes=3))]),
-        *_both("resources.gpusPerNode", "maxGpus", [("strict", resources(nodes=2, gpusPerNode=5))],
-               [("strict", resources(nodes=2, gpusPerNode=4)), ("strict", resources(gpusPerNode=8)), ("plain", resources(nodes=2, gpusPerNode=8))]),
+        *_both("resources.gpusPerNode", "maxGpus",
+               [("strict", resources(nodes=2, gpusPerNode=5)), ("strict", resources(gpusPerNode=8) | _generation()),
+                ("strict", resources(gpusPerNode=6) | _generation(gpus=3))],
+               [("strict", resources(gpusPerNode=6) | _generation(gpus=2)), ("strict", resources(gpusPerNode=8) | _generation(backend="transformers")),
+                ("strict", resources(nodes=2, gpusPerNode=4)), ("strict", resources(gpusPerNode=8)), ("plain", resources(nodes=2, gpusPerNode=8))]),
         *_both("policy.activeDeadlineSeconds", "maxDurationSeconds", [("strict", {"policy": {"activeDeadlineSeconds": 3601}})],
                [("strict", {"policy": {"activeDeadlineSeconds": 3600}}), ("plain", {"policy": {"activeDeadlineSeconds": 3601}})]),
     ]  # fmt: skip
@@ -208,6 +217,8 @@ def _placement_rows() -> list[Row]:
                [("strict", _placement(image="docker.io/x:1")), ("strict", _placement(image="registry.example.com/old/x:1"))],
                [("strict", _placement(image="registry.example.com/a/x:1")), ("strict", _placement(image="registry.example.com/old/kept:1")),
                 ("plain", _placement(image="docker.io/x:1"))]),
+        *_both("trainer.grpo.generation.image", "images",
+               [("strict", _generation(image="docker.io/x:1"))], [("strict", _generation(image="registry.example.com/a/x:1"))]),
         *_both("placement.serviceAccountName", "serviceAccounts",
                [("plain", _placement(serviceAccountName="admin")), ("strict", _placement(serviceAccountName="default"))],
                [("plain", _placement(serviceAccountName="default")), ("strict", _placement(serviceAccountName="trainer-strict")),

@@ -17,6 +17,8 @@ from typing import Any, Protocol
 import torch
 from transformers import Trainer, TrainingArguments
 
+from finetune_trainer.generation_server import GenerationServer
+
 
 class OpenTrainer(Trainer):  # type: ignore[misc]  # transformers ships no types
     """A Trainer with public methods that subclasses override instead of private methods of transformers.
@@ -127,6 +129,92 @@ class GenerationUnderAutocast:
     def _generate_single_turn(self, *args: Any, **options: Any) -> Any:
         with self.accelerator.autocast():  # type: ignore[attr-defined]  # of the Trainer that this is mixed into
             return super()._generate_single_turn(*args, **options)  # type: ignore[misc]  # of the TRL trainer
+
+
+@contextmanager
+def generation_by_server(server: GenerationServer, main_rank_first: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
+    """Let a GRPOTrainer of TRL that is built within the context generate its completions with `server`.
+
+    TRL's classes for a vLLM server need the package vllm, for two purposes: to check that it is installed, and to send the weights with NCCL.
+    The trainer's image cannot contain vllm. Therefore these methods are replaced, and all others are TRL's own. `main_rank_first`: a context
+    whose block runs in rank 0 before the other ranks continue.
+    """
+    from trl.generation.vllm_client import VLLMClient
+    from trl.generation.vllm_generation import VLLMGeneration
+    from trl.trainer import grpo_trainer
+
+    class Client(VLLMClient):  # type: ignore[misc]  # TRL ships no types
+        def __init__(self) -> None:
+            self.base_url, self.model = server.url, str(server.model_folder)
+
+        def _post(self, url: str, json: dict[str, Any]) -> dict[str, Any]:
+            return server.post(url.removeprefix(server.url), json)
+
+        def get_server_info(self) -> dict[str, Any]:
+            return server.get("/server_info?config_format=json")
+
+    class Generation(VLLMGeneration):  # type: ignore[misc]  # TRL ships no types
+        def _init_vllm(self) -> None:
+            self.generation_kwargs = {"stop_token_ids": end_token_ids(self.model, self.processing_class)}
+            with main_rank_first():
+                if self.accelerator.is_main_process:
+                    self.processing_class.save_pretrained(server.model_folder)
+                    self._write_weights()
+                    server.start()
+                    self.vllm_client = Client()
+
+        def sync_weights(self) -> None:
+            if self.accelerator.is_main_process:
+                self._write_weights()
+                server.reload_weights()
+
+        def generate(self, *args: Any, **options: Any) -> Any:
+            if self.accelerator.is_main_process:
+                # The state of this random generator is part of each checkpoint, so a resumed run sends the same seeds.
+                self.generation_kwargs["seed"] = int(torch.randint(2**31, (1,)))
+            return super().generate(*args, **options)
+
+        def _write_weights(self) -> None:
+            # Autocast would round the merged weights.
+            with torch.autocast(self.accelerator.device.type, enabled=False), torch.no_grad(), unchanged_base_weights(self.model):
+                dtype = getattr(torch, server.options.dtype)
+                weights = {name: tensor.detach().to("cpu", dtype, copy=True) for name, tensor in self._iter_named_params()}
+            base_model = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+            base_model.save_pretrained(server.model_folder, state_dict=weights)
+
+    original = grpo_trainer.VLLMGeneration
+    grpo_trainer.VLLMGeneration = Generation
+    try:
+        yield
+    finally:
+        grpo_trainer.VLLMGeneration = original
+
+
+def end_token_ids(model: Any, tokenizer: Any) -> list[int]:
+    """Return the tokens that end a completion, in the same way as TRL's GRPOTrainer."""
+    ids = model.generation_config.eos_token_id
+    listed = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+    return listed if tokenizer.eos_token_id in listed else [tokenizer.eos_token_id, *listed]
+
+
+@contextmanager
+def unchanged_base_weights(model: Any) -> Iterator[None]:
+    """Restore the base weights below adapters at the end of the context, bit for bit.
+
+    PEFT merges an adapter by adding its product to the base weight, and subtracts it again afterwards. The sum is rounded, so the base weight would
+    change a little with each merge.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    weights = {id(weight): weight for layer in layers for weight in layer.get_base_layer().parameters(recurse=False)}
+    copies = [(weight, weight.detach().to("cpu", copy=True)) for weight in weights.values()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for weight, copy in copies:
+                weight.copy_(copy)
 
 
 def disable_compiled_deepspeed_operations() -> None:

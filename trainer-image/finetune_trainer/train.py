@@ -43,6 +43,7 @@ FINAL_FOLDER = "final"
 RULES_CHECKED_AGAIN = (
     "OptionOfAnotherMethod", "OptionOfAnotherObjective", "LoraInitialisation", "BiasBesideReference", "NewTokensUntrained", "DpoLosses",
     "HalfWeights", "BatchTooSmall", "ObjectiveAndMethod", "RewardIncomplete", "GenerationsDoNotDivide",
+    "GenerationServerUnsupported",
 )  # fmt: skip
 """Rules of the API. If a spec violates one of them, the run silently differs from the spec.
 

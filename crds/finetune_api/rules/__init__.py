@@ -40,7 +40,9 @@ from finetune_api.rules.derived_values import (
     given_bits,
     min_batch_size_per_device,
     value_or_default,
+    generation_server,
     gpus_per_node,
+    gpus_per_pod,
     has_test_set,
     has_validation_set,
     is_vision_language,
@@ -61,6 +63,7 @@ from finetune_api.rules import required_fields
 from finetune_api.rules.required_fields import source_fields
 from finetune_api.rules import methods
 from finetune_api.rules import objectives
+from finetune_api.rules import generation
 from finetune_api.rules.objectives import LOSSES_WITH_LABEL_SMOOTHING
 from finetune_api.rules import vision
 from finetune_api.rules import data
@@ -82,7 +85,10 @@ from finetune_api.rules.existing_result import is_prepared
 from finetune_api.rules.warnings import ALL_MODULES, warnings
 from finetune_api.rules.rewards import REWARD_PARAMETERS, invalid_parameters
 
-RULE_MODULES = (required_fields, methods, objectives, vision, data, training, strategies, results, benchmarks, serving, storage, model_cache, placement, quantities, existing_result)
+RULE_MODULES = (
+    required_fields, methods, objectives, generation, vision, data, training, strategies, results, benchmarks, serving, storage, model_cache,
+    placement, quantities, existing_result,
+)  # fmt: skip
 """Modules with rules, in the order in which the rules run."""
 
 __all__ = [
@@ -127,7 +133,9 @@ __all__ = [
     "evaluates_during_training",
     "given_bits",
     "value_or_default",
+    "generation_server",
     "gpus_per_node",
+    "gpus_per_pod",
     "has_test_set",
     "has_validation_set",
     "is_vision_language",

@@ -12,6 +12,7 @@ from finetune_api.spec.enums import (
     EvaluationMetric,
     ExportFormat,
     GateMetric,
+    GenerationBackend,
     IntervalStrategy,
     LoraInit,
     MethodType,
@@ -19,6 +20,7 @@ from finetune_api.spec.enums import (
     TrainerType,
 )
 from finetune_api.spec.results import Benchmark
+from finetune_api.spec.trainer import Generation
 
 
 def constant_default(group: type[Group], field: str) -> Any:
@@ -89,6 +91,18 @@ def ranks_per_node(spec: FineTuneJobSpec) -> int:
 def gpus_per_node(spec: FineTuneJobSpec) -> int:
     """Return the number of GPUs per pod."""
     return int(value_or_default(spec.resources, "gpus_per_node"))
+
+
+def generation_server(spec: FineTuneJobSpec) -> Generation | None:
+    """Return the options of the vLLM server that generates the completions of grpo. None: the trainer generates them itself."""
+    generation = spec.trainer.grpo.generation if spec.trainer.grpo else None
+    return generation if generation is not None and generation.backend is GenerationBackend.VLLM else None
+
+
+def gpus_per_pod(spec: FineTuneJobSpec) -> int:
+    """Return the number of GPUs of a training pod: those of the trainer and of the vLLM server in the same pod."""
+    server = generation_server(spec)
+    return gpus_per_node(spec) + (int(value_or_default(server, "gpus")) if server is not None else 0)
 
 
 def world_size(spec: FineTuneJobSpec) -> int:

@@ -140,6 +140,13 @@ class TrainerType(StrEnum):
     """Train a reward model that gives each answer a score."""
 
 
+class GenerationBackend(StrEnum):
+    TRANSFORMERS = "transformers"
+    """The trainer generates the completions itself."""
+    VLLM = "vllm"
+    """A vLLM server generates the completions, in a second container of the pod with its own GPUs."""
+
+
 class TrainerBackend(StrEnum):
     TRANSFORMERS = "transformers"
     """Standard implementation, for CPU and any number of GPUs."""

@@ -7,9 +7,10 @@ from typing import Annotated
 from pydantic import Field, StringConstraints
 
 from finetune_api.base import CelRule, Group, spec_field
-from finetune_api.patterns import IDENTIFIER
+from finetune_api.patterns import IDENTIFIER, NO_SPACE
+from finetune_api.spec.cluster import CpuQuantity, SizeQuantity
 from finetune_api.spec.common import ConfigMapKeyRef, ShortText, Source, StringMap
-from finetune_api.spec.enums import BuiltinReward, DpoLoss, GrpoLoss, TrainerBackend, TrainerType
+from finetune_api.spec.enums import BuiltinReward, DpoLoss, GenerationBackend, GrpoLoss, TrainerBackend, TrainerType
 
 
 class Dpo(Group):
@@ -31,6 +32,36 @@ class Dpo(Group):
     )
 
 
+class Generation(Group):
+    """`trainer.grpo.generation`: the program that generates the completions. All fields except `backend` are options of `vllm`."""
+
+    backend: GenerationBackend | None = spec_field(
+        "The program that generates the completions.", default="transformers", example="vllm", since="0.2.0"
+    )
+    image: Annotated[str, StringConstraints(pattern=NO_SPACE, max_length=512)] | None = spec_field(
+        "Image of the vLLM server.", default_text="`trainer.generationImage` of the operator's configuration",
+        example="registry.example.com/finetune-vllm:0.2.0", since="0.2.0",
+    )  # fmt: skip
+    gpus: Annotated[int, Field(ge=0, le=64)] | None = spec_field(
+        "GPUs of the server, in addition to `resources.gpusPerNode`. The model is divided among them. 0 only for a job on CPUs.",
+        default=1, example=2, since="0.2.0",
+    )  # fmt: skip
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] | None = spec_field(
+        "Share of each GPU's memory that the server uses for weights and cache.", default=0.9, example=0.8, since="0.2.0"
+    )
+    cpu: CpuQuantity | None = spec_field("CPU request of the server.", default="2", example="8", since="0.2.0")
+    memory: SizeQuantity | None = spec_field(
+        "Memory request and limit of the server, including its /dev/shm.", default="16Gi", example="64Gi", since="0.2.0"
+    )
+    start_timeout_seconds: Annotated[int, Field(ge=1, le=86400)] | None = spec_field(
+        "If the server does not answer after this many seconds, the attempt fails.", default=1800, example=3600, since="0.2.0"
+    )
+    request_timeout_seconds: Annotated[int, Field(ge=1, le=86400)] | None = spec_field(
+        "If the server does not answer one request in this many seconds, the attempt fails. One request generates the completions of one optimizer step.",
+        default=1800, example=600, since="0.2.0",
+    )  # fmt: skip
+
+
 class Grpo(Group):
     """`trainer.grpo`: group relative policy optimisation."""
 
@@ -47,6 +78,9 @@ class Grpo(Group):
         "Weight of the KL divergence in the loss. With 0, no reference model is loaded.", default=0.0, example=0.04
     )
     loss_type: GrpoLoss | None = spec_field("Average of the token losses.", default="dapo", example="drGrpo")
+    generation: Generation | None = spec_field(
+        "The program that generates the completions.", default_text="the trainer itself", example={"backend": "vllm", "gpus": 1}, since="0.2.0"
+    )
 
 
 class Reward(Group):

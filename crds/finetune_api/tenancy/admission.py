@@ -55,6 +55,8 @@ def _variables() -> list[dict[str, str]]:
     expressions = {
         "nodes": _either("resources.nodes", "1"),
         "gpusPerNode": _either("resources.gpusPerNode", "1"),
+        "generationBackend": _either("trainer.grpo.generation.backend", "''"),
+        "generationGpus": f"variables.generationBackend != 'vllm' ? 0 : ({_either('trainer.grpo.generation.gpus', '1')})",
         "gpuResource": _either("resources.gpuResource", "''"),
         "pool": _either("resources.nodePool", chosen_pool),
         "storageRoot": f"has(object.spec.storage) && has({uri}) ? {table.cel_without_end_slash(uri)} : variables.storage",
@@ -75,7 +77,7 @@ def _validations() -> Iterator[dict[str, str]]:
     for rule, path in table.FORBIDDEN_IF_TRUE:
         yield _validation(rule, path, f"{_is_true(rule)} || {cel_at(path, lambda value: f'!{value}')}")
     yield _validation("maxNodes", "resources.nodes", _within("maxNodes", "variables.nodes"))
-    yield _validation("maxGpus", "resources.gpusPerNode", _within("maxGpus", "variables.nodes * variables.gpusPerNode"))
+    yield _validation("maxGpus", "resources.gpusPerNode", _within("maxGpus", "variables.nodes * (variables.gpusPerNode + variables.generationGpus)"))
     within_limit = _within("maxDurationSeconds", "variables.deadline")
     is_not_extended = "variables.oldDeadline > 0 && variables.deadline <= variables.oldDeadline"
     yield _validation("maxDurationSeconds", "policy.activeDeadlineSeconds", f"{within_limit} || ({is_not_extended})", checks_changes=True)

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from finetune_api.rules import gpus_per_pod
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.tenancy import table
 from finetune_api.tenancy.patterns import EVERYTHING, allows
@@ -143,7 +144,7 @@ class _Checker:
         """Check the numbers of nodes, GPUs and seconds."""
         rules = self._rules
         nodes = spec.resources.nodes or 1
-        gpus = nodes * (1 if spec.resources.gpus_per_node is None else spec.resources.gpus_per_node)
+        gpus = nodes * gpus_per_pod(spec)
         seconds = spec.policy.active_deadline_seconds
         for rule, path, limit, value, text in (
             ("maxNodes", "resources.nodes", rules.max_nodes, nodes, f"{nodes} nodes"),

@@ -52,7 +52,9 @@ class NamespacePolicy(WireModel):
         default=None, description="Whether jobs may run reward functions of ConfigMaps and benchmarks with allowCodeExecution, and set checkpoint.allowPickle."
     )
     max_nodes: int | None = Field(default=None, ge=1, description="Maximum number of nodes of a job; default: no limit.")
-    max_gpus: int | None = Field(default=None, ge=0, description="Maximum number of GPUs of a job: nodes x gpusPerNode; default: no limit.")
+    max_gpus: int | None = Field(
+        default=None, ge=0, description="Maximum number of GPUs of a job: nodes x gpusPerNode, plus those of a vLLM server; default: no limit."
+    )
     max_duration_seconds: int | None = Field(
         default=None,
         ge=1,

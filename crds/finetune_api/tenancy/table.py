@@ -240,6 +240,7 @@ ENDPOINT_PATHS = (
 
 PATTERN_CHECKS: tuple[PatternCheck, ...] = (
     PatternCheck("images", "placement.image", _plain, _cel_plain),
+    PatternCheck("images", "trainer.grpo.generation.image", _plain, _cel_plain),
     PatternCheck("serviceAccounts", "placement.serviceAccountName", _plain, _cel_plain),
     *(PatternCheck("secrets", path, _plain, _cel_plain) for path in SECRET_PATHS),
     PatternCheck("priorityClasses", "placement.priorityClassName", _plain, _cel_plain),

@@ -167,7 +167,7 @@ operatorLabels: {{ include "finetune-operator.selectorLabels" . | fromYaml | toJ
 {{/* The operator's configuration file, with the operator's key names. Empty values of the chart are omitted. */}}
 {{- define "finetune-operator.config" -}}
 {{- $trainer := dict "image" (include "finetune-operator.image" (dict "root" . "image" .Values.trainer.image "path" "trainer.image")) "imagePullPolicy" .Values.trainer.image.pullPolicy -}}
-{{- range $key := list "imagePullSecrets" "serviceAccountName" "priorityClassName" "env" "labels" "annotations" -}}
+{{- range $key := list "generationImage" "imagePullSecrets" "serviceAccountName" "priorityClassName" "env" "labels" "annotations" -}}
 {{- with index $.Values.trainer $key -}}
 {{- $_ := set $trainer $key . -}}
 {{- end -}}

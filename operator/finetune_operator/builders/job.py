@@ -17,6 +17,7 @@ from finetune_api.spec.cluster import EnvVar, PrepareResources
 from finetune_api.spec.common import SecretKeyRef, SecretRef, StorageConnection
 from finetune_api.tenancy import user_code_in_preparation
 
+from finetune_operator.builders.generation import add_generation_server
 from finetune_operator.builders.model_cache import add_model_cache
 from finetune_operator.builders.mounts import build_mounts
 from finetune_operator.builders.run_config import customer_key_variable
@@ -42,6 +43,7 @@ def build_job(
     name, queue, data = names.attempt_job_name(job.name, run.attempt), run.spec.placement.queue_name, run.to_bytes()
     pod = _build_pod_spec(name, run, run.sha256(data), pool, config, secret_name)
     add_model_cache(pod, model_cache, job.namespace, config)
+    add_generation_server(pod, run.spec, config.trainer.image_pull_policy.value)
     body = _build_indexed_job(job, run.spec, config, data, name=name, attempt=run.attempt, pods=run.world.nodes, pod=pod)
     if secret_name:
         body["metadata"]["annotations"][Annotation.ATTEMPT_SECRET.value] = secret_name

@@ -11,6 +11,7 @@ from finetune_api.defaults import origins_of
 from finetune_api.names import (
     CA_MOUNT,
     DATASET_CREDENTIALS_PREFIX,
+    GENERATION_PORT,
     MODEL_CREDENTIALS_PREFIX,
     RENDEZVOUS_PORT,
     Env,
@@ -18,6 +19,7 @@ from finetune_api.names import (
     attempt_of_uri,
 )
 from finetune_api.pod import GpuPool, PreparedRows, ResumeConfig, RunConfig, StoreTarget, World
+from finetune_api.rules import generation_server
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.cluster import Prepare
 from finetune_api.spec.common import StorageConnection
@@ -74,6 +76,7 @@ def build_run_config(
         dataset_store=_separate_store(spec, spec.dataset.storage, "dataset", DATASET_CREDENTIALS_PREFIX),
         resume=_build_resume(job, spec, attempt, committed_step, max_step, rolled_back_attempt),
         prepared=prepared,
+        generation_url=f"http://{LOOPBACK_ADDRESS}:{GENERATION_PORT}" if generation_server(spec) is not None else None,
         grace_seconds=_grace_seconds(job, spec, defaults),
     )
 

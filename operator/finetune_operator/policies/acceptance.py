@@ -18,7 +18,7 @@ from finetune_api.compatibility import read_spec
 from finetune_api.defaults import PlatformDefaults, ResolvedSpec, keep_recorded_defaults, resolve_defaults
 from finetune_api.errors import FineTuneError
 from finetune_api.names import MAX_RUN_BYTES, Reason
-from finetune_api.rules import check
+from finetune_api.rules import check, generation_server
 from finetune_api.sources import parse
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.cluster import StorageRoot
@@ -100,6 +100,7 @@ def accept(
         _refuse_conflicts(placement_conflicts, first_attempt)
         or (_refuse_unknown_price(spec, pool) if first_attempt is None else None)
         or _refuse_storage(resolved_spec, first_attempt)
+        or _refuse_missing_image(resolved_spec)
         or _refuse_size(resolved_spec, first_attempt)
     )
     if refusal is not None:
@@ -183,6 +184,16 @@ def _refuse_storage(resolved_spec: ResolvedSpec, first_attempt: FirstAttempt | N
     return None
 
 
+def _refuse_missing_image(resolved_spec: ResolvedSpec) -> RefusedSpec | None:
+    """Make a job with a vLLM server wait if nothing names the image of the server."""
+    server = generation_server(resolved_spec.spec)
+    if server is None or server.image is not None:
+        return None
+    message = "spec.trainer.grpo.generation.image is absent, and the operator's configuration has no trainer.generationImage"
+    hint = "write the image of a vLLM server, or `backend: transformers`"
+    return RefusedSpec(Reason.GENERATION_IMAGE_NOT_CONFIGURED, message, hint, is_final=False)
+
+
 def _refuse_size(resolved_spec: ResolvedSpec, first_attempt: FirstAttempt | None) -> RefusedSpec | None:
     size = len(resolved_spec.spec.model_dump_json(by_alias=True, exclude_none=True).encode())
     if size <= MAX_SPEC_BYTES:
@@ -218,6 +229,7 @@ def _platform_defaults(spec: FineTuneJobSpec, config: OperatorConfig, pool: Node
         storage=config.storage if config.storage.uri else None,
         gpu_resource=pool.gpu_resource if pool else "nvidia.com/gpu",
         node_pool=pool.name if pool else None,
+        generation_image=config.trainer.generation_image or None,
         prepare_strategy=config.prepare.strategy,
         prepare_cpu=str(config.prepare.cpu),
         prepare_memory=str(config.prepare.memory),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from finetune_api.names import GROUP, Annotation, Label, Reason
-from finetune_api.rules import NODE_CACHE
+from finetune_api.rules import NODE_CACHE, gpus_per_pod
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.cluster import Toleration
 
@@ -35,8 +35,9 @@ def choose_pool(spec: FineTuneJobSpec, config: OperatorConfig) -> NodePool | Ref
         message = f"spec.resources.gpuResource is {resources.gpu_resource}, but nodes of pool {pool.name} have {pool.gpu_resource}"
         hint = "remove gpuResource, or name a pool with this resource"
         return RefusedSpec(Reason.POOL_LACKS_RESOURCE, f"{message}; {_list_pools(config)}", hint, is_final=False)
-    if gpus > pool.gpus_per_node:
-        message = f"spec.resources.gpusPerNode is {gpus}, but a node of pool {pool.name} has {pool.gpus_per_node}"
+    if gpus_per_pod(spec) > pool.gpus_per_node:
+        of_server = f" and the vLLM server needs {gpus_per_pod(spec) - gpus}" if gpus_per_pod(spec) > gpus else ""
+        message = f"spec.resources.gpusPerNode is {gpus}{of_server}, but a node of pool {pool.name} has {pool.gpus_per_node}"
         hint = "lower gpusPerNode, and raise resources.nodes if the job needs more GPUs"
         return RefusedSpec(Reason.POOL_TOO_SMALL, f"{message}; {_list_pools(config)}", hint, is_final=False)
     nodes = resources.nodes or 1

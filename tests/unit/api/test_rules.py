@@ -44,6 +44,16 @@ def grpo_spec(reward: dict[str, Any], **groups: Any) -> dict[str, Any]:
     return merge({"trainer": {"type": "grpo", "rewards": [reward]}}, groups)
 
 
+GENERATION_FIELDS = frozenset({"image", "gpus", "gpuMemoryUtilization", "cpu", "memory", "startTimeoutSeconds", "requestTimeoutSeconds"})
+
+
+def generation_spec(*, backend: str | None = "vllm", **values: Any) -> dict[str, Any]:
+    """A grpo job with options of `trainer.grpo.generation`, and other groups."""
+    options = {name: value for name, value in values.items() if name in GENERATION_FIELDS} | ({"backend": backend} if backend else {})
+    groups = {name: value for name, value in values.items() if name not in GENERATION_FIELDS}
+    return grpo_spec({"builtin": "thinkFormat"}, trainer={"grpo": {"generation": options}}, **groups)
+
+
 KEY = {"name": "judge", "key": "apiKey"}
 ACCURACY_GATE = {"metric": "accuracy", "op": "ge", "value": 0.8}
 
@@ -282,6 +292,19 @@ PROBLEM_CASES: list[tuple[str, dict[str, Any], str]] = [
         {"trainer": {"type": "grpo", "rewards": [{"builtin": "thinkFormat"}], "grpo": {"numGenerations": 7}}},
         "trainer.grpo.numGenerations",
     ),
+    ("GenerationOptionWithoutEffect", generation_spec(backend=None, gpus=2), "trainer.grpo.generation.gpus"),
+    ("GenerationOptionWithoutEffect", generation_spec(backend="transformers", image="x:1"), "trainer.grpo.generation.image"),
+    ("GenerationServerUnsupported", generation_spec(resources={"nodes": 2}), "resources.nodes"),
+    ("GenerationServerUnsupported", generation_spec(**FSDP_SPEC), "distributed.strategy"),
+    ("GenerationServerUnsupported", generation_spec(**ZERO3_SPEC), "distributed.strategy"),
+    ("GenerationServerUnsupported", generation_spec(method={"type": "promptTuning"}), "method.type"),
+    ("GenerationServerUnsupported", generation_spec(method={"type": "ia3"}), "method.type"),
+    ("GenerationServerUnsupported", generation_spec(method={"type": "qlora"}), "method.type"),
+    ("GenerationServerUnsupported", generation_spec(model={"quantization": {"bits": 8}}), "model.quantization.bits"),
+    ("GenerationServerUnsupported", generation_spec(model={"newTokens": ["<a>"]}), "model.newTokens"),
+    ("GenerationServerUnsupported", generation_spec(model={"trustRemoteCode": True}), "model.trustRemoteCode"),
+    ("GenerationGpus", generation_spec(gpus=0), "trainer.grpo.generation.gpus"),
+    ("GenerationGpus", generation_spec(resources={"gpusPerNode": 0}), "trainer.grpo.generation.gpus"),
     ("SplitRatios", {"dataset": {"split": {"train": 0.9, "validation": 0.2}}}, "dataset.split"),
     ("SplitRatios", {"dataset": {"split": {"validation": 0.6, "test": 0.4}}}, "dataset.split"),
     ("SplitRatios", {"dataset": {"split": {"validation": 0.1}, "validation": "a/b"}}, "dataset.split.validation"),

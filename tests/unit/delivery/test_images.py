@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 from finetune_trainer.failure import IMAGE_PACKAGES
+from finetune_trainer.generation_server import NEWEST_VLLM, OLDEST_VLLM
 
 from localcluster import images
 
 LOCKED_PROGRAMS = ("operator", "trainer", "cli")
-DOCKERFILES = ("operator/Dockerfile", "trainer-image/Dockerfile", "cli/Dockerfile")
+DOCKERFILES = ("operator/Dockerfile", "trainer-image/Dockerfile", "cli/Dockerfile", "vllm-image/Dockerfile")
 
 
 def locked_versions(path: Path) -> dict[str, str]:
@@ -46,12 +47,29 @@ def test_every_package_that_the_trainer_requires_is_known_as_part_of_the_image(r
     assert len(known) > 10 and all(known.values()), known
 
 
-@pytest.mark.parametrize("name", [*LOCKED_PROGRAMS, "dev", "nodeps", "bootstrap", "unit-tests", "mutants", "checkov", "mlflow-server"])
+@pytest.mark.parametrize(
+    "name", [*LOCKED_PROGRAMS, "dev", "nodeps", "bootstrap", "unit-tests", "mutants", "checkov", "mlflow-server", "vllm"]
+)
 def test_locks_have_hashes_and_no_addresses(root: Path, name: str) -> None:
     text = (root / f"requirements/{name}.lock").read_text("utf-8")
     assert text.count("==") <= text.count("--hash=sha256:")
     assert "--index-url" not in text
     assert not re.search(r"https?://|file:", text)
+
+
+def test_the_image_of_the_vllm_server_has_a_supported_version_and_only_its_own_program(root: Path) -> None:
+    text = (root / "vllm-image/Dockerfile").read_text("utf-8")
+    assert re.findall(r"^COPY (\S+) (\S+)", text, re.M) == [
+        ("requirements/bootstrap.lock", "/tmp/requirements.lock"), ("requirements/vllm.lock", "/tmp/requirements.lock"),
+        ("vllm-image/serve.py", "/app/serve.py"),
+    ]  # fmt: skip
+    assert "--require-hashes" in text and "USER 10001:10001" in text
+    assert not re.search(r"https?://|PIP_INDEX|UV_INDEX", text)
+    ignored = (root / ".dockerignore").read_text("utf-8").splitlines()
+    assert {"!requirements/vllm.lock", "!vllm-image/serve.py"} <= set(ignored)
+    version = re.search(r"^vllm==(\d+)\.(\d+)", (root / "requirements/vllm.lock").read_text("utf-8"), re.M)
+    assert version is not None
+    assert OLDEST_VLLM <= (int(version[1]), int(version[2])) <= NEWEST_VLLM
 
 
 @pytest.mark.parametrize(

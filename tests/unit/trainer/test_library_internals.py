@@ -280,6 +280,48 @@ def test_trl_generates_completions_through_the_overridden_method() -> None:
     assert GeneratingTrainer()._generate_single_turn() == torch.bfloat16
 
 
+def test_trl_talks_to_a_vllm_server_through_the_replaced_methods() -> None:
+    """`tests/pod/objectives/test_generation_server.py` runs them; this test names the method that an upgrade of TRL has changed."""
+    from trl.generation.vllm_client import VLLMClient
+    from trl.generation.vllm_generation import VLLMGeneration
+    from trl.trainer import grpo_trainer
+
+    assert grpo_trainer.VLLMGeneration is VLLMGeneration
+    assert "self._init_vllm()" in inspect.getsource(VLLMGeneration.__init__)
+    assert list(inspect.signature(VLLMGeneration.sync_weights).parameters) == ["self"]
+    assert list(inspect.signature(VLLMGeneration._iter_named_params).parameters) == ["self"]
+    sent = inspect.getsource(VLLMGeneration.generate)
+    assert "self.vllm_client.generate(" in sent and '"generation_kwargs": self.generation_kwargs' in sent
+    generate = inspect.getsource(VLLMClient.generate)
+    assert 'self._post(f"{self.base_url}/v1/completions", json=payload)' in generate and '"model": self.model' in generate
+    assert 'self.vllm_generation.vllm_client.get_server_info()["model_config"]' in inspect.getsource(grpo_trainer.GRPOTrainer.__init__)
+
+
+@pytest.mark.parametrize(("listed", "expected"), [(None, [7]), (3, [7, 3]), (7, [7]), ([3, 7], [3, 7]), ([], [7])])
+def test_end_tokens_are_those_of_trl(listed: Any, expected: list[int]) -> None:
+    model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=listed))
+    assert internals.end_token_ids(model, SimpleNamespace(eos_token_id=7)) == expected
+
+
+def test_base_weights_survive_a_merge_bit_for_bit(model: Path) -> None:
+    wrapped = peft_model(model)
+    for name, weight in wrapped.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, generator=torch.Generator().manual_seed(1))
+    names = [name for name, _ in wrapped.named_parameters() if "q_proj.base_layer" in name]
+    before = {name: wrapped.get_parameter(name).detach().clone() for name in names}
+
+    def changed_weights() -> list[str]:
+        return [name for name in names if not torch.equal(wrapped.get_parameter(name), before[name])]
+
+    with internals.unchanged_base_weights(wrapped):
+        wrapped.merge_adapter()
+        assert changed_weights() == names
+        wrapped.unmerge_adapter()
+        assert changed_weights() == names, "without rounding, this test shows nothing"
+    assert changed_weights() == [] and len(names) == 2
+
+
 @pytest.fixture
 def trained_sft(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """An SFT trainer after two steps without a log line."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
+from finetune_api.names import GENERATION_MOUNT
 from finetune_api.objectives import OBJECTIVES, ObjectiveFacts
 from finetune_api.pod import RunConfig
 from finetune_api.spec.enums import DatasetFormat, TrainerType
@@ -43,6 +44,11 @@ class TrainingContext:
     """Observes the preparation of the rows."""
     unquantized: tuple[str, ...] = ()
     """Modules of a quantised base model that stay unquantised, because spectrum trains them."""
+
+    @property
+    def generation_folder(self) -> Path:
+        """The volume that this pod shares with its vLLM server."""
+        return self.token_cache.parent / Path(GENERATION_MOUNT).name
 
 
 @dataclass

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
+from urllib.parse import urlsplit
 
 from datasets import Dataset
 from finetune_api.errors import ConfigError, DataError
-from finetune_api.rules import has_test_set
+from finetune_api.rules import generation_server, has_test_set, value_or_default
 from finetune_api.spec.enums import GrpoLoss, OverflowPolicy, TrainerType
 from finetune_api.spec.trainer import Grpo as GrpoSpec
 from trl.trainer import grpo_trainer
@@ -22,8 +23,10 @@ from finetune_trainer.data.load import Rows, load
 from finetune_trainer.data.prepare import Splits, max_sequence_length, render_options, use_chat_template
 from finetune_trainer.data.rows import Conversation, Prompt, Turn
 from finetune_trainer.data.template import RenderOptions, render
+from finetune_trainer.distributed import local_rank_0_first
 from finetune_trainer.engine import GuardedTrainer
-from finetune_trainer.library_internals import GenerationUnderAutocast
+from finetune_trainer.generation_server import GenerationServer, ServerOptions
+from finetune_trainer.library_internals import GenerationUnderAutocast, generation_by_server
 from finetune_trainer.objective import answers
 from finetune_trainer.objective.base import TEST_LOSS, DataFacts, HeldOutMetric, Objective, TrainingContext
 from finetune_trainer.objective.reference_model import ReferenceModelMixin, load_reference_model
@@ -84,6 +87,8 @@ class GrpoObjective(Objective[Splits, GRPOConfig]):
             beta=0.0 if spec.beta is None else spec.beta,
             loss_type=TRL_LOSS_NAMES[spec.loss_type or GrpoLoss.DAPO],
             reward_weights=[reward.weight for reward in reward_functions(context)],
+            use_vllm=generation_server(run.spec) is not None,
+            vllm_mode="server",
         )
 
     def trainer_options(self, context: TrainingContext) -> dict[str, Any]:
@@ -91,9 +96,34 @@ class GrpoObjective(Objective[Splits, GRPOConfig]):
 
     def build_trainer(self, context: TrainingContext, args: GRPOConfig, model: Any, data: Splits) -> GrpoTrainer:
         """Build the Trainer. Its reference model is loaded in the same way as for the other objectives."""
-        with _replaced_reference_loader(context):
+        server = _generation_server(context, args)
+        with _replaced_reference_loader(context), generation_by_server(server, local_rank_0_first) if server is not None else nullcontext():
             trainer: GrpoTrainer = super().build_trainer(context, args, model, data)
         return trainer
+
+
+def _generation_server(context: TrainingContext, args: GRPOConfig) -> GenerationServer | None:
+    """Return the vLLM server of the run. None: the trainer generates the completions itself. Errors: ConfigError GenerationAddressMissing."""
+    run, options = context.run, generation_server(context.run.spec)
+    if options is None:
+        return None
+    if run.generation_url is None:
+        raise ConfigError(
+            "GenerationAddressMissing", "trainer.grpo.generation.backend is vllm, but run.json contains no address of a server",
+            hint="upgrade the operator to the version of the CRD",
+        )  # fmt: skip
+    context.generation_folder.mkdir(parents=True, exist_ok=True)
+    return GenerationServer(
+        run.generation_url, context.generation_folder,
+        ServerOptions(
+            port=urlsplit(run.generation_url).port or 80, gpus=value_or_default(options, "gpus"),
+            gpu_memory_utilization=value_or_default(options, "gpu_memory_utilization"),
+            dtype="bfloat16" if args.bf16 else "float16" if args.fp16 else "float32",
+            max_length=sum(_length_limits(context)), seed=args.seed,
+        ),
+        start_timeout_seconds=value_or_default(options, "start_timeout_seconds"),
+        request_timeout_seconds=value_or_default(options, "request_timeout_seconds"),
+    )  # fmt: skip
 
 
 def _prompt_rows(rows: Rows, options: RenderOptions, text_as_turns: bool) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ from typing import Any
 from finetune_api.lineage import AttemptRecord
 from finetune_api.names import Storage
 from finetune_api.pod import ProgressReport, RunConfig, TerminationMessage
+from finetune_api.rules import gpus_per_pod
 from finetune_api.status import ResolvedConfig
 from pydantic import ValidationError
 
@@ -30,7 +31,7 @@ class AttemptRecorder:
         """`started_at`: the start of the pod."""
         self._run, self._tree = run, tree
         self._record = AttemptRecord(
-            attempt=run.attempt, incarnation=incarnation, started_at=started_at, gpus=run.world.nodes * run.world.gpus_per_node,
+            attempt=run.attempt, incarnation=incarnation, started_at=started_at, gpus=run.world.nodes * gpus_per_pod(run.spec),
             pods=run.world.nodes, config_sha256=config_sha256,
         )  # fmt: skip
         self._stored: AttemptRecord | None = None

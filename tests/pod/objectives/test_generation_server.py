@@ -1,0 +1,110 @@
+"""grpo with a vLLM server: the completions come from the server, with the weights of the current step.
+
+vLLM itself is replaced by `tests.support.generation_server`. The program that starts it and the trainer's client are those of the images.
+`tests/unit/trainer/test_generation_server.py` tests the failures, `tests/pod/test_generation_resume.py` the next attempt after a failure.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from finetune_api.errors import FineTuneError
+from finetune_trainer.channel import Channel
+
+from tests.support.generation_server import Server, complete, start_server
+from tests.support.learning import RecordingHooks, RunOutcome, make_run
+from tests.support.preferences import PROMPTS
+from tests.support.slices import quick_slice
+
+pytestmark = pytest.mark.pod
+Spec = dict[str, Any]
+STEPS = 3
+
+
+class SnapshotHooks(RecordingHooks):
+    """Also keeps the weights that each step begins with, with a merged adapter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights: list[dict[str, torch.Tensor]] = []
+
+    def create_callbacks(self, *args: Any) -> list[Any]:
+        from transformers import TrainerCallback
+
+        weights = self.weights
+
+        class Snapshot(TrainerCallback):
+            def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+                copied = copy.deepcopy(model)
+                weights.append((copied.merge_and_unload() if hasattr(copied, "merge_and_unload") else copied).state_dict())
+
+        return [*super().create_callbacks(*args), Snapshot()]
+
+
+def grpo_spec(method: str) -> Spec:
+    return {
+        "method": {"type": method, **({"lora": {"dropout": 0, "rank": 4}} if method != "full" else {})},
+        "training": {"maxSteps": STEPS, "batchSizePerDevice": 16, "scheduler": "constant", "learningRate": 0.05},
+        "trainer": {
+            "type": "grpo", "maxCompletionLength": 6, "rewards": [{"builtin": "regex", "parameters": {"pattern": "e"}}],
+            "grpo": {"numGenerations": 8, "topP": 0.9, "generation": {"backend": "vllm", "gpus": 0, "startTimeoutSeconds": 300}},
+        },
+    }  # fmt: skip
+
+
+def train(folder: Path, model: Path, spec: Spec, server: Server) -> tuple[RunOutcome, list[Any]]:
+    """Train in this process. Returns the outcome, and a model with the weights that each step begins with."""
+    from finetune_trainer import train as trainer
+    from transformers import AutoModelForCausalLM
+
+    run, inputs = make_run(folder, model, spec, PROMPTS)
+    hooks = SnapshotHooks()
+    trainer.main(run.model_copy(update={"generation_url": server.url}), Channel.create_recording(folder / "work"), inputs, hooks)
+    # accelerate replaces `forward` of the trained model, so a copy of this model would compute with the weights of the end.
+    models = [AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval() for _ in hooks.weights]
+    for fresh_model, weights in zip(models, hooks.weights, strict=True):
+        fresh_model.load_state_dict(weights)
+    return hooks.outcome, models
+
+
+def completions(weights: Any, request: dict[str, Any]) -> list[list[int]]:
+    """The completions of a request to the server, sampled with the weights of the trainer."""
+    return [complete(weights, prompt, request, number)["token_ids"] for prompt in request["prompt"] for number in range(request["n"])]
+
+
+def require_unchanged_base(trained: Any, base: Path) -> None:
+    """Merging and removing the adapter for the server must leave the base weights as they were, bit for bit."""
+    from transformers import AutoModelForCausalLM
+
+    expected = dict(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).named_parameters())
+    weights = {name.replace(".base_layer", ""): weight for name, weight in trained.get_base_model().named_parameters() if "lora_" not in name}
+    assert weights.keys() == expected.keys()
+    assert [name for name in expected if not torch.equal(weights[name], expected[name])] == []
+
+
+@pytest.mark.parametrize("method", quick_slice(["full", "lora", "dora"], ["lora"]))
+def test_each_step_generates_with_the_weights_of_the_trainer(method: str, model: Path, tmp_path: Path) -> None:
+    with start_server(tmp_path / "work" / "generation", tmp_path / "record.jsonl") as server:
+        outcome, models = train(tmp_path, model, grpo_spec(method), server)
+    requests = server.generations
+    assert len(requests) == len(models) == len(outcome.losses) == STEPS
+    for request, weights in zip(requests, models, strict=True):
+        assert request["completions"] == completions(weights, request)
+        options = {name: request[name] for name in ("n", "temperature", "top_p", "top_k", "max_tokens", "logprobs")}
+        assert options == {"n": 8, "temperature": 1.0, "top_p": 0.9, "top_k": 0, "max_tokens": 6, "logprobs": 0}
+    assert requests[-1]["completions"] != completions(models[0], requests[-1]), "the weights have not changed enough to show in the completions"
+    assert len({request["seed"] for request in requests}) == STEPS
+    if method != "full":
+        require_unchanged_base(outcome.model, model)
+
+
+def test_a_run_without_the_address_of_its_server_is_refused(model: Path, tmp_path: Path) -> None:
+    from finetune_trainer import train as trainer
+
+    run, inputs = make_run(tmp_path, model, grpo_spec("full"), PROMPTS)
+    with pytest.raises(FineTuneError, match="GenerationAddressMissing: trainer.grpo.generation.backend is vllm, but run.json contains no address"):
+        trainer.main(run, Channel.create_recording(tmp_path / "work"), inputs, RecordingHooks())

@@ -1,0 +1,63 @@
+"""grpo with a vLLM server whose server ends: the attempt fails with a retried code, and the next attempt equals an uninterrupted run.
+
+vLLM itself is replaced by `tests.support.generation_server`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from finetune_api.names import ExitCode, FailureClass
+from finetune_api.pod import TerminationMessage
+from pod_buckets import Bucket, new_bucket
+from pod_harness import Pod, run_config
+from recorded_run import read_log_lines, weight_hashes
+
+from localcluster.s3 import S3Endpoint
+from tests.support.generation_server import DIES_AT, start_server
+
+STEPS, CHECKPOINT_STEPS, RANKS = 6, 2, 2
+
+
+def grpo_spec(model: Path, rows: Path) -> dict[str, Any]:
+    return {
+        "model": {"source": f"file://{model}"},
+        "method": {"type": "lora", "lora": {"dropout": 0.1}},
+        "dataset": {"train": f"file://{rows}"},
+        "training": {"maxSteps": STEPS, "batchSizePerDevice": 4, "gradientAccumulationSteps": 1, "learningRate": 0.02},
+        "checkpoint": {"steps": CHECKPOINT_STEPS, "keep": 0},
+        "tracking": {"loggingSteps": 1},
+        "trainer": {
+            "type": "grpo", "maxCompletionLength": 6, "rewards": [{"builtin": "regex", "parameters": {"pattern": "e"}}],
+            "grpo": {"numGenerations": 4, "generation": {"backend": "vllm", "gpus": 0, "startTimeoutSeconds": 300}},
+        },
+    }  # fmt: skip
+
+
+def run_attempt(folder: Path, bucket: Bucket, spec: dict[str, Any], attempt: int = 1, **faults: str) -> tuple[int, TerminationMessage, int]:
+    """Run an attempt with its own server. Returns the exit code, the termination message and the number of generations."""
+    with start_server(folder / "work" / "generation", folder / "record.jsonl", **faults) as server:
+        run = run_config(spec, bucket.target(), attempt=attempt, processes=RANKS).model_copy(update={"generation_url": server.url})
+        with Pod(run, folder, bucket.env) as pod:
+            return pod.end(), pod.termination_message(), len(server.generations)
+
+
+@pytest.mark.slow
+def test_the_attempt_after_a_server_has_ended_equals_an_uninterrupted_run(
+    s3_server: S3Endpoint, bucket: Bucket, model: Path, rows: Path, tmp_path: Path
+) -> None:
+    spec, undisturbed_bucket = grpo_spec(model, rows), new_bucket(s3_server)
+    code, undisturbed, generations = run_attempt(tmp_path / "undisturbed", undisturbed_bucket, spec)
+    assert (code, generations) == (ExitCode.OK, STEPS), undisturbed
+
+    code, failure, generations = run_attempt(tmp_path / "first", bucket, spec, **{DIES_AT: "4"})
+    assert (code, failure.code, failure.class_) == (ExitCode.PEER_FAILED, "GenerationServerEnded", FailureClass.INFRASTRUCTURE), failure
+    assert (failure.rank, failure.origin, failure.step, generations) == (0, True, 3, 3)
+    assert failure.committed_step == CHECKPOINT_STEPS
+
+    code, resumed, generations = run_attempt(tmp_path / "second", bucket, spec, attempt=2)
+    assert (code, resumed.resumed_from_step, generations) == (ExitCode.OK, CHECKPOINT_STEPS, STEPS - CHECKPOINT_STEPS), resumed
+    assert read_log_lines(bucket) == read_log_lines(undisturbed_bucket)
+    assert weight_hashes(bucket, resumed) == weight_hashes(undisturbed_bucket, undisturbed)

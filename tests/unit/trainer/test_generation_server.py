@@ -1,0 +1,246 @@
+"""The trainer's client of the vLLM server, and the program that starts the server, without vLLM and without a model."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from finetune_api import names
+from finetune_api.errors import InstallationBrokenError, PeerError
+from finetune_api.names import ExitCode, FailureClass
+from finetune_trainer.failure import classify_error
+from finetune_trainer.generation_server import GenerationServer, ServerOptions
+
+ROOT = Path(__file__).resolve().parents[3]
+OPTIONS = ServerOptions(port=8100, gpus=2, gpu_memory_utilization=0.9, dtype="bfloat16", max_length=2048, seed=42)
+OPTIONS_ON_WIRE = {"version": 1, "port": 8100, "gpus": 2, "gpuMemoryUtilization": 0.9, "dtype": "bfloat16", "maxLength": 2048, "seed": 42}
+SUITABLE = {"/version": {"version": "0.31.0"}, "/server_info?config_format=json": {"model_config": {"logprobs_mode": "processed_logprobs"}}}
+
+
+class FakeServer:
+    """An HTTP server with fixed answers. `answers`: the JSON value of each path, or (status, text). `requests`: the paths and bodies of POST requests."""
+
+    def __init__(self) -> None:
+        self.answers: dict[str, Any] = {"/health": {}, **SUITABLE}
+        self.requests: list[tuple[str, Any]] = []
+        self.released = threading.Event()
+        fake = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def log_message(self, format: str, *args: Any) -> None:
+                pass
+
+            def do_GET(self) -> None:
+                answer = fake.answers.get(self.path, (404, "not found"))
+                if answer == "hang":
+                    fake.released.wait()
+                    return
+                if answer == "close":
+                    return
+                status, text = answer if isinstance(answer, tuple) else (200, json.dumps(answer))
+                self.send_response(status)
+                self.end_headers()
+                self.wfile.write(text.encode())
+
+            def do_POST(self) -> None:
+                fake.requests.append((self.path, json.loads(self.rfile.read(int(self.headers["Content-Length"])))))
+                self.do_GET()
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.http.daemon_threads = True
+        self.thread = threading.Thread(target=self.http.serve_forever, args=(0.01,))
+        self.thread.start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.http.server_address[1]}"
+
+    def close(self) -> None:
+        self.released.set()
+        self.http.shutdown()
+        self.http.server_close()
+        self.thread.join()
+
+
+@pytest.fixture
+def fake() -> Iterator[FakeServer]:
+    server = FakeServer()
+    yield server
+    server.close()
+
+
+def client(fake: FakeServer, folder: Path, timeout: float = 30.0) -> GenerationServer:
+    """A client whose clock advances by one second with each pause."""
+    seconds = [0.0]
+
+    def pause(duration: float) -> None:
+        seconds[0] += duration
+
+    return GenerationServer(fake.url, folder, OPTIONS, 5.0, timeout, pause=pause, clock=lambda: seconds[0])
+
+
+def test_the_start_writes_the_options_and_accepts_a_suitable_server(fake: FakeServer, tmp_path: Path) -> None:
+    client(fake, tmp_path).start()
+    assert [file.name for file in tmp_path.iterdir()] == [names.GENERATION_OPTIONS_FILE]
+    assert json.loads((tmp_path / names.GENERATION_OPTIONS_FILE).read_text()) == OPTIONS_ON_WIRE
+
+
+def test_a_server_that_never_answers_is_a_retried_failure(fake: FakeServer, tmp_path: Path) -> None:
+    fake.answers["/health"] = (503, "loading")
+    with pytest.raises(PeerError) as caught:
+        client(fake, tmp_path).start()
+    error = caught.value
+    assert (error.code, error.message) == ("GenerationServerNotReady", "the vLLM server did not answer within 5 s after its start")
+    assert (error.exit_code, error.failure_class) == (ExitCode.PEER_FAILED, FailureClass.INFRASTRUCTURE)
+    assert classify_error(error) == (error, True), "the other ranks must not count as the cause"
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ('{"message": "exit code 1: out of memory"}', "exit code 1: out of memory"), ("{", "its container reported no reason"),
+        ("[]", "its container reported no reason"),
+    ],
+)  # fmt: skip
+def test_a_server_that_ends_during_its_start_is_reported_at_once(text: str, reason: str, fake: FakeServer, tmp_path: Path) -> None:
+    fake.answers["/health"] = (503, "loading")
+    (tmp_path / names.GENERATION_END_FILE).write_text(text)
+    with pytest.raises(PeerError) as caught:
+        client(fake, tmp_path).start()
+    assert (caught.value.code, caught.value.message) == ("GenerationServerEnded", f"the vLLM server ended: {reason}")
+
+
+@pytest.mark.parametrize(
+    ("path", "answer", "message"),
+    [
+        ("/version", {"version": "0.21.3"}, "the server runs vLLM 0.21.3, but the trainer supports 0.22 to 0.31"),
+        ("/version", {"version": "0.32.0"}, "the server runs vLLM 0.32.0, but the trainer supports 0.22 to 0.31"),
+        ("/version", {"version": "main"}, "the server runs vLLM main, but the trainer supports 0.22 to 0.31"),
+        ("/version", {}, "the server runs vLLM of an unknown version, but the trainer supports 0.22 to 0.31"),
+        (
+            "/server_info?config_format=json", {"model_config": {"logprobs_mode": "raw_logprobs"}},
+            "the server reports log-probabilities as raw_logprobs, but grpo needs processed_logprobs",
+        ),
+    ],
+)  # fmt: skip
+def test_an_unsuitable_server_is_refused(path: str, answer: Any, message: str, fake: FakeServer, tmp_path: Path) -> None:
+    fake.answers[path] = answer
+    with pytest.raises(InstallationBrokenError) as caught:
+        client(fake, tmp_path).start()
+    assert (caught.value.code, caught.value.message, caught.value.exit_code) == ("GenerationServerUnsuitable", message, ExitCode.INSTALLATION_BROKEN)
+
+
+@pytest.mark.parametrize("version", ["0.22.0", "0.31.2", "0.30.0rc1+cu130"])
+def test_supported_versions_are_accepted(version: str, fake: FakeServer, tmp_path: Path) -> None:
+    fake.answers["/version"] = {"version": version}
+    client(fake, tmp_path).start()
+
+
+@pytest.mark.parametrize(
+    ("answer", "code", "message"),
+    [
+        ((500, "the engine is dead"), "GenerationServerFailed", "the vLLM server answered /v1/completions with status 500: the engine is dead"),
+        ((200, "<html>"), "GenerationServerFailed", "the vLLM server answered /v1/completions with a text that is not JSON"),
+        ("hang", "GenerationServerSilent", "the vLLM server did not answer /v1/completions within 0.2 s"),
+        ("close", "GenerationServerEnded", "the vLLM server closed the connection during /v1/completions: Remote end closed connection without response"),
+    ],
+)
+def test_each_fault_of_a_request_has_its_code(answer: Any, code: str, message: str, fake: FakeServer, tmp_path: Path) -> None:
+    fake.answers["/v1/completions"] = answer
+    with pytest.raises(PeerError) as caught:
+        client(fake, tmp_path, timeout=0.2).post("/v1/completions", {})
+    assert (caught.value.code, caught.value.message) == (code, message)
+
+
+def test_a_lost_connection_is_explained_by_the_end_of_the_server(fake: FakeServer, tmp_path: Path) -> None:
+    fake.answers["/v1/completions"] = "close"
+    (tmp_path / names.GENERATION_END_FILE).write_text('{"message": "exit code -9: no log line"}')
+    with pytest.raises(PeerError, match="GenerationServerEnded: the vLLM server ended: exit code -9: no log line"):
+        client(fake, tmp_path).post("/v1/completions", {})
+
+
+def test_reloading_also_drops_what_was_computed_with_the_old_weights(fake: FakeServer, tmp_path: Path) -> None:
+    fake.answers |= {"/collective_rpc": {"results": [None]}, "/reset_prefix_cache": (200, "")}
+    client(fake, tmp_path).reload_weights()
+    assert fake.requests == [("/collective_rpc", {"method": "reload_weights"}), ("/reset_prefix_cache", {})]
+
+
+# ---- the program of the server's container
+
+
+@pytest.fixture(scope="module")
+def serve() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("serve", ROOT / "vllm-image/serve.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def folder(serve: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The shared volume. The handler of SIGTERM is not installed, because it would outlive the test."""
+    monkeypatch.setenv(serve.FOLDER_VARIABLE, str(tmp_path))
+    monkeypatch.setattr(serve.signal, "signal", lambda number, handler: None)
+    return tmp_path
+
+
+def write_program(folder: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put a shell script in place of vLLM."""
+    (folder / "bin").mkdir()
+    (folder / "bin/vllm").write_text(f"#!/bin/sh\n{text}\n")
+    (folder / "bin/vllm").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder / 'bin'}:/usr/bin:/bin")
+
+
+def test_both_sides_use_the_same_names(serve: ModuleType) -> None:
+    assert (serve.CONTRACT_VERSION, serve.DEFAULT_FOLDER) == (names.GENERATION_CONTRACT_VERSION, names.GENERATION_MOUNT)
+    text = (ROOT / "vllm-image/serve.py").read_text()
+    for name in (names.GENERATION_OPTIONS_FILE, names.GENERATION_END_FILE, names.GENERATION_MODEL_FOLDER):
+        assert f'"{name}"' in text
+
+
+def test_the_command_contains_all_options(serve: ModuleType) -> None:
+    assert serve.serve_command(Path("/work/generation"), OPTIONS_ON_WIRE) == [
+        "vllm", "serve", "/work/generation/model", "--host", "127.0.0.1", "--port", "8100", "--tensor-parallel-size", "2",
+        "--gpu-memory-utilization", "0.9", "--dtype", "bfloat16", "--max-model-len", "2048", "--seed", "42",
+        "--generation-config", "vllm", "--logprobs-mode", "processed_logprobs",
+    ]  # fmt: skip
+
+
+def test_the_end_of_the_server_is_reported_with_its_last_lines(serve: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_program(folder, 'echo one; echo two; echo "mode $VLLM_SERVER_DEV_MODE"; echo "not enough memory" >&2; exit 3', monkeypatch)
+    (folder / "server.json").write_text(json.dumps(OPTIONS_ON_WIRE))
+    assert serve.main() == 1
+    assert json.loads((folder / "ended.json").read_text()) == {"message": "exit code 3: two | mode 1 | not enough memory"}
+
+
+def test_a_missing_vllm_is_reported(serve: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(folder))
+    (folder / "server.json").write_text(json.dumps(OPTIONS_ON_WIRE))
+    assert serve.main() == 1
+    assert json.loads((folder / "ended.json").read_text()) == {"message": "vllm cannot be started: No such file or directory"}
+
+
+def test_options_of_another_version_are_refused(serve: ModuleType, folder: Path) -> None:
+    (folder / "server.json").write_text(json.dumps(OPTIONS_ON_WIRE | {"version": 2}))
+    assert serve.main() == 1
+    message = "this image reads version 1 of server.json, but the trainer wrote version 2"
+    assert json.loads((folder / "ended.json").read_text()) == {"message": message}
+
+
+def test_a_server_that_has_ended_is_not_started_again(serve: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_program(folder, "touch started", monkeypatch)
+    monkeypatch.chdir(folder)
+    (folder / "server.json").write_text(json.dumps(OPTIONS_ON_WIRE))
+    (folder / "ended.json").write_text('{"message": "exit code 9"}')
+    assert serve.main() == 1
+    assert not (folder / "started").exists()
+    assert json.loads((folder / "ended.json").read_text()) == {"message": "exit code 9"}

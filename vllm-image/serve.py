@@ -1,0 +1,98 @@
+"""Starts vLLM in the container next to the trainer, and reports its end to the trainer.
+
+The trainer writes the model and then `server.json` to the shared volume. This program waits for that file, starts `vllm serve` and waits for its end.
+A server that has ended is not started again: `ended.json` then tells the trainer to fail, and the next attempt gets a new pod. This program uses the
+standard library only, because vLLM pins the versions of most other packages. `finetune_trainer/generation_server.py` is the other side.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+CONTRACT_VERSION = 1
+"""Version of the format of `server.json` and `ended.json`."""
+POLL_SECONDS = 0.2
+LAST_LINES = 3
+"""Lines of vLLM's log that `ended.json` repeats."""
+FOLDER_VARIABLE, DEFAULT_FOLDER = "FINETUNE_GENERATION_DIR", "/work/generation"
+
+
+def serve_command(folder: Path, options: dict[str, Any]) -> list[str]:
+    """Return the command of vLLM. `options`: the content of `server.json`."""
+    return [
+        "vllm", "serve", str(folder / "model"), "--host", "127.0.0.1", "--port", str(options["port"]),
+        "--tensor-parallel-size", str(max(1, options["gpus"])), "--gpu-memory-utilization", str(options["gpuMemoryUtilization"]),
+        "--dtype", options["dtype"], "--max-model-len", str(options["maxLength"]), "--seed", str(options["seed"]),
+        # The trainer sends all sampling options, and corrects for differences between its probabilities and those of the server.
+        "--generation-config", "vllm", "--logprobs-mode", "processed_logprobs",
+    ]  # fmt: skip
+
+
+def serve_environment() -> dict[str, str]:
+    """Return the environment of vLLM. Its development mode offers the requests to reload weights; only the pod itself can reach the port."""
+    return {**os.environ, "VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def wait_for_options(file: Path) -> dict[str, Any]:
+    """Wait until the trainer has written `server.json`, and return its content."""
+    while not file.exists():
+        time.sleep(POLL_SECONDS)
+    options: dict[str, Any] = json.loads(file.read_text())
+    return options
+
+
+def run_server(command: list[str]) -> str:
+    """Run vLLM, pass its log on, and return why it ended."""
+    lines: deque[str] = deque(maxlen=LAST_LINES)
+    try:
+        process = subprocess.Popen(command, env=serve_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+    except OSError as error:
+        return f"{command[0]} cannot be started: {error.strerror}"
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        process.terminate()
+
+    signal.signal(signal.SIGTERM, stop)
+    assert process.stdout is not None
+    for line in process.stdout:
+        print(line, end="", flush=True)
+        lines.append(line.strip())
+    return f"exit code {process.wait()}: {' | '.join(lines) or 'no log line'}"
+
+
+def report_end(file: Path, message: str) -> None:
+    """Write `ended.json`. The trainer must never see a half-written file."""
+    unfinished = file.with_suffix(".tmp")
+    unfinished.write_text(json.dumps({"message": message}))
+    unfinished.replace(file)
+
+
+def main() -> int:
+    """Wait for the options, serve, and report the end."""
+    folder = Path(os.environ.get(FOLDER_VARIABLE, DEFAULT_FOLDER))
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
+    end_file = folder / "ended.json"
+    if end_file.exists():  # The kubelet has started the container again. The trainer already ends the attempt.
+        print("the server has ended before: it is not started again in this attempt", file=sys.stderr, flush=True)
+        return 1
+    options = wait_for_options(folder / "server.json")
+    if options.get("version") != CONTRACT_VERSION:
+        message = f"this image reads version {CONTRACT_VERSION} of server.json, but the trainer wrote version {options.get('version')}"
+    else:
+        message = run_server(serve_command(folder, options))
+    report_end(end_file, message)
+    print(message, file=sys.stderr, flush=True)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
