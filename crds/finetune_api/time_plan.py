@@ -60,7 +60,7 @@ def plan_work(spec: FineTuneJobSpec, shape: ModelShape, data: DataSize, recomput
     """
     training, limit = spec.training, spec.dataset.max_sequence_length or 2048
     ranks, accumulation = world_size(spec), training.gradient_accumulation_steps or 4
-    rows_per_step = (training.batch_size_per_device or 4) * accumulation * ranks
+    rows_per_step = (training.batch_size_per_device or 4) * accumulation * ranks // (spec.distributed.context_parallel_size or 1)
     if data.rows < 1 or data.tokens < 1 or trainer_type_of(spec) is not TrainerType.SFT:
         return None
     rows = max(1, math.ceil(data.tokens / limit)) if spec.dataset.packing else data.rows

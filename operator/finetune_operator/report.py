@@ -484,7 +484,8 @@ def _resolved_from_spec(inputs: StatusInput, acceptance: AcceptedSpec) -> Resolv
         method=spec.method.type,
         model_name=" ".join(clean(model_name(spec.model.source)).split()) if spec.model.source else None,
         world_size=rank_count,
-        effective_batch=(training_spec.batch_size_per_device or 1) * (training_spec.gradient_accumulation_steps or 1) * rank_count,
+        effective_batch=(training_spec.batch_size_per_device or 1) * (training_spec.gradient_accumulation_steps or 1)
+        * rank_count // (spec.distributed.context_parallel_size or 1),
         image=spec.placement.image or inputs.facts.config.trainer.image,
         node_pool=acceptance.pool.name if acceptance.pool else None,
         defaults=dict(acceptance.defaults) or None,

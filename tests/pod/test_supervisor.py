@@ -113,6 +113,15 @@ def test_a_frozen_rank_is_reported_as_a_stall(tmp_path: Path, spec: dict[str, An
     assert "after step 6" in (termination.message or "")
 
 
+def test_a_rank_that_hangs_while_it_loads_is_reported_as_a_stall(tmp_path: Path, spec: dict[str, Any]) -> None:
+    quick = merge(spec, {"policy": {"stallTimeoutSeconds": 2}})
+    with toy_pod(tmp_path, quick, {"at": {"import:0": "hang"}}) as pod:
+        code, termination = wait_for_exit(pod)
+    assert (code, termination.code, termination.class_) == (74, "Stalled", FailureClass.INFRASTRUCTURE)
+    assert "while loading model and data: the ranks neither compute nor read" in (termination.message or "")
+    assert "toy_rank.py" in pod.text and "in preload" in pod.text
+
+
 def test_a_hanging_rank_leaves_its_stacks_in_the_log(tmp_path: Path, spec: dict[str, Any]) -> None:
     quick = merge(spec, {"policy": {"stallTimeoutSeconds": 2}})
     with toy_pod(tmp_path, quick, {"at": {"0:7": "hang"}}) as pod:

@@ -179,7 +179,7 @@ def _wait_for_all_ranks(rank_count: int) -> None:
 
 
 def _reset_library_state() -> None:
-    """Reset the global variables in which accelerate and transformers keep the state of a run."""
+    """Reset the global variables in which accelerate, transformers and DeepSpeed keep the state of a run."""
     from accelerate.state import AcceleratorState, GradientState
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -188,6 +188,8 @@ def _reset_library_state() -> None:
     for name in [key for key in os.environ if key.startswith(("ACCELERATE_", "FSDP_"))]:
         del os.environ[name]
     unset_hf_deepspeed_config()
+    if groups := sys.modules.get("deepspeed.runtime.sequence_parallel.parallel_state_sp"):
+        groups._release_sequence_parallel_groups()
     gc.collect()
 
 

@@ -173,3 +173,15 @@ def image_rows(colours: Sequence[str] = tuple(COLOURS), *, sizes: Sequence[tuple
         }
         for name, size in zip(colours, cycle(sizes), strict=False)
     ]
+
+
+def image_pairs(colours: Sequence[str] = tuple(COLOURS), *, sizes: Sequence[tuple[int, int]] = ((40, 32),)) -> list[dict[str, Any]]:
+    """One question about an image of each colour. The better answer is the colour's name, the worse answer is a sentence about another colour."""
+    rows = image_rows(colours, sizes=sizes)
+    return [
+        {
+            "prompt": row["messages"][:1], "chosen": row["messages"][1:],
+            "rejected": [{"role": "assistant", "content": f"is it {colours[index - 1]}"}],
+        }
+        for index, row in enumerate(rows)
+    ]  # fmt: skip

@@ -31,6 +31,8 @@ from transformers.masking_utils import find_packed_sequence_indices, sdpa_mask
 from finetune_trainer.hardware import FLASH_ATTENTION, Hardware
 from finetune_trainer.library_internals import has_sdpa, passes_document_boundaries
 
+FULL_ATTENTION = "full_attention"
+"""transformers' name for layers whose tokens attend to all previous tokens."""
 VARLEN = "varlen"
 """Name of this implementation in transformers and in the status."""
 KERNEL_DTYPES = (torch.float16, torch.bfloat16)
@@ -75,8 +77,13 @@ def choose_attention(
 
     SFT runs on a GPU use `varlen` for packed sequences or padding-free batches, unless the spec requests `sdpa`, `eager` or an installed
     flash attention. `config`: the model's configuration; `adapter`: folder of the adapter whose training the run continues.
+    Errors: ConfigError AttentionUnavailable, ContextParallelUnsupported.
     """
     requested = run.spec.model.attention or AttentionImplementation.AUTO
+    size = run.spec.distributed.context_parallel_size or 1
+    if size > 1:
+        require_divisible_model(config, size)
+        return "sdpa", []
     attention, notes = require_supported_attention(run, config, hardware.attention)
     is_requested = requested in (AttentionImplementation.SDPA, AttentionImplementation.EAGER)
     if is_requested or attention == FLASH_ATTENTION:
@@ -94,6 +101,27 @@ def choose_attention(
         reason = "flash-attn is not installed" if is_on_gpu else "the run uses no GPU"
         notes.append(f"model.attention flashAttention2 is not available ({reason}): {attention} is used")
     return attention, notes
+
+
+def require_divisible_model(config: Any, size: int) -> None:
+    """Refuse models whose attention cannot be split into `size` parts. Errors: ConfigError ContextParallelUnsupported."""
+    text = config.get_text_config()
+    heads, key_heads = getattr(text, "num_attention_heads", None), getattr(text, "num_key_value_heads", None)
+    layers = set(getattr(text, "layer_types", None) or [FULL_ATTENTION])
+    window = getattr(text, "sliding_window", None) if not getattr(text, "layer_types", None) else None
+    hint = f"write `contextParallelSize: 1`, or choose a model of another type than {config.model_type}"
+    if not heads or not key_heads:
+        problem = f"models of type {config.model_type} have no attention heads that the ranks could share"
+    elif layers != {FULL_ATTENTION} or window:
+        kinds = ", ".join(sorted(layers - {FULL_ATTENTION})) or f"a sliding window of {window} tokens"
+        problem = f"the model has attention layers that do not attend to all previous tokens: {kinds}"
+    elif heads % size or (key_heads % size and size % key_heads):
+        problem = f"the model has {heads} attention heads and {key_heads} key-value heads, which {size} ranks cannot share equally"
+        sizes = [str(one) for one in range(2, heads + 1) if heads % one == 0 and (key_heads % one == 0 or one % key_heads == 0)]
+        hint = f"write one of {', '.join(sizes)}, or 1" if sizes else "write `contextParallelSize: 1`"
+    else:
+        return
+    raise ConfigError("ContextParallelUnsupported", f"distributed.contextParallelSize is {size}, but {problem}", hint=hint)
 
 
 def require_supported_attention(run: RunConfig, config: Any, attention: str) -> tuple[str, list[str]]:

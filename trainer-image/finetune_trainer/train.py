@@ -252,7 +252,7 @@ class TrainingSession:
             return None
         choice = choose_kept_activations(
             self.run, self.hardware, self.strategy.name, self.config,
-            batch_tokens=args.per_device_train_batch_size * self.facts.longest_sequence,
+            batch_tokens=args.per_device_train_batch_size * self.facts.longest_sequence // self.strategy.context_parallel_size,
             gpu_bytes=torch.cuda.get_device_properties(self.hardware.device).total_memory, uses_liger=args.use_liger_kernel,
         )  # fmt: skip
         if choice is None:
@@ -322,7 +322,7 @@ class TrainingSession:
         self.channel.report_resolved(
             ResolvedConfig(
                 world_size=self.channel.world_size,
-                effective_batch=args.per_device_train_batch_size * args.gradient_accumulation_steps * self.channel.world_size,
+                effective_batch=args.per_device_train_batch_size * args.gradient_accumulation_steps * self.strategy.data_parallel_size,
                 strategy=active_strategy, attention=attention, device=self.hardware.name,
                 trainable_parameters=self.trainable.trainable, total_parameters=self.trainable.total,
                 model_revision=self.inputs.model_revision, dataset_digest=self.inputs.dataset_digest,

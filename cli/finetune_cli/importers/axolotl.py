@@ -21,6 +21,7 @@ from finetune_cli.importers.converters import (
     first_match,
     list_of,
     name_list,
+    template_variables,
     text,
     to_boolean,
     to_choice,
@@ -162,6 +163,7 @@ ROWS: tuple[Row, ...] = (
     Row("default_system_message", "dataset.systemPrompt", is_set_by_combine=True),
     Row("chat_template", "dataset.chatTemplate", is_set_by_combine=True),
     Row("chat_template_jinja", "dataset.chatTemplate.text", is_set_by_combine=True),
+    Row("chat_template_kwargs", "dataset.templateVariables", template_variables),
     Row("shuffle_merged_datasets", convert=to_boolean, is_set_by_combine=True),
     # training
     Row("num_epochs", "training.epochs", to_number(exclusive_low=0)),
@@ -169,6 +171,7 @@ ROWS: tuple[Row, ...] = (
     Row("micro_batch_size", "training.batchSizePerDevice", to_integer(1)),
     Row("gradient_accumulation_steps", "training.gradientAccumulationSteps", to_integer(1)),
     Row("batch_size", "training.gradientAccumulationSteps", to_integer(1), is_set_by_combine=True),
+    Row("context_parallel_size", "distributed.contextParallelSize", to_integer(1), ("sequence_parallel_degree",)),
     Row("eval_batch_size", "evaluation.batchSizePerDevice", to_integer(1)),
     Row("learning_rate", "training.learningRate", learning_rate),
     Row("lr_scheduler", "training.scheduler", is_set_by_combine=True),

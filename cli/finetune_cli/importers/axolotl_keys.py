@@ -82,7 +82,6 @@ REFUSED_ROWS: tuple[Row, ...] = (
     *refused("training on a GPTQ model", "gptq", "use the unquantised model with load_in_4bit"),
     *refused("1.58-bit training", "use_onebitllms"),
     *refused("tensor parallelism", "tensor_parallel_size", "write 1, and shard with fsdp_config", 1),
-    *refused("context parallelism", "context_parallel_size sequence_parallel_degree", "write 1, and a shorter sequence_len", 1),
     *refused("expert parallelism", "expert_parallel_size expert_parallel_backend expert_parallel_num_nvl_bytes expert_parallel_num_rdma_bytes "
              "expert_parallel_token_capacity expert_parallel_fallback_on_unsupported", "write 1, and shard with fsdp_config", 1),
     *refused("a loss other than the cross entropy", "use_eaft eaft_alpha eaft_k liger_use_token_scaling"),
@@ -122,7 +121,6 @@ REFUSED_ROWS: tuple[Row, ...] = (
     *refused("tied weights in adapters", "peft_ensure_weight_tying"),
     *refused("replacing reserved tokens of the tokenizer", "added_tokens_overrides", "write tokens"),
     *refused("the mistral-common tokenizer", "tokenizer_use_mistral_common", "give a tokenizer of transformers with --set model.tokenizer=URI"),
-    *refused("arguments of the chat template", "chat_template_kwargs", "write the values into the template"),
     *refused("a fixed order of the rows", "curriculum_sampling"),
     *refused("a part of the rows of a data set", "dataset_shard_num dataset_shard_idx"),
     *refused("a lower limit for the length of rows", "min_sample_len"),

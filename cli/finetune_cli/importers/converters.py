@@ -6,6 +6,7 @@ most similar word. Converters are strict: a boolean is never a number, and only 
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -174,6 +175,21 @@ def to_mapping(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ConversionError("is not a mapping", "a mapping of names to values")
     return value
+
+
+def template_variables(value: Any) -> dict[str, str]:
+    """Convert the arguments of a chat template to texts. A text that is JSON, such as `3`, is put in quotes, because it would be a number."""
+    return {str(name): _variable_text(one) for name, one in to_mapping(value).items()}
+
+
+def _variable_text(value: Any) -> str:
+    if not isinstance(value, str):
+        return json.dumps(value)
+    try:
+        json.loads(value)
+    except ValueError:
+        return value
+    return json.dumps(value)
 
 
 def any_value(value: Any) -> Any:

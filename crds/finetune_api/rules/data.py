@@ -84,6 +84,12 @@ def check_data_options(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findin
             )
         if dataset.use_chat_template is False:
             yield "dataset.chatTemplate", "chatTemplate has no effect with `useChatTemplate: false`", "remove chatTemplate or useChatTemplate"
+    for name in dataset.template_variables or {}:
+        path = f"dataset.templateVariables.{name}"
+        if dataset.use_chat_template is False:
+            yield path, f"{path} has no effect with `useChatTemplate: false`", "remove templateVariables or useChatTemplate"
+        elif not name.isidentifier() or name in VARIABLES_OF_ROWS:
+            yield path, f"{name!r} cannot be a variable of the template", f"write a name of letters, digits and underscores, other than {', '.join(VARIABLES_OF_ROWS)}"
     options = dataset.response_only
     if options is not None and (options.question_marker or options.answer_marker):
         if options.enabled is False:
@@ -100,7 +106,9 @@ def check_data_options(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findin
             )
 
 
-TEXT_OPTIONS = ("system_prompt", "chat_template", "use_chat_template", "add_eos_token", "add_bos_token", "response_only", "columns")
+VARIABLES_OF_ROWS = ("messages", "tools", "documents", "add_generation_prompt")
+"""Variables that the chat template gets for each row."""
+TEXT_OPTIONS = ("system_prompt", "chat_template", "template_variables", "use_chat_template", "add_eos_token", "add_bos_token", "response_only", "columns")
 TEXT_CHECKS = ("validate_json", "pii_scan", "balance")
 
 

@@ -70,6 +70,12 @@ def check_rewards(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
                 "function has no effect without configMapRef",
                 "write configMapRef, or remove function",
             )
+        if reward.timeout_seconds is not None and reward.config_map_ref is None:
+            yield (
+                f"{path}.timeoutSeconds",
+                "timeoutSeconds has no effect without configMapRef",
+                "write configMapRef, or remove timeoutSeconds",
+            )
         if reward.parameters and reward.config_map_ref is not None:
             yield (
                 f"{path}.parameters",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from finetune_api.rules.base import ExecutionTarget, Findings, rule
 from finetune_api.rules.derived_values import (
     INITS_CHANGING_BASE,
@@ -10,12 +12,14 @@ from finetune_api.rules.derived_values import (
     PROMPT_METHODS,
     base_bits,
     gpus_per_node,
+    is_vision_language,
     method_type_of,
     trainer_type_of,
     world_size,
 )
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.enums import (
+    AttentionImplementation,
     Device,
     FsdpStateDict,
     MethodType,
@@ -177,6 +181,35 @@ def check_strategy_and_method(spec: FineTuneJobSpec, target: ExecutionTarget) ->
         yield from incompatible_with_deepspeed(spec)
     if spec.distributed.strategy is StrategyType.DEEPSPEED and deepspeed is not None and deepspeed.zero_stage == 3:
         yield from incompatible_with_zero3(spec)
+
+
+@rule("ContextParallel")
+def check_context_parallel(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
+    size, ranks = spec.distributed.context_parallel_size or 1, world_size(spec)
+    if size == 1:
+        return
+    path, strategy = "distributed.contextParallelSize", spec.distributed.strategy
+    if strategy is not StrategyType.DEEPSPEED:
+        yield path, f"{size}, but distributed.strategy is {strategy or 'missing'}, and only DeepSpeed can share a sequence among ranks", "write `strategy: deepspeed`"
+    if ranks % size:
+        yield path, f"{size}, but the job has {ranks} ranks, which cannot be divided into groups of {size}", f"write a divisor of {ranks}"
+    for option, value, hint in _incompatible_with_context_parallel(spec):
+        yield option, f"{value} cannot be combined with distributed.contextParallelSize {size}", f"{hint}, or remove contextParallelSize"
+
+
+def _incompatible_with_context_parallel(spec: FineTuneJobSpec) -> Iterator[tuple[str, str, str]]:
+    """Yield (path, value, hint) for each option that needs the whole sequence on one rank."""
+    trainer, method, attention = trainer_type_of(spec), method_type_of(spec), spec.model.attention
+    if trainer is not TrainerType.SFT:
+        yield "trainer.type", f"{trainer}, which compares whole answers,", "write sft"
+    if spec.dataset.packing:
+        yield "dataset.packing", "true, because the documents of a packed sequence would attend to each other, so it", "write `packing: false`"
+    if is_vision_language(spec):
+        yield "model.modality", "visionLanguage, because an image cannot be cut, so it", "train a text model"
+    if method in PROMPT_METHODS:
+        yield "method.type", f"{method}, whose virtual tokens belong to no rank,", "write lora"
+    if attention not in (None, AttentionImplementation.AUTO, AttentionImplementation.SDPA):
+        yield "model.attention", f"{attention}", "write sdpa"
 
 
 @rule("StateDictUnavailable")

@@ -22,7 +22,7 @@ from finetune_api.spec.method import Vision
 
 VISION_METHODS = (MethodType.LORA, MethodType.QLORA, MethodType.DORA, MethodType.FULL)
 """Methods that train vision-language models."""
-VISION_TRAINERS = (TrainerType.SFT,)
+VISION_TRAINERS = (TrainerType.SFT, TrainerType.DPO)
 """Objectives that read rows with images."""
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import Field
 
 from finetune_api.base import CelRule, Group, spec_field
-from finetune_api.spec.common import ColumnName, ConfigMapKeyRef, Line, Source, StorageConnection, Text
+from finetune_api.spec.common import ColumnName, ConfigMapKeyRef, Line, Source, StorageConnection, StringMap, Text
 from finetune_api.spec.enums import BadRows, DatasetFormat, FileFormat, OverflowPolicy
 
 Ratio = Annotated[float, Field(ge=0, le=1)]
@@ -224,6 +224,13 @@ class Dataset(Group):
         "Chat template that replaces the chat template of the tokenizer.",
         default_text="the chat template of the tokenizer",
         example={"configMapRef": {"name": "templates", "key": "chat.jinja"}},
+    )
+    template_variables: StringMap | None = spec_field(
+        "Variables for the chat template, such as `enable_thinking`. Values that are JSON (`true`, `3`, `\"3\"`) are passed as such, all others as text. "
+        "The stored template has these values as its defaults.",
+        default_text="none",
+        example={"enable_thinking": "false"},
+        since="0.2.0",
     )
     use_chat_template: bool | None = spec_field(
         "Render turns with the chat template.", default_text="true if the tokenizer has a chat template", example=False

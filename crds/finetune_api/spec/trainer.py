@@ -110,6 +110,13 @@ class Reward(Group):
     weight: Annotated[float, Field(ge=-1000, le=1000)] | None = spec_field(
         "Weight in the sum of rewards.", default=1.0, example=0.5
     )
+    timeout_seconds: Annotated[int, Field(ge=1, le=86400)] | None = spec_field(
+        "Maximum time in seconds of one call of the function of configMapRef, which scores all completions of a step on a rank. If this field is set, the "
+        "function runs in a process of its own, so that a function that hangs or ends its process fails with its completion.",
+        default_text="no limit; the function runs in the process of the rank",
+        example=60,
+        since="0.2.0",
+    )
     parameters: StringMap | None = spec_field(
         "Parameters of a built-in reward. All values are strings.", default_text="none", example={"pattern": "^Answer: "}
     )

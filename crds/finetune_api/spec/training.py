@@ -173,6 +173,13 @@ class Distributed(Group):
     fsdp: Fsdp | None = spec_field(
         "Options of FSDP.", default_text="the defaults of the fields", example={"sharding": "shardGradOp"}
     )
+    context_parallel_size: Annotated[int, Field(ge=1, le=1024)] | None = spec_field(
+        "Number of ranks that share each sequence, for sequences that do not fit on one GPU. Each rank computes a part of the tokens, and in the "
+        "attention a part of the heads (Ulysses). Only with `strategy: deepspeed` and `trainer.type: sft`.",
+        default_text="1",
+        example=4,
+        since="0.2.0",
+    )
 
 
 class Checkpoint(Group):

@@ -261,9 +261,10 @@ def test_text_is_joined_without_a_template_and_gets_an_end_token(model: Path, tm
 # ---- grpo
 
 
-def test_user_rewards_get_columns_and_weights(model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [{}, {"timeoutSeconds": 120}])
+def test_user_rewards_get_columns_and_weights(options: Spec, model: Path, tmp_path: Path) -> None:
     source = "def near(completions, answer, **_):\n    return [float(len(one)) for one in answer]\n"
-    own = {"configMapRef": {"name": "mine", "key": "r.py"}, "function": "near", "weight": 0.5}
+    own = {"configMapRef": {"name": "mine", "key": "r.py"}, "function": "near", "weight": 0.5, **options}
     spec = grpo_spec({"training": {"maxSteps": 1, "batchSizePerDevice": 20}}, [own, {"builtin": "exactMatch", "weight": 2}])
     outcome = run_training(tmp_path, model, spec, PROMPTS, config_maps={"mine": {"r.py": source}})
     mean = sum(len(row["answer"]) for row in PROMPTS) / len(PROMPTS)

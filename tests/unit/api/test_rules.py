@@ -34,6 +34,10 @@ def spec(change: dict[str, Any]) -> FineTuneJobSpec:
 
 ADAPTER_SPEC: dict[str, Any] = {"method": {"type": "adapter", "adapter": {"source": "s3://models/a"}}}
 FSDP_SPEC: dict[str, Any] = {"distributed": {"strategy": "fsdp"}, "resources": {"gpusPerNode": 2}}
+CONTEXT_PARALLEL_SPEC: dict[str, Any] = {
+    "distributed": {"strategy": "deepspeed", "contextParallelSize": 2},
+    "resources": {"gpusPerNode": 4},
+}
 ZERO3_SPEC: dict[str, Any] = {
     "distributed": {"strategy": "deepspeed", "deepspeed": {"zeroStage": 3}},
     "resources": {"gpusPerNode": 2},
@@ -219,6 +223,7 @@ PROBLEM_CASES: list[tuple[str, dict[str, Any], str]] = [
     ("EffectiveBatchSize", {"training": {"effectiveBatchSize": 30, "batchSizePerDevice": 4}}, "training.effectiveBatchSize"),
     ("BatchTooSmall", {"trainer": {"type": "kto"}, "training": {"effectiveBatchSize": 1}}, "training.batchSizePerDevice"),
     ("ObjectiveAndMethod", {"trainer": {"type": "orpo"}, "method": {"type": "promptTuning"}}, "method.type"),
+    ("RewardIncomplete", grpo_spec({"builtin": "thinkFormat", "timeoutSeconds": 5}), "trainer.rewards[0].timeoutSeconds"),
     ("RewardIncomplete", grpo_spec({"builtin": "regex"}), "trainer.rewards[0].parameters.pattern"),
     (
         "RewardIncomplete",
@@ -273,6 +278,14 @@ PROBLEM_CASES: list[tuple[str, dict[str, Any], str]] = [
     ("StrategyAndMethod", {**ZERO3_SPEC, "method": {"type": "promptTuning"}}, "method.type"),
     ("StrategyAndMethod", {**ZERO3_SPEC, "method": {"lora": {"init": "pissa"}}}, "method.lora.init"),
     ("StrategyAndMethod", {**ZERO3_SPEC, "method": {"lora": {"init": "loftq"}}}, "distributed.deepspeed.zeroStage"),
+    ("ContextParallel", {"distributed": {"contextParallelSize": 2}, "resources": {"gpusPerNode": 2}}, "distributed.contextParallelSize"),
+    ("ContextParallel", merge(FSDP_SPEC, {"distributed": {"contextParallelSize": 2}}), "distributed.contextParallelSize"),
+    ("ContextParallel", merge(CONTEXT_PARALLEL_SPEC, {"distributed": {"contextParallelSize": 3}}), "distributed.contextParallelSize"),
+    ("ContextParallel", {**CONTEXT_PARALLEL_SPEC, "trainer": {"type": "dpo"}}, "trainer.type"),
+    ("ContextParallel", {**CONTEXT_PARALLEL_SPEC, "dataset": {"packing": True}}, "dataset.packing"),
+    ("ContextParallel", {**CONTEXT_PARALLEL_SPEC, **VISION}, "model.modality"),
+    ("ContextParallel", {**CONTEXT_PARALLEL_SPEC, "method": {"type": "promptTuning"}}, "method.type"),
+    ("ContextParallel", {**CONTEXT_PARALLEL_SPEC, "model": {"attention": "eager"}}, "model.attention"),
     (
         "StateDictUnavailable",
         merge(FSDP_SPEC, {"distributed": {"fsdp": {"stateDict": "local"}}}),
@@ -314,6 +327,10 @@ PROBLEM_CASES: list[tuple[str, dict[str, Any], str]] = [
     ("DataOptionWithoutEffect", {"dataset": {"format": "alpaca", "mcq": {"includeOptions": True}}}, "dataset.mcq"),
     ("DataOptionWithoutEffect", {"dataset": {"chatTemplate": {}}}, "dataset.chatTemplate"),
     ("OptionOfTextRows", {"dataset": {"format": "preTokenized", "addEosToken": True}}, "dataset.addEosToken"),
+    ("OptionOfTextRows", {"dataset": {"format": "preTokenized", "templateVariables": {"a": "1"}}}, "dataset.templateVariables"),
+    ("DataOptionWithoutEffect", {"dataset": {"useChatTemplate": False, "templateVariables": {"a": "1"}}}, "dataset.templateVariables.a"),
+    ("DataOptionWithoutEffect", {"dataset": {"templateVariables": {"messages": "1"}}}, "dataset.templateVariables.messages"),
+    ("DataOptionWithoutEffect", {"dataset": {"templateVariables": {"a-b": "1"}}}, "dataset.templateVariables.a-b"),
     ("OptionOfTextRows", {"dataset": {"format": "preTokenized", "checks": {"piiScan": True}}}, "dataset.checks.piiScan"),
     (
         "OptionOfTextRows",

@@ -35,6 +35,7 @@ VALUES: dict[str, Iterable[object]] = {
 }  # fmt: skip
 REQUIRED = {"model.source": "org/name", "dataset.train": "s3://bucket/train.jsonl"}
 FSDP = {"distributed.strategy": "fsdp", "resources.gpusPerNode": 2}
+CONTEXT_PARALLEL = {"distributed.strategy": "deepspeed", "distributed.contextParallelSize": 2, "resources.gpusPerNode": 2}
 ZERO3 = {"distributed.strategy": "deepspeed", "distributed.deepspeed.zeroStage": 3, "resources.gpusPerNode": 2}
 HALF = {"model.dtype": "float16", "training.mixedPrecision": "fp16"}
 GRPO = {"trainer.type": "grpo", "trainer.rewards": [{"builtin": "thinkFormat"}]}
@@ -100,7 +101,7 @@ CASES: list[tuple[str, str, dict[str, Any], str, str]] = [
     ("BatchTooSmall", "training.batchSizePerDevice", {"trainer.type": "kto"}, "training.batchSizePerDevice", "1"),
     ("OptionOfAnotherMethod", "method.vision", {"method.vision": {}}, "model.modality", "text"),
     ("VisionUnsupported", "method.type", {"model.modality": "visionLanguage"}, "method.type", "not lora qlora dora full"),
-    ("VisionUnsupported", "trainer.type", {"model.modality": "visionLanguage"}, "trainer.type", "not sft"),
+    ("VisionUnsupported", "trainer.type", {"model.modality": "visionLanguage"}, "trainer.type", "not sft dpo"),
     ("VisionUnsupported", "distributed.strategy", {"model.modality": "visionLanguage"}, "distributed.strategy", "fsdp deepspeed"),
     ("VisionUnsupported", "method.lora.init", {"model.modality": "visionLanguage"}, "method.lora.init", "not default gaussian"),
     ("VisionUnsupported", "method.lora.bias", {"model.modality": "visionLanguage"}, "method.lora.bias", "not none"),
@@ -155,6 +156,10 @@ CASES: list[tuple[str, str, dict[str, Any], str, str]] = [
      "distributed.deepspeed.zeroStage", "not 3"),
     ("StrategyAndRanks", "distributed.deepspeed.offloadOptimizer", {"distributed.deepspeed.offloadOptimizer": True},
      "distributed.deepspeed.zeroStage", "0"),
+    ("ContextParallel", "distributed.contextParallelSize", CONTEXT_PARALLEL, "distributed.strategy", "not deepspeed"),
+    ("ContextParallel", "distributed.contextParallelSize", CONTEXT_PARALLEL, "resources.gpusPerNode", "0 1 3"),
+    ("ContextParallel", "trainer.type", CONTEXT_PARALLEL, "trainer.type", "not sft"),
+    ("ContextParallel", "method.type", CONTEXT_PARALLEL, "method.type", "prefixTuning promptTuning"),
     ("StrategyAndMethod", "method.type", FSDP, "method.type", "prefixTuning promptTuning"),
     ("StrategyAndMethod", "method.type", FSDP | {"method.type": "promptTuning"}, "distributed.strategy", "fsdp"),
     ("StrategyAndMethod", "model.quantization.bits", FSDP | {"model.quantization.bits": 4}, "method.type", "spectrum"),

@@ -90,6 +90,14 @@ def test_a_file_is_recognised_and_becomes_a_job(import_settings: Any) -> None:
         ({"save_steps": 50}, "checkpoint", {"strategy": "steps", "steps": 50}),
         ({"deepspeed": "deepspeed_configs/zero3_bf16_cpuoffload_all.json"}, "distributed.deepspeed",
          {"zeroStage": 3, "offloadOptimizer": True, "offloadParameters": True}),
+        (
+            {"deepspeed": "deepspeed_configs/zero2.json", "context_parallel_size": 2, "sample_packing": False, "dp_shard_size": 4},
+            "distributed", {"strategy": "deepspeed", "deepspeed": {"zeroStage": 2}, "contextParallelSize": 2},
+        ),
+        (
+            {"chat_template_kwargs": {"enable_thinking": False, "effort": "low", "style": "3"}}, "dataset.templateVariables",
+            {"enable_thinking": "false", "effort": "low", "style": '"3"'},
+        ),
         ({"fsdp_config": {"state_dict_type": "FULL_STATE_DICT", "reshard_after_forward": False}}, "distributed.fsdp",
          {"sharding": "shardGradOp", "stateDict": "full"}),
         ({"fsdp": ["full_shard"], "optimizer": "adamw_bnb_8bit"}, "training.optimizer", "adamw_torch_fused"),

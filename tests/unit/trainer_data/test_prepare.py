@@ -21,10 +21,11 @@ from finetune_trainer.data.prepare import (
     use_chat_template,
 )
 from finetune_trainer.data.rows import Completion
+from transformers import AutoTokenizer
 
 from tests.support.data import decode_rows, prepare_rows, render_options, tokenizer, trained_texts
 from tests.support.learning import TEN_ROWS, make_run, write_rows
-from tests.support.tiny import CHATML_MARKED
+from tests.support.tiny import CHATML_MARKED, make_tiny_model
 
 
 def longest_sequence(folder: Path, spec: dict[str, Any], model_limit: int | None, tokenizer_limit: int = NO_TOKENIZER_LIMIT) -> int:
@@ -185,6 +186,33 @@ def test_rows_with_the_date_are_not_shared(tmp_path: Path, text: str, is_shared:
     observer = SimpleNamespace(provide_rows=requested.append, count_rows=lambda _: None)
     prepare(run, inputs, tokenizer(tmp_path), max_positions=512, cache=tmp_path / "tokens", preparation=observer)
     assert len(requested) == is_shared
+
+
+def rendered_with(folder: Path, variables: dict[str, str], **given: Any) -> str:
+    template = "{% if thinking is defined and thinking %}<think>{% endif %}{{ level }}:{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    run, inputs = make_run(folder, make_tiny_model(folder / "model"), {"dataset": {"chatTemplate": {"text": template}, "templateVariables": variables}})
+    tok = AutoTokenizer.from_pretrained(inputs.model)
+    for _ in range(2):
+        use_chat_template(run, inputs, tok)
+    assert tok.chat_template.count("is not defined") == len(variables)
+    return str(tok.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False, **given))
+
+
+@pytest.mark.parametrize(
+    ("variables", "given", "text"),
+    [
+        ({"thinking": "false", "level": "3"}, {}, "3:x"), ({"thinking": "true", "level": "high"}, {}, "<think>high:x"),
+        ({"thinking": "true"}, {"thinking": False, "level": 1}, "1:x"), ({"level": '"3"'}, {"thinking": "no"}, "<think>3:x"), ({"level": "null"}, {}, "None:x"),
+    ],
+)  # fmt: skip
+def test_variables_of_the_template_are_defaults(variables: dict[str, str], given: dict[str, Any], text: str, tmp_path: Path) -> None:
+    assert rendered_with(tmp_path, variables, **given) == text
+
+
+def test_a_variable_that_the_template_does_not_use_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        rendered_with(tmp_path, {"enable_thinking": "false"})
+    assert caught.value.code == "TemplateVariableUnknown" and "does not use enable_thinking" in caught.value.message
 
 
 def test_chat_template_of_the_spec_is_used(tmp_path: Path) -> None:

@@ -283,3 +283,29 @@ def test_time_limit_restores_the_timer_of_the_program() -> None:
             assert pool.submit(timer_in_thread).result() > 60
     finally:
         signal.setitimer(signal.ITIMER_REAL, *before)
+
+
+CALL = {"tool_calls": [{"function": {"name": "weather", "arguments": {"city": "Paris"}}}]}
+WRITES_CALLS = (
+    "{{ tools | tojson }}{% for message in messages %}[{{ message['role'] }}\n{{ message['content'] }}"
+    "{% for call in message.get('tool_calls', []) %}{{ call.function.name }}({{ call.function.arguments | tojson }}){% endfor %}]\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize(("template", "is_written"), [(WRITES_CALLS, True), (WRITES_CALLS.replace("call.function.name", "''"), False)])
+def test_a_template_that_drops_tool_calls_is_an_error_of_the_row(template: str, is_written: bool, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    from tests.support.tiny import make_tokenizer
+
+    make_tokenizer(tmp_path, chat_template=template)
+    options = RenderOptions(AutoTokenizer.from_pretrained(tmp_path), use_chat_template=True, response_only=True)
+    row = Conversation((Turn("user", "hi"), Turn("assistant", "", extra=CALL)), tools=({"function": {"name": "weather"}},))
+    if is_written:
+        rendered = render(row, options)
+        assert [rendered.text[start:end] for start, end in rendered.spans] == ['weather({"city": "Paris"})]']
+        return
+    with pytest.raises(RowError) as caught:
+        render(row, options)
+    assert caught.value.code == "ToolCallsDropped" and "'weather'" in caught.value.message

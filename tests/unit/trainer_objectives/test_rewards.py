@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from finetune_api.errors import ConfigError, NotFoundError
@@ -208,6 +210,61 @@ def test_return_value_of_a_user_function_is_checked(tmp_path: Path, body: str, c
     with pytest.raises(ConfigError, match=message) as caught:
         reward(completions=["a", "b"])
     assert caught.value.code == code
+
+
+# ---- functions in a process of their own
+
+STATEFUL = """
+import os
+calls = []
+def reward(completions, level, log_metric, **_):
+    calls.append(1)
+    log_metric("calls", len(calls))
+    return [os.getpid(), *level[1:]]
+"""
+CALL = {"prompts": ["p1", "p2", "p3"], "completions": ["a", "bad", "c"], "level": [1, 2, 3]}
+
+
+def test_a_function_with_a_timeout_runs_in_one_process_of_its_own(tmp_path: Path) -> None:
+    logged: list[tuple[Any, ...]] = []
+    reward = user_reward(tmp_path, STATEFUL, timeoutSeconds=60)
+    answers = [reward(**CALL, log_metric=lambda *call: logged.append(call), log_extra=None, trainer_state=None) for _ in range(2)]
+    assert answers[0] == answers[1] and answers[0][1:] == [2, 3] and answers[0][0] != os.getpid()
+    assert logged == [("calls", 1), ("calls", 2)], "the process keeps its state, and its metrics are logged here"
+
+
+@pytest.mark.parametrize(
+    ("action", "problem"),
+    [
+        ("threading.Event().wait()", "has not answered for 2 s"),
+        ("os.kill(os.getpid(), 11)", "ended its process by signal SIGSEGV"),
+        ("os._exit(3)", "ended its process with exit code 3"),
+    ],
+)
+def test_a_function_that_hangs_or_crashes_is_named_with_its_completion(
+    action: str, problem: str, tmp_path: Path
+) -> None:
+    source = f"import os, threading\ndef reward(completions, **_):\n    if 'bad' in completions:\n        {action}\n    return [1.0] * len(completions)\n"
+    reward = user_reward(tmp_path, source, name="mine", timeoutSeconds=2)
+    assert reward(completions=["a"], prompts=["p"]) == [1.0]  # the start of the process has more time
+    with pytest.raises(ConfigError) as caught:
+        reward(**CALL)
+    assert caught.value.code == "RewardWithoutAnswer"
+    assert caught.value.message == f"reward mine {problem}; completion 2 of 3 alone causes it (prompt: 'p2')"
+    assert reward(completions=["a"], prompts=["p"]) == [1.0], "a new process answers"
+
+
+def test_a_crash_that_no_single_completion_causes_is_named(tmp_path: Path) -> None:
+    source = "import os\ndef reward(completions, **_):\n    if len(completions) > 1:\n        os._exit(1)\n    return [1.0]\n"
+    with pytest.raises(ConfigError, match="ended its process with exit code 1; no single completion causes it"):
+        user_reward(tmp_path, source, timeoutSeconds=60)(**CALL)
+
+
+def test_an_exception_in_the_process_is_described_as_in_the_rank(tmp_path: Path) -> None:
+    reward = user_reward(tmp_path, "def reward(completions, **_):\n    return [1 / 0, 1]\n", timeoutSeconds=60)
+    with pytest.raises(ConfigError, match=r"reward reward raised ZeroDivisionError: division by zero \(line 2\)") as caught:
+        reward(completions=["a", "b"])
+    assert caught.value.code == "RewardFailed"
 
 
 def test_a_missing_config_map_is_a_user_failure(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from finetune_trainer.data.rows import (
     Example,
     GivenImage,
     ImageFile,
+    Preference,
     RawRow,
     RowError,
     Text,
@@ -55,20 +56,29 @@ class ImageReader:
     def attach(self, example: Example, row: RawRow, columns: Columns) -> Example:
         """Return the example with the files of its images. Errors: RowError."""
         given = _as_list(column_value(IMAGES_COLUMN, row.value, columns))
-        if isinstance(example, Completion) and given:
-            example = Conversation((Turn("user", example.prompt), Turn("assistant", example.completion)))
-        if not isinstance(example, Conversation):
-            if given:
-                kind = "plain text" if isinstance(example, Text) else type(example).__name__
-                raise RowError("ImageWithoutMessage", f"the row has images, but it is {kind} without messages", "write `messages` with the images")
-            return example
-        turns = _insert_column(example.turns, given)
+        if given:
+            example = _texts_as_turns(example)
+        if isinstance(example, Conversation):
+            return replace(example, turns=self._find_images(example.turns, given, row))
+        if isinstance(example, Preference) and not isinstance(example.prompt, str):
+            for name, answer in (("chosen", example.chosen), ("rejected", example.rejected)):
+                if any(turn.parts for turn in answer if isinstance(turn, Turn)):
+                    raise RowError("ImageInAnswer", f"the {name} answer has an image", "move the image to the prompt, which both answers share")
+            return replace(example, prompt=self._find_images(example.prompt, given, row))
+        if given:
+            kind = "plain text" if isinstance(example, Text) else type(example).__name__
+            raise RowError("ImageWithoutMessage", f"the row has images, but it is {kind} without messages", "write `messages` with the images")
+        return example
+
+    def _find_images(self, turns: tuple[Turn, ...], given: Sequence[Any], row: RawRow) -> tuple[Turn, ...]:
+        """Return the turns with the files of their images. `given`: the images of the column. Errors: RowError."""
+        turns = _insert_column(turns, given)
         count = sum(not isinstance(part, str) for turn in turns for part in turn.parts)
         limit = value_or_default(self.options, "max_per_row")
         if count > limit:
             raise RowError("TooManyImages", f"the row has {count} images, more than {limit}", "remove images, or raise dataset.images.maxPerRow")
         found = _Numbered(self, row)
-        return replace(example, turns=tuple(replace(turn, parts=tuple(map(found.find, turn.parts))) if turn.parts else turn for turn in turns))
+        return tuple(replace(turn, parts=tuple(map(found.find, turn.parts))) if turn.parts else turn for turn in turns)
 
     def locate(self, value: Any, row: RawRow) -> ImageFile:
         """Find the image that `value` of a row describes. Errors: RowError ImageMissing, ImageUnreadable, ImageOutsideRoot."""
@@ -84,8 +94,7 @@ class ImageReader:
 
     def names_of(self, example: Example, row: RawRow) -> dict[Path, str]:
         """The files of the example's images, with their names below the folder of the images."""
-        turns = example.turns if isinstance(example, Conversation) else ()
-        paths = (image.path for turn in turns for image in turn.images if image.path is not None)
+        paths = (image.path for image in images_of(example) if image.path is not None)
         return {path: path.relative_to(self._folder(row)).as_posix() for path in paths}
 
     def _folder(self, row: RawRow) -> Path:
@@ -144,16 +153,30 @@ class _Numbered:
 
 def require_no_images(example: Example) -> RowError | None:
     """Return an error if the row of a text job has an image in a message, else None."""
-    turns = example.turns if isinstance(example, Conversation) else _turns_of(example)
-    if any(turn.parts for turn in turns):
+    if any(turn.parts for turn in _turns_of(example)):
         return RowError("ImageInTextJob", "a message has an image, but model.modality is text", HINT_FOR_TEXT_JOBS)
     return None
 
 
 def _turns_of(example: Example) -> list[Turn]:
-    """Return the turns of an example for preference objectives and GRPO."""
-    values = [getattr(example, name, ()) for name in ("prompt", "chosen", "rejected", "completion")]
+    """Return all turns of an example."""
+    values = [getattr(example, name, ()) for name in ("turns", "prompt", "chosen", "rejected", "completion")]
     return [turn for value in values if isinstance(value, tuple) for turn in value]
+
+
+def _texts_as_turns(example: Example) -> Example:
+    """Convert a prompt and its answers to messages if they are text, because only messages can have images."""
+    if isinstance(example, Completion):
+        return Conversation((Turn("user", example.prompt), Turn("assistant", example.completion)))
+    if isinstance(example, Preference) and isinstance(example.prompt, str):
+        answers = [(Turn("assistant", answer),) for answer in (example.chosen, example.rejected) if isinstance(answer, str)]
+        return Preference((Turn("user", example.prompt),), *answers)
+    return example
+
+
+def images_of(example: Example) -> list[ImageFile]:
+    """The images of an example whose files were found, in order."""
+    return [image for turn in _turns_of(example) for image in turn.images]
 
 
 def load_image(image: ImageFile) -> Image:

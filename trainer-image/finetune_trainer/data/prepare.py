@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
@@ -122,12 +123,7 @@ def prepare(
     `VisionProcessor.encode`, ImageUnreadable, ImageCut; ConfigError SequenceTooLong, ChatTemplateMissing, TemplateSpansUnknown.
     """
     max_length = max_sequence_length(run, tokenizer, max_positions)
-    is_templated = use_chat_template(run, inputs, tokenizer)
-    if vision is not None and not is_templated:
-        raise ConfigError(
-            "ChatTemplateMissing", "the model's processor and tokenizer have no chat template, which writes the placeholders of the images",
-            hint="give a template in dataset.chatTemplate",
-        )  # fmt: skip
+    is_templated = use_chat_template(run, inputs, tokenizer, needs_template=vision is not None)
     digest = inputs_digest(run, inputs, tokenizer, max_length, vision)
     preparation = preparation or NoPreparationCallbacks()
     if vision is None and not writes_date(tokenizer):  # rows with images contain paths of this pod's disk
@@ -186,21 +182,63 @@ def late_defaults(run: RunConfig, tokenizer: Any, max_positions: int | None) -> 
     return {path: default for path, (given, default) in values.items() if given is None}
 
 
-def use_chat_template(run: RunConfig, inputs: Inputs, tokenizer: Any) -> bool:
+def use_chat_template(run: RunConfig, inputs: Inputs, tokenizer: Any, *, needs_template: bool = False) -> bool:
     """If the spec has a chat template, set it on the tokenizer. Returns whether turns are rendered with a chat template.
 
-    Errors: ConfigError ChatTemplateMissing; NotFoundError ConfigMapMissing.
+    `needs_template`: the rows may have images. Errors (also those of `with_variables`): ConfigError ChatTemplateMissing; NotFoundError ConfigMapMissing.
     """
     spec = run.spec.dataset
     if spec.chat_template is not None:
         tokenizer.chat_template = _chat_template_text(spec.chat_template, inputs.config_maps)
+    if spec.template_variables:
+        tokenizer.chat_template = with_variables(tokenizer.chat_template, spec.template_variables)
     has_template = bool(tokenizer.chat_template)
     if spec.use_chat_template and not has_template:
         raise ConfigError(
             "ChatTemplateMissing", "dataset.useChatTemplate is true, but the tokenizer has no chat template",
             hint="give a template in dataset.chatTemplate, or leave useChatTemplate out",
         )  # fmt: skip
-    return has_template if spec.use_chat_template is None else spec.use_chat_template
+    is_used = has_template if spec.use_chat_template is None else spec.use_chat_template
+    if needs_template and not is_used:
+        raise ConfigError(
+            "ChatTemplateMissing", "the model's processor and tokenizer have no chat template, which writes the placeholders of the images",
+            hint="give a template in dataset.chatTemplate",
+        )  # fmt: skip
+    return is_used
+
+
+def with_variables(template: Any, variables: Mapping[str, str]) -> str:
+    """Return the template with default values of variables. A value that the caller passes takes precedence.
+
+    Errors: ConfigError ChatTemplateMissing; TemplateVariableUnknown if the template does not contain a name.
+    """
+    if not isinstance(template, str):
+        raise ConfigError(
+            "ChatTemplateMissing", "dataset.templateVariables is set, but the tokenizer has no single chat template",
+            hint="give a template in dataset.chatTemplate, or remove templateVariables",
+        )  # fmt: skip
+    prefix = "".join(
+        f"{{% if {name} is not defined %}}{{% set {name} = {_as_literal(value)} %}}{{% endif %}}" for name, value in sorted(variables.items())
+    )
+    if template.startswith(prefix):
+        return template
+    unknown = [name for name in variables if not re.search(rf"\b{name}\b", template)]
+    if unknown:
+        raise ConfigError(
+            "TemplateVariableUnknown", f"the chat template does not use {', '.join(unknown)} of dataset.templateVariables",
+            hint="write a variable that the template uses, or remove it",
+        )  # fmt: skip
+    return prefix + template
+
+
+def _as_literal(text: str) -> str:
+    """Return the Jinja literal of a value: that of the JSON value if the text is one, else that of the text."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = text
+    is_word = value is None or isinstance(value, bool)
+    return {None: "none", True: "true", False: "false"}[value] if is_word else json.dumps(value)
 
 
 def _chat_template_text(option: Any, config_maps: Path) -> str:

@@ -65,7 +65,7 @@ class RenderOptions:
 def render(example: Example, options: RenderOptions) -> Rendered:
     """Render one example.
 
-    Errors: RowError TemplateRefusedRow, MarkerAbsent, FormatMismatch; ConfigError TemplateSpansUnknown, TemplateInvalid, TemplateTooSlow.
+    Errors: RowError TemplateRefusedRow, MarkerAbsent, FormatMismatch, ToolCallsDropped; ConfigError TemplateSpansUnknown, TemplateInvalid, TemplateTooSlow.
     """
     match example:
         case Text(text):
@@ -129,7 +129,21 @@ def _render_with_template(example: Conversation, options: RenderOptions) -> Rend
             for index, turn in enumerate(example.turns)
             if turn.role == "assistant" and turn.weight == weight
         ]
+    if options.response_only:
+        _require_tool_calls(example.turns, "".join(text[start:end] for start, end in spans))
     return Rendered(text, tuple(spans) if options.response_only else _spans_without(spans, text), True)
+
+
+def _require_tool_calls(turns: Sequence[Turn], trained_text: str) -> None:
+    """Refuse a template that leaves out the tool calls of an answer, because the model would learn an empty answer. Errors: RowError ToolCallsDropped."""
+    calls = [call for turn in turns if turn.role == "assistant" and turn.weight for call in turn.extra.get("tool_calls", ())]
+    for call in calls:
+        name = call.get("function", call).get("name")
+        if isinstance(name, str) and name not in trained_text:
+            raise RowError(
+                "ToolCallsDropped", f"the chat template does not write the call of the tool {name!r} into the answer",
+                "give a template that writes `tool_calls` (dataset.chatTemplate), or remove the rows with tool calls",
+            )  # fmt: skip
 
 
 def _spans_from_generation_markers(

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune_trainer.data.batches import RejectedRow
-from finetune_trainer.data.images import load_image
-from finetune_trainer.data.rows import IGNORED_LABEL, Conversation, Example, ImageFile, RowError
+from finetune_trainer.data.images import images_of, load_image
+from finetune_trainer.data.rows import IGNORED_LABEL, Example, ImageFile, RowError
 from finetune_trainer.data.template import CharSpan, Rendered, RenderOptions, render
 from finetune_trainer.data.tokenise import BoundaryTokens, EncodedRow, TokeniseOptions, labels_of
 
@@ -73,6 +73,14 @@ class VisionProcessor:
         is_image = labels_of([IMAGE_LABEL] * len(ids), offsets, [item["new_span"] for item in replaced])
         return ids, [IMAGE_LABEL if mark == IMAGE_LABEL else label for label, mark in zip(labels, is_image, strict=True)]
 
+    def encode_row(self, location: str, rendered: Rendered, images: Sequence[ImageFile], boundary: BoundaryTokens) -> EncodedRow:
+        """Tokenise a rendered row. The tokens of images have no label. Errors: RowError of `encode`, ImageUnreadable."""
+        ids, labels = self.encode(rendered, [load_image(image) for image in images])
+        ids, labels = boundary.add_boundary_tokens(ids, labels, is_templated=rendered.is_templated)
+        image_end = next((index + 1 for index in range(len(labels) - 1, -1, -1) if labels[index] == IMAGE_LABEL), 0)
+        labels = [IGNORED_LABEL if label == IMAGE_LABEL else label for label in labels]
+        return EncodedRow(location, ids, labels, tuple(images), image_end)
+
     def inputs_of(self, images: Sequence[Sequence[Image]], ids: Sequence[Sequence[int]]) -> dict[str, Any]:
         """Return the additional inputs of the model for a batch: pixels, and the kind of each token.
 
@@ -116,16 +124,10 @@ class VisionEncoder:
         return [self._encode(location, example, boundary) for location, example in rows]
 
     def _encode(self, location: str, example: Example, boundary: BoundaryTokens) -> EncodedRow | RejectedRow:
-        images = [image for turn in example.turns for image in turn.images] if isinstance(example, Conversation) else []
         try:
-            rendered = render(example, self.render_with)
-            ids, labels = self.vision.encode(rendered, [load_image(image) for image in images])
+            return self.vision.encode_row(location, render(example, self.render_with), images_of(example), boundary)
         except RowError as error:
             return RejectedRow.of(location, error)
-        ids, labels = boundary.add_boundary_tokens(ids, labels, is_templated=rendered.is_templated)
-        image_end = next((index + 1 for index in range(len(labels) - 1, -1, -1) if labels[index] == IMAGE_LABEL), 0)
-        labels = [IGNORED_LABEL if label == IMAGE_LABEL else label for label in labels]
-        return EncodedRow(location, ids, labels, tuple(images), image_end)
 
 
 @dataclass(frozen=True)
@@ -146,8 +148,27 @@ class VisionCollator:
 
         ids = padded("input_ids", self.pad_token_id)
         mask = torch.tensor([[1] * len(row["input_ids"]) + [0] * (longest - len(row["input_ids"])) for row in rows])
-        images = [[load_image(image) for image in images_of_row(row)] for row in rows]
-        return {"input_ids": ids, "attention_mask": mask, "labels": padded("labels", IGNORED_LABEL)} | self.vision.inputs_of(images, ids.tolist())
+        return {"input_ids": ids, "attention_mask": mask, "labels": padded("labels", IGNORED_LABEL)} | self.vision.inputs_of(_load_images(rows), ids.tolist())
+
+
+@dataclass(frozen=True)
+class PairCollator:
+    """Pads pairs of answers as TRL does, and computes the pixels of the images in their prompts."""
+
+    vision: VisionProcessor
+    pad_token_id: int
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Return the inputs of the model for a batch: first the rows with the better answers, then the rows with the worse answers."""
+        from trl.trainer.dpo_trainer import DataCollatorForPreference
+
+        batch: dict[str, Any] = DataCollatorForPreference(self.pad_token_id)([dict(row) for row in rows])
+        return batch | self.vision.inputs_of(_load_images(rows) * 2, batch["input_ids"].tolist())
+
+
+def _load_images(rows: Sequence[Mapping[str, Any]]) -> list[list[Image]]:
+    """Decode the images of each row."""
+    return [[load_image(image) for image in images_of_row(row)] for row in rows]
 
 
 def images_of_row(row: Mapping[str, Any]) -> list[ImageFile]:

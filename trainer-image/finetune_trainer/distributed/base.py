@@ -40,6 +40,12 @@ class DistributedStrategy:
 
     def __init__(self, run: RunConfig, hardware: Hardware, world_size: int):
         self.run, self.hardware, self.world_size = run, hardware, world_size
+        self.context_parallel_size = run.spec.distributed.context_parallel_size or 1
+        """Number of ranks that share each sequence."""
+        self.data_parallel_size = world_size // self.context_parallel_size
+        """Number of ranks, or groups of ranks, that train on different rows."""
+        self.gradient_factor = 1
+        """Factor by which the summed gradients are larger than the mean over all ranks."""
         self.notes: list[str] = []
         """Sentences for the status."""
 

@@ -25,6 +25,7 @@ from finetune_api.rules import (
 from finetune_api.spec.enums import LearningRateSchedule
 from pydantic import ValidationError
 
+from finetune_trainer.distributed import context_parallel
 from finetune_trainer.distributed.base import DistributedStrategy, set_single_rank_variables
 from finetune_trainer.distributed.user_config import (
     AUTO_VALUE,
@@ -226,11 +227,12 @@ def _merge_batch_sizes(config: dict[str, Any], merge: FileMerge, run: RunConfig,
     clip = merge.merge(
         "gradient_clipping", config.get("gradient_clipping"), "training.maxGradNorm", run.spec.training.max_grad_norm
     )
-    effective_batch = rows * steps * world_size
+    effective_batch = rows * steps * world_size // (run.spec.distributed.context_parallel_size or 1)
     merge.require_equal(
         "train_batch_size", config.get("train_batch_size"), "micro-batch x accumulation x ranks", effective_batch
     )
-    config |= {MICRO_BATCH_KEY: rows, ACCUMULATION_KEY: steps, "train_batch_size": effective_batch, "gradient_clipping": clip}
+    # transformers and DeepSpeed check the value before they know the groups of ranks. accelerate then corrects it.
+    config |= {MICRO_BATCH_KEY: rows, ACCUMULATION_KEY: steps, "train_batch_size": rows * steps * world_size, "gradient_clipping": clip}
     result.training_arguments |= {
         "per_device_train_batch_size": rows,
         "gradient_accumulation_steps": steps,
@@ -481,14 +483,17 @@ class Deepspeed(DistributedStrategy):
         self.options = options
         self.shards_weights = self.keeps_base_dtype = options.stage == 3
         self.notes += [*options.notes, f"DeepSpeed ZeRO stage {options.stage}"]
+        if self.context_parallel_size > 1:
+            self.notes.append(f"{self.context_parallel_size} ranks share each sequence (Ulysses)")
+            self.gradient_factor = context_parallel.gradient_factor(self.context_parallel_size, options.stage, options.config)
         raise_first_finding("StrategyAndMethod", incompatible_with_deepspeed(run.spec))
         if options.stage == 3:
             raise_first_finding("StrategyAndMethod", incompatible_with_zero3(run.spec))
 
     @property
     def trainer_mixins(self) -> tuple[type, ...]:
-        """Return the mixin that loads the best weights."""
-        return (_best_weights_mixin(),)
+        """Return the mixin that loads the best weights, and with context parallelism the mixin for it."""
+        return (_best_weights_mixin(), *([context_parallel.context_parallel_mixin()] if self.context_parallel_size > 1 else []))
 
     def prepare_process(self) -> None:
         """Create the process group that DeepSpeed needs even for one rank. On CPU, accelerate would create it too late."""
@@ -508,7 +513,10 @@ class Deepspeed(DistributedStrategy):
 
     def training_arguments(self) -> dict[str, Any]:
         """Fields of TrainingArguments."""
-        return {**self.options.training_arguments, "deepspeed": copy.deepcopy(self.options.config)}
+        arguments = {**self.options.training_arguments, "deepspeed": copy.deepcopy(self.options.config)}
+        if self.context_parallel_size > 1:
+            arguments["parallelism_config"] = context_parallel.parallelism_config(self.context_parallel_size, self.world_size)
+        return arguments
 
     def verify_active(self, trainer: Any) -> str:
         """Also check the engine's stage, its ranks and the number of sharded parameters. Errors: InternalError StrategyNotActive."""
@@ -525,6 +533,8 @@ class Deepspeed(DistributedStrategy):
                 f"{sharded_count} of {total} parameters sharded",
                 hint="this is a bug of the trainer image: report it with the versions of its packages",
             )  # fmt: skip
+        if self.context_parallel_size > 1:
+            context_parallel.require_group(self.context_parallel_size)
         return name
 
 

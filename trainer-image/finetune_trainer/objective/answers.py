@@ -17,6 +17,7 @@ from finetune_api.spec.enums import DatasetFormat, OverflowPolicy, TrainerType
 
 from finetune_trainer.data.batches import BatchBuilder, EncodedBatch, Outcome, RejectedRow
 from finetune_trainer.data.encode import EncodedRows, EncodedSplit, encode_sources, require_few_bad_rows
+from finetune_trainer.data.images import images_of
 from finetune_trainer.data.load import DataSummary
 from finetune_trainer.data.prepare import (
     Splits,
@@ -31,10 +32,20 @@ from finetune_trainer.data.prepare import (
     writes_date,
 )
 from finetune_trainer.data.prepared import PreparedFolder, prepared_folder, write_prepared
-from finetune_trainer.data.rows import IGNORED_LABEL, Conversation, Example, LabelledAnswer, Preference, RowError, Turn
+from finetune_trainer.data.rows import (
+    IGNORED_LABEL,
+    Conversation,
+    Example,
+    ImageFile,
+    LabelledAnswer,
+    Preference,
+    RowError,
+    Turn,
+)
 from finetune_trainer.data.shards import ColumnType
 from finetune_trainer.data.template import Rendered, RenderOptions, render
-from finetune_trainer.data.tokenise import TokeniseOptions, encode
+from finetune_trainer.data.tokenise import BoundaryTokens, TokeniseOptions, encode
+from finetune_trainer.data.vision import IMAGE_SOURCES, ROWS_WITHOUT_WORKERS, VisionProcessor, column_of_images
 from finetune_trainer.distributed import local_rank_0_first
 from finetune_trainer.objective.base import DataFacts, TrainingContext
 
@@ -93,6 +104,8 @@ class EncodedAnswers:
     prompt: list[int]
     answers: list[list[int]]
     label: bool | None = None
+    images: tuple[ImageFile, ...] = ()
+    """The images of the prompt."""
 
     @property
     def longest_row(self) -> int:
@@ -104,6 +117,8 @@ class RowLayout(Enum):
     """The columns of stored rows."""
 
     PAIRS = ("prompt_ids", "chosen_ids", "rejected_ids")
+    PAIRS_WITH_IMAGES = (*PAIRS, IMAGE_SOURCES)
+    """The images belong to the prompt."""
     PAIRS_WITH_TEXTS = (*PAIRS, "prompt", "chosen", "rejected")
     """The texts are empty. TRL's trainer for orpo requires these columns, although it reads only the token ids."""
     WHOLE_PAIRS = ("chosen_ids", "rejected_ids")
@@ -113,14 +128,14 @@ class RowLayout(Enum):
     @property
     def columns(self) -> dict[str, ColumnType]:
         """Names and types of the columns."""
-        types = {"label": ColumnType.FLAG}
+        types = {"label": ColumnType.FLAG, IMAGE_SOURCES: ColumnType.IMAGES}
         return {name: ColumnType.TOKENS if name.endswith("_ids") else types.get(name, ColumnType.TEXT) for name in self.value}
 
     def values_of(self, row: EncodedAnswers) -> dict[str, Any]:
         """The values of the columns for a row."""
         answers = row.answers if self is not RowLayout.WHOLE_PAIRS else [row.prompt + answer for answer in row.answers]
         tokens = {"prompt_ids": row.prompt, "completion_ids": answers[0], "chosen_ids": answers[0], "rejected_ids": answers[-1]}
-        values = {"label": row.label, **tokens}
+        values = {"label": row.label, IMAGE_SOURCES: column_of_images(row.images), **tokens}
         return {name: values.get(name, "") for name in self.value}
 
 
@@ -153,10 +168,10 @@ def load_rows(context: TrainingContext, layout: RowLayout) -> tuple[Splits, Data
 
     Errors: DataError of the data stages, RowTooLong, NoTrainableToken.
     """
-    is_templated = use_chat_template(context.run, context.inputs, context.tokenizer)
+    is_templated = use_chat_template(context.run, context.inputs, context.tokenizer, needs_template=context.vision is not None)
     limits = length_limits(context)
-    digest = inputs_digest(context.run, context.inputs, context.tokenizer, limits.max_row_length)
-    if not writes_date(context.tokenizer):
+    digest = inputs_digest(context.run, context.inputs, context.tokenizer, limits.max_row_length, context.vision)
+    if context.vision is None and not writes_date(context.tokenizer):
         context.preparation.provide_rows(digest)
     with local_rank_0_first():
         prepared = find_prepared(context.token_cache, digest) or _write_splits(context, layout, is_templated, limits, digest)
@@ -174,15 +189,17 @@ def _write_splits(context: TrainingContext, layout: RowLayout, is_templated: boo
 
     def make_encoder(summary: DataSummary) -> AnswerEncoder:
         render_with = render_options(run, context.tokenizer, is_templated, summary.format)
-        return AnswerEncoder(replace(render_with, response_only=True, turn_markers=None), options, limits, run.spec.trainer.type, layout)
+        render_with = replace(render_with, response_only=True, turn_markers=None, has_parts=context.vision is not None)
+        return AnswerEncoder(render_with, options, limits, run.spec.trainer.type, layout, context.vision)
 
     def is_marked(example: Example) -> bool:
         is_text = isinstance(example, Preference | LabelledAnswer) and isinstance(example.prompt, str)
         return is_text and is_templated and spec.use_chat_template is None
 
     with encode_sources(
-        run, context.inputs, make_encoder, rows_folder(folder), is_marked=is_marked, count_rows=context.preparation.count_rows
-    ) as encoded:
+        run, context.inputs, make_encoder, rows_folder(folder), is_marked=is_marked, count_rows=context.preparation.count_rows,
+        rows_without_workers=None if context.vision is None else ROWS_WITHOUT_WORKERS,
+    ) as encoded:  # fmt: skip
         counts, notes = _count_rows(context, encoded, limits)
         summary = {
             "format": encoded.summary.format, "rows": encoded.summary.rows, "notes": notes, "tokens": {name: vars(found) for name, found in counts.items()},
@@ -236,7 +253,7 @@ def fit_to_limits(location: str, row: EncodedAnswers, limits: LengthLimits, kind
         answers = [answer[:available] for answer in answers]
     if len(answers) == 2 and answers[0] == answers[1]:
         return Outcome.SAME, row
-    return Outcome.KEPT if answers == row.answers else Outcome.CUT, EncodedAnswers(row.prompt, answers, row.label)
+    return Outcome.KEPT if answers == row.answers else Outcome.CUT, replace(row, answers=answers)
 
 
 @dataclass(frozen=True)
@@ -248,6 +265,7 @@ class AnswerEncoder:
     limits: LengthLimits
     kind: TrainerType | None
     layout: RowLayout
+    vision: VisionProcessor | None = None
 
     def __call__(self, rows: Sequence[tuple[str, Example]]) -> EncodedBatch:
         """Encode, leave out or reject each row. A row is rejected if one of its answers cannot be rendered. Errors: DataError RowTooLong."""
@@ -265,6 +283,10 @@ class AnswerEncoder:
 
     def _encode(self, rows: Sequence[tuple[str, Example]]) -> Iterator[tuple[str, EncodedAnswers | RejectedRow]]:
         """Yield the location of each row with its prompt and answers, without limits."""
+        if self.vision is not None:
+            boundary = BoundaryTokens.of(self.render_with.tokenizer, self.options)
+            yield from ((location, self._encode_with_images(location, example, self.vision, boundary)) for location, example in rows)
+            return
         rejected: dict[int, RejectedRow] = {}
         encoded: dict[int, list[tuple[list[int], list[int]]]] = {}
         row_of_text: list[int] = []
@@ -280,11 +302,22 @@ class AnswerEncoder:
                 yield from ((location, text) for text in answers)
 
         for position, (_, ids, labels, *_) in enumerate(encode(render_rows(), self.render_with.tokenizer, self.options)):
-            start = next((index for index, label in enumerate(labels) if label != IGNORED_LABEL), len(ids))
-            encoded.setdefault(row_of_text[position], []).append((ids[:start], ids[start:]))
+            encoded.setdefault(row_of_text[position], []).append(_split_at_answer(ids, labels))
         for number, (location, example) in enumerate(rows):
             is_rejected = number in rejected
             yield location, rejected[number] if is_rejected else with_shared_prompt(encoded[number], getattr(example, "label", None))
+
+    def _encode_with_images(
+        self, location: str, example: Example, vision: VisionProcessor, boundary: BoundaryTokens
+    ) -> EncodedAnswers | RejectedRow:
+        """Encode the prompt, which may have images, with its answers."""
+        images = images_of(example)
+        try:
+            rows = [vision.encode_row(location, rendered, images, boundary) for rendered in self._render_answers(example)]
+        except RowError as error:
+            return RejectedRow.of(location, error)
+        shared = with_shared_prompt([_split_at_answer(row.ids, row.labels) for row in rows], getattr(example, "label", None))
+        return replace(shared, images=tuple(images))
 
     def _render_answers(self, example: Example) -> list[Rendered]:
         """Render the prompt with each answer. Text is joined without a template, unless `dataset.useChatTemplate` is true."""
@@ -293,6 +326,12 @@ class AnswerEncoder:
         is_joined = isinstance(example.prompt, str) and not self.render_with.text_as_turns
         options = replace(self.render_with, use_chat_template=False) if is_joined else self.render_with
         return [render_answer(example.prompt, answer, options) for answer in answers]
+
+
+def _split_at_answer(ids: list[int], labels: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Split the tokens of a row before the first token with a label."""
+    start = next((index for index, label in enumerate(labels) if label != IGNORED_LABEL), len(ids))
+    return ids[:start], ids[start:]
 
 
 def with_shared_prompt(encoded: Sequence[tuple[list[int], list[int]]], label: bool | None) -> EncodedAnswers:

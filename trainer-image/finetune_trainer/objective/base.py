@@ -19,6 +19,7 @@ from finetune_trainer.data.vision import VisionProcessor
 from finetune_trainer.distributed import DistributedStrategy, connect_trainer_class
 from finetune_trainer.hardware import Hardware
 from finetune_trainer.inputs import Inputs
+from finetune_trainer.method.vision_parts import TrainedParts
 
 SplitsT = TypeVar("SplitsT", bound=Splits)
 ArgumentsT = TypeVar("ArgumentsT", bound=TrainingArguments)
@@ -49,6 +50,18 @@ class TrainingContext:
     def generation_folder(self) -> Path:
         """The volume that this pod shares with its vLLM server."""
         return self.token_cache.parent / Path(GENERATION_MOUNT).name
+
+
+def image_arguments(context: TrainingContext) -> dict[str, Any]:
+    """Return the keyword arguments of TrainingArguments for rows with images; none for a text model."""
+    parts = TrainedParts.of(context.run)
+    if parts is None:
+        return {}
+    return {
+        "remove_unused_columns": False,  # TRL does not know the column with the images
+        # The vision layers get no gradients from a micro-batch without images.
+        "ddp_find_unused_parameters": parts.vision_layers and context.strategy.world_size > 1,
+    }
 
 
 @dataclass

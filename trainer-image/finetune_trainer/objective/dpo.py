@@ -10,6 +10,7 @@ from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
 
 from finetune_trainer.arguments import shared_arguments
+from finetune_trainer.data.vision import PairCollator
 from finetune_trainer.engine import GuardedTrainer
 from finetune_trainer.library_internals import OwnDatasetPreparation
 from finetune_trainer.objective import answers
@@ -20,6 +21,7 @@ from finetune_trainer.objective.base import (
     DataFacts,
     Objective,
     TrainingContext,
+    image_arguments,
 )
 from finetune_trainer.objective.reference_model import ReferenceModelMixin, load_reference_model
 
@@ -42,13 +44,14 @@ class DpoObjective(Objective[answers.Splits, DPOConfig]):
     held_out_metrics = (TEST_LOSS, TEST_TOKEN_ACCURACY, TEST_PREFERENCE_ACCURACY)
 
     def load_data(self, context: TrainingContext) -> tuple[answers.Splits, DataFacts]:
-        return answers.load_rows(context, answers.RowLayout.PAIRS)
+        return answers.load_rows(context, answers.RowLayout.PAIRS if context.vision is None else answers.RowLayout.PAIRS_WITH_IMAGES)
 
     def training_arguments(self, context: TrainingContext, *, has_validation_data: bool) -> DPOConfig:
         spec = context.run.spec.trainer.dpo or DpoSpec()
         losses = spec.loss_types or [DpoLoss.SIGMOID]
+        shared = shared_arguments(context.run, context.inputs, context.hardware, context.strategy, has_validation_data=has_validation_data)
         return DPOConfig(
-            **shared_arguments(context.run, context.inputs, context.hardware, context.strategy, has_validation_data=has_validation_data),
+            **shared | image_arguments(context),
             beta=0.1 if spec.beta is None else spec.beta,
             loss_type=[TRL_LOSS_NAMES[loss] for loss in losses],
             label_smoothing=spec.label_smoothing or 0.0,
@@ -56,7 +59,10 @@ class DpoObjective(Objective[answers.Splits, DPOConfig]):
         )
 
     def trainer_options(self, context: TrainingContext) -> dict[str, Any]:
-        return {"ref_model": load_reference_model(context)}
+        options = {"ref_model": load_reference_model(context)}
+        if context.vision is not None:
+            options["data_collator"] = PairCollator(context.vision, int(context.tokenizer.pad_token_id))
+        return options
 
 
 OBJECTIVE = DpoObjective()

@@ -22,6 +22,8 @@ from finetune_api.names import FailureClass
 from finetune_api.spec.enums import BuiltinReward
 from finetune_api.spec.trainer import Reward
 
+from finetune_trainer.objective.reward_process import RewardProcess
+
 ScoreFunction = Callable[..., "float | None"]
 """Computes the reward of one completion from its text, its token ids (keyword `ids`) and the row's columns (keyword `row`)."""
 DEFAULT_FUNCTION = "reward"
@@ -47,7 +49,7 @@ class RewardFunction:
             raise
         except Exception as error:  # the user's code may raise anything
             raise ConfigError(
-                "RewardFailed", f"reward {self.__name__} raised {type(error).__name__}: {_first_line(error)}{_line_of(error)}",
+                "RewardFailed", f"reward {self.__name__} raised {describe_error(error)}",
                 hint="fix the function: it must return a list with one number, or None, for every completion",
             ) from error  # fmt: skip
         return _check_returned(self.__name__, returned_values, len(arguments["completions"]))
@@ -332,7 +334,7 @@ def _user_reward(spec: Reward, index: int, config_maps: Path) -> RewardFunction:
         )  # fmt: skip
     name = spec.function or DEFAULT_FUNCTION
     location = f"{path}: ConfigMap {ref.name}, key {ref.key}"
-    function = _run_file(config_maps / ref.name / ref.key, location).get(name)
+    function: Any = run_file(config_maps / ref.name / ref.key, location).get(name)
     if not callable(function):
         raise ConfigError(
             "RewardFunctionMissing",
@@ -340,10 +342,12 @@ def _user_reward(spec: Reward, index: int, config_maps: Path) -> RewardFunction:
             hint=f"define the function, or name another function in {path}.function",
         )
     _check_signature(function, location, name)
+    if spec.timeout_seconds is not None:
+        function = RewardProcess(spec.name or name, config_maps / ref.name / ref.key, name, spec.timeout_seconds)
     return RewardFunction(spec.name or name, _reward_weight(spec), function)
 
 
-def _run_file(file: Path, location: str) -> dict[str, Any]:
+def run_file(file: Path, location: str) -> dict[str, Any]:
     """Run the user's file and return its global names. Errors: NotFoundError ConfigMapMissing; ConfigError RewardFileInvalid."""
     try:
         source = file.read_text(encoding="utf-8")
@@ -356,7 +360,7 @@ def _run_file(file: Path, location: str) -> dict[str, Any]:
         exec(compile(source, file.name, "exec"), scope)
     except Exception as error:  # the user's code may raise anything
         raise ConfigError(
-            "RewardFileInvalid", f"{location} fails as a Python program: {type(error).__name__}: {_first_line(error)}{_line_of(error)}",
+            "RewardFileInvalid", f"{location} fails as a Python program: {describe_error(error)}",
             hint="run the file with Python on your machine; it can only import packages of the trainer image",
         ) from error  # fmt: skip
     return scope
@@ -409,6 +413,11 @@ def _check_returned(name: str, returned_values: Any, completion_count: int) -> l
             )
         values[index] = number
     return values
+
+
+def describe_error(error: BaseException) -> str:
+    """Return type, first line and line number of an exception of the user's code."""
+    return f"{type(error).__name__}: {_first_line(error)}{_line_of(error)}"
 
 
 def _first_line(error: BaseException) -> str:

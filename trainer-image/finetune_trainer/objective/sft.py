@@ -26,7 +26,6 @@ from finetune_trainer.distributed import local_rank_0_first
 from finetune_trainer.engine import GuardedTrainer
 from finetune_trainer.evaluation.token_metrics import IGNORED_LABEL, OutputHead, TokenCounts, shifted_predictions
 from finetune_trainer.library_internals import attention_implementation
-from finetune_trainer.method.vision_parts import TrainedParts
 from finetune_trainer.objective.base import (
     TEST_LOSS,
     TEST_TOKEN_ACCURACY,
@@ -34,6 +33,7 @@ from finetune_trainer.objective.base import (
     HeldOutMetric,
     Objective,
     TrainingContext,
+    image_arguments,
 )
 from finetune_trainer.speed import ModelShape, SpeedMeter, flops_per_token, peak_of, trained_parameters
 
@@ -80,6 +80,9 @@ class SftTrainer(GuardedTrainer, SFTTrainer):
         loss = total / count.clamp(min=1)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())
+            if self.strategy.gradient_factor > 1:  # The gradients are divided by this factor, but not the logged loss.
+                part = loss / self.strategy.gradient_factor
+                loss = part + (loss - part).detach()
         if (
             self.aux_loss_enabled
         ):  # The load-balancing loss of the experts is a mean per micro-batch. It is averaged over the micro-batches.
@@ -222,19 +225,15 @@ class SftObjective(Objective[PreparedData, SFTConfig]):
         run = context.run
         packing = run.spec.dataset.packing is True
         shared = shared_arguments(run, context.inputs, context.hardware, context.strategy, has_validation_data=has_validation_data)
-        parts = TrainedParts.of(run)
-        if parts is not None:
-            shared["remove_unused_columns"] = False  # TRL does not know the column with the images
-            # The vision layers get no gradients from a micro-batch without images.
-            shared["ddp_find_unused_parameters"] = parts.vision_layers and context.strategy.world_size > 1
         return SFTConfig(
-            **shared,
+            **shared | image_arguments(context),
             packing=packing,
             padding_free=uses_padding_free_batches(run, context.hardware.attention),
             eval_packing=False,
             max_length=packed_length(run),
             dataset_kwargs={"skip_prepare_dataset": True},
             average_tokens_across_devices=True,
+            pad_to_multiple_of=context.strategy.context_parallel_size,
         )
 
     def trainer_options(self, context: TrainingContext) -> dict[str, Any]:

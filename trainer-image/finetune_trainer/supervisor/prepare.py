@@ -370,7 +370,7 @@ def run_facts_of(run: RunConfig, config_sha256: str, inputs: Inputs, sha256: Cal
         world_size=run.world.size,
         micro_batch=micro_batch,
         accumulation=accumulation_steps,
-        effective_batch=micro_batch * accumulation_steps * run.world.size,
+        effective_batch=micro_batch * accumulation_steps * run.world.size // (run.spec.distributed.context_parallel_size or 1),
         learning_rate=training_spec.learning_rate,
         settings=setting_hashes_of(run),
         other_inputs=other_inputs_of(inputs, sha256),

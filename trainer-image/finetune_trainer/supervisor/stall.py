@@ -2,8 +2,10 @@
 
 While a pod trains, evaluates, merges or stops, a rank must send a heartbeat (a step, a micro-step, an evaluation batch) within the
 stall timeout. The timeout is `policy.stallTimeoutSeconds`. The default is twenty times the median step and at least ten
-minutes; it applies from the first measured step. Loading and tokenising are not checked, because their duration is unknown. If they
-hang, only `policy.activeDeadlineSeconds` ends the attempt. Before a stalled attempt ends, every rank writes the stacks of its threads to the log.
+minutes; it applies from the first measured step. Loading and tokenising take an unknown time and send no heartbeats. There, the run stalls if
+the processes of the ranks neither compute nor read for the stall timeout (`work.WorkWatch`). In a job of several pods, a pod may wait for
+another pod while it loads, so there the run stalls only if a thread is also blocked in the kernel, as by a dead file server. Before a stalled
+attempt ends, every rank writes the stacks of its threads to the log.
 """
 
 from __future__ import annotations
@@ -18,10 +20,13 @@ from finetune_api.errors import PeerError
 from finetune_api.status import Stage
 
 from finetune_trainer.supervisor.run_state import RunState
+from finetune_trainer.supervisor.work import WorkWatch
 
 MIN_TIMEOUT_SECONDS = 600.0
 MEDIAN_STEPS = 20.0
 DUMP_SECONDS = 1.0
+WINDOWS_PER_TIMEOUT = 4
+"""Measurements of the ranks' work during a stall timeout."""
 RANK_COMMANDS = {b"train", b"stage"}
 """Commands of the processes that compute."""
 WATCHED_STAGES = (
@@ -32,9 +37,11 @@ WATCHED_STAGES = (
 class StallWatch:
     """Compares the time since the last heartbeat with the stall timeout."""
 
-    def __init__(self, run_state: RunState, timeout_seconds: float | None) -> None:
-        self._state, self._timeout_seconds = run_state, timeout_seconds
+    def __init__(self, run_state: RunState, timeout_seconds: float | None, *, pods: int = 1, work: WorkWatch | None = None) -> None:
+        """`pods`: number of pods of the job. `work`: measures the work of the ranks while they load."""
+        self._state, self._timeout_seconds, self._pods = run_state, timeout_seconds, pods
         self._started = time.monotonic()
+        self._work = work or WorkWatch()
 
     def timeout_seconds(self) -> float:
         """Return the current stall timeout: the longest time that the run may have no heartbeat."""
@@ -44,6 +51,9 @@ class StallWatch:
 
     def stall_error(self) -> PeerError | None:
         """Return an error if the run stalls, else None."""
+        if self._state.current_stage is Stage.LOADING:
+            return self._loading_error()
+        self._work.restart()
         no_median = self._timeout_seconds is None and self._state.median_step_seconds() is None
         if self._state.current_stage not in WATCHED_STAGES or no_median:
             return None
@@ -54,6 +64,18 @@ class StallWatch:
         return PeerError(
             "Stalled", f"no progress for {silent_seconds:.0f} s after step {self._state.step}; a step takes {self._state.median_step_seconds() or 0:.2f} s",
             hint="the stacks of all ranks are in the pod's log; raise policy.stallTimeoutSeconds if steps may take that long",
+        )  # fmt: skip
+
+    def _loading_error(self) -> PeerError | None:
+        """Return an error if the ranks load, but have not worked for the stall timeout. Else, return None."""
+        timeout = self.timeout_seconds()
+        idle_seconds = self._work.idle_seconds(timeout / WINDOWS_PER_TIMEOUT)
+        if idle_seconds <= timeout or (self._pods > 1 and not self._work.was_blocked):
+            return None
+        blocked = "; a thread waits for a disk or a file server" if self._work.was_blocked else ""
+        return PeerError(
+            "Stalled", f"no progress for {idle_seconds:.0f} s while loading model and data: the ranks neither compute nor read{blocked}",
+            hint="the stacks of all ranks are in the pod's log; check the mounted volumes and the network, or raise policy.stallTimeoutSeconds",
         )  # fmt: skip
 
 

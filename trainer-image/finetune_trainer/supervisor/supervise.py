@@ -323,7 +323,7 @@ class Supervisor:
 
     def _watch_agent(self, run: RunConfig, agent: processes.ChildProcess) -> None:
         """Wait until the agent has ended, or until the attempt must end for another reason."""
-        stall_watch = StallWatch(self._state, run.spec.policy.stall_timeout_seconds)
+        stall_watch = StallWatch(self._state, run.spec.policy.stall_timeout_seconds, pods=run.world.nodes)
         stop_was_handled = False
         while (code := agent.poll()) is None:
             if self._must_end.wait(TICK_SECONDS):

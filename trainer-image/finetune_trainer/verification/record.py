@@ -53,32 +53,38 @@ def _choose_rows_with_images(dataset: Any) -> list[ReferenceRow]:
     longest = size = 0
     for number in range(min(len(dataset), 4 * MAX_ROWS)):
         columns = dataset[number]
-        ids, images = list(map(int, columns["input_ids"])), [content_of(image) for image in images_of_row(columns)]
-        counted = [label != IGNORED_LABEL for label in columns["labels"]]
-        size_with_row = size + sum(map(len, images))
-        fits = max(longest, len(ids)) * (len(rows) + 1) <= MAX_ROWS * MAX_ROW_TOKENS and size_with_row <= MAX_IMAGE_BYTES
-        if fits and any(counted[1:]) and len(rows) < MAX_ROWS:
-            rows.append(ReferenceRow(ids=ids, is_counted=counted, images=[base64.b64encode(image).decode() for image in images]))
-            longest, size = max(longest, len(ids)), size_with_row
+        images = [content_of(image) for image in images_of_row(columns)]
+        for ids, counted in _sequences_of(columns):
+            size_with_row = size + sum(map(len, images))
+            fits = max(longest, len(ids)) * (len(rows) + 1) <= MAX_ROWS * MAX_ROW_TOKENS and size_with_row <= MAX_IMAGE_BYTES
+            if fits and any(counted[1:]) and len(rows) < MAX_ROWS:
+                rows.append(ReferenceRow(ids=list(map(int, ids)), is_counted=counted, images=[base64.b64encode(image).decode() for image in images]))
+                longest, size = max(longest, len(ids)), size_with_row
     return rows
 
 
 def _rows_of(columns: Mapping[str, Any], tokenizer: Any) -> list[ReferenceRow]:
-    """Return the token rows of one example. The columns depend on the objective. Rows without a counted token are left out."""
-    if "input_ids" in columns:
-        ids, labels = list(columns["input_ids"]), list(columns.get("labels", columns["input_ids"]))
-        found = [(ids, [label != IGNORED_LABEL for label in labels])]
-    elif "prompt_ids" in columns:
-        prompt = list(columns["prompt_ids"])
-        answers = [list(columns[name]) for name in ("chosen_ids", "rejected_ids", "completion_ids") if name in columns]
-        found = [([*prompt, *answer], [False] * len(prompt) + [True] * len(answer)) for answer in answers]
-    elif "chosen_ids" in columns:
-        found = [(list(columns[name]), [True] * len(columns[name])) for name in ("chosen_ids", "rejected_ids")]
-    else:
+    """Return the token rows of one example. Rows without a counted token are left out."""
+    found = _sequences_of(columns)
+    if not found:
         ids = _prompt_ids(columns.get("prompt"), tokenizer)
         found = [(ids, [True] * len(ids))]
     rows = [ReferenceRow(ids=list(map(int, ids[-MAX_ROW_TOKENS:])), is_counted=counted[-MAX_ROW_TOKENS:]) for ids, counted in found]
     return [row for row in rows if len(row.ids) >= MIN_ROW_TOKENS and any(row.is_counted[1:])]
+
+
+def _sequences_of(columns: Mapping[str, Any]) -> list[tuple[list[int], list[bool]]]:
+    """Return the token ids of each sequence of a row, and whether each token counts. The columns depend on the objective; empty for prompts."""
+    if "input_ids" in columns:
+        ids, labels = list(columns["input_ids"]), list(columns.get("labels", columns["input_ids"]))
+        return [(ids, [label != IGNORED_LABEL for label in labels])]
+    if "prompt_ids" in columns:
+        prompt = list(columns["prompt_ids"])
+        answers = [list(columns[name]) for name in ("chosen_ids", "rejected_ids", "completion_ids") if name in columns]
+        return [([*prompt, *answer], [False] * len(prompt) + [True] * len(answer)) for answer in answers]
+    if "chosen_ids" in columns:
+        return [(list(columns[name]), [True] * len(columns[name])) for name in ("chosen_ids", "rejected_ids")]
+    return []
 
 
 def _prompt_ids(prompt: Any, tokenizer: Any) -> list[int]:

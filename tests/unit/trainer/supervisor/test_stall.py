@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from finetune_api.status import Stage
 from finetune_trainer.supervisor import stall as subject
 from finetune_trainer.supervisor.run_state import RunState
 from finetune_trainer.supervisor.stall import StallWatch
+from finetune_trainer.supervisor.work import Work, WorkWatch, work_of_process
 
 from tests.unit.trainer.supervisor.conftest import FakeClock
 
@@ -37,7 +40,7 @@ def test_the_default_timeout_follows_the_median_step(clock: FakeClock) -> None:
 @pytest.mark.parametrize(
     ("stage", "watched"),
     [
-        (Stage.STARTING, False), (Stage.DOWNLOADING, False), (Stage.LOADING, False), (Stage.TRAINING, True),
+        (Stage.STARTING, False), (Stage.DOWNLOADING, False), (Stage.TRAINING, True),
         (Stage.EVALUATING, True), (Stage.STOPPING, True), (Stage.UPLOADING, False),
     ],
 )  # fmt: skip
@@ -54,7 +57,7 @@ def test_a_configured_timeout_also_limits_the_first_step(clock: FakeClock) -> No
     state = RunState()
     watch = StallWatch(state, 60)
     clock.now += 10_000
-    assert watch.stall_error() is None, "the loading stage has no time limit"
+    assert watch.stall_error() is None, "the starting stage has no time limit"
     state.enter_stage(Stage.TRAINING)
     state.record_activity()
     clock.now += 61
@@ -87,6 +90,78 @@ def test_without_a_heartbeat_the_time_since_the_start_counts(clock: FakeClock) -
     clock.now += 1
     error = watch.stall_error()
     assert error is not None and "no progress for 61 s after step 0; a step takes 0.00 s" in error.message
+
+
+class Ranks:
+    """Ranks whose work the test sets."""
+
+    def __init__(self) -> None:
+        self.work = Work()
+
+    def measure(self) -> Work:
+        return self.work
+
+
+@pytest.mark.parametrize("work", [Work(cpu_seconds=16), Work(bytes_moved=5_000_000), Work(faults=301)])
+def test_ranks_that_work_while_they_load_do_not_stall(clock: FakeClock, work: Work) -> None:
+    state, ranks = RunState(), Ranks()
+    watch = StallWatch(state, None, work=WorkWatch(ranks.measure))
+    state.enter_stage(Stage.LOADING)
+    for _ in range(20):
+        assert watch.stall_error() is None
+        clock.now += 300
+        ranks.work += work
+
+
+@pytest.mark.parametrize("work", [Work(), Work(cpu_seconds=0.4, bytes_moved=100_000, faults=20)])
+def test_ranks_that_only_poll_while_they_load_stall_after_the_timeout(clock: FakeClock, work: Work) -> None:
+    state, ranks = RunState(), Ranks()
+    watch = StallWatch(state, None, work=WorkWatch(ranks.measure))
+    state.enter_stage(Stage.LOADING)
+    for _ in range(21):  # until second 600
+        assert watch.stall_error() is None
+        clock.now += 30
+        ranks.work += work
+    error = watch.stall_error()
+    assert error is not None and error.code == "Stalled"
+    assert error.message == "no progress for 630 s while loading model and data: the ranks neither compute nor read"
+    state.enter_stage(Stage.TRAINING)
+    assert watch.stall_error() is None
+    state.enter_stage(Stage.LOADING)
+    assert watch.stall_error() is None, "the time before another stage does not count"
+
+
+@pytest.mark.parametrize(("blocked", "is_stalled"), [((True, True, True), True), ((True, False, True), False), ((False, False, False), False)])
+def test_a_pod_that_waits_for_other_pods_stalls_only_if_a_thread_is_blocked(clock: FakeClock, blocked: tuple[bool, ...], is_stalled: bool) -> None:
+    state, ranks = RunState(), Ranks()
+    watch = StallWatch(state, 40, pods=2, work=WorkWatch(ranks.measure))
+    state.enter_stage(Stage.LOADING)
+    assert watch.stall_error() is None
+    for is_blocked in blocked:
+        clock.now += 15
+        ranks.work = Work(is_blocked=is_blocked)
+        error = watch.stall_error()
+    assert (error is not None) == is_stalled
+    assert error is None or error.message.endswith("neither compute nor read; a thread waits for a disk or a file server")
+
+
+def test_the_work_of_a_process_is_measured_from_outside() -> None:
+    code = (
+        "import os, sys; sys.stdin.read(1)\n"
+        "while sum(os.times()[:2]) < 0.3: pass\n"
+        "open('/dev/zero', 'rb').read(3_000_000); print(1, flush=True); sys.stdin.read(1)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None and process.stdout is not None
+        before = work_of_process(process.pid)
+        process.stdin.write("a")
+        process.stdin.flush()
+        assert process.stdout.read(1) == "1"
+        after = work_of_process(process.pid)
+        assert after.cpu_seconds > before.cpu_seconds and after.bytes_moved >= before.bytes_moved + 3_000_000
+        assert after.is_much_more_than(before, 1) and not before.is_much_more_than(before, 1)
+        process.stdin.write("a")
+    assert work_of_process(process.pid) == Work(), "the process has ended"
 
 
 def test_only_ranks_are_signalled(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,59 @@
+"""Parts of sequences, and models whose attention ranks can share."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from finetune_api.errors import ConfigError
+from finetune_trainer.attention import require_divisible_model
+from finetune_trainer.distributed.context_parallel import PartCollator, SequencePart, gradient_factor
+
+
+def config(**values: Any) -> Any:
+    text = SimpleNamespace(**values)
+    return SimpleNamespace(model_type="tiny", get_text_config=lambda: text)
+
+
+def heads_of(queries: int, keys: int) -> dict[str, Any]:
+    return {"num_attention_heads": queries, "num_key_value_heads": keys}
+
+
+def test_the_label_of_the_last_token_of_a_part_is_the_first_token_of_the_next_part() -> None:
+    batch = {"input_ids": torch.arange(1, 7)[None], "labels": torch.tensor([[-100, 2, 3, 4, 5, 6]]), "position_ids": torch.arange(6)[None]}
+    parts = [PartCollator(lambda rows: batch, SequencePart(index, 3))(["row"]) for index in range(3)]
+    assert [part["input_ids"].tolist() for part in parts] == [[[1, 2]], [[3, 4]], [[5, 6]]]
+    assert [part["shift_labels"].tolist() for part in parts] == [[[2, 3]], [[4, 5]], [[6, -100]]]
+    assert [part["position_ids"].tolist() for part in parts] == [[[0, 1]], [[2, 3]], [[4, 5]]]
+    assert set(parts[0]) == {"input_ids", "labels", "shift_labels", "position_ids"} and "shift_labels" not in batch
+
+
+@pytest.mark.parametrize(("heads", "key_heads", "size"), [(8, 8, 2), (8, 2, 2), (8, 2, 4), (6, 3, 3)])
+def test_heads_can_be_shared(heads: int, key_heads: int, size: int) -> None:
+    require_divisible_model(config(num_attention_heads=heads, num_key_value_heads=key_heads, layer_types=["full_attention"] * 2), size)
+
+
+@pytest.mark.parametrize(
+    ("values", "size", "problem", "hint"),
+    [
+        (heads_of(8, 2), 3, "8 attention heads and 2 key-value heads, which 3 ranks cannot share", "write one of 2, 4, 8, or 1"),
+        (heads_of(6, 3), 2, "6 attention heads and 3 key-value heads", "write one of 3, 6, or 1"),
+        (heads_of(1, 1), 2, "1 attention heads", "write `contextParallelSize: 1`"),
+        (heads_of(4, 4) | {"layer_types": ["full_attention", "sliding_attention"]}, 2, "sliding_attention", "of another type than tiny"),
+        (heads_of(4, 4) | {"sliding_window": 32}, 2, "a sliding window of 32 tokens", "of another type than tiny"),
+        ({}, 2, "models of type tiny have no attention heads", "of another type than tiny"),
+    ],
+)  # fmt: skip
+def test_models_whose_attention_cannot_be_shared_are_refused(values: dict[str, Any], size: int, problem: str, hint: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        require_divisible_model(config(**values), size)
+    assert caught.value.code == "ContextParallelUnsupported" and problem in caught.value.message and hint in (caught.value.hint or "")
+
+
+def test_gradients_are_summed_within_a_group_up_to_stage_2() -> None:
+    assert [gradient_factor(4, stage, {"zero_optimization": {"stage": stage}}) for stage in (0, 1, 2, 3)] == [4, 4, 4, 1]
+    with pytest.raises(ConfigError) as caught:
+        gradient_factor(2, 3, {"zero_optimization": {"stage": 3, "reduce_scatter": False}})
+    assert caught.value.code == "ContextParallelUnsupported" and "turns off reduce_scatter" in caught.value.message
