@@ -187,6 +187,13 @@ def version_key(release: str) -> tuple[int, ...]:
     return tuple(int(part) if part.isdecimal() else 0 for part in release.split("-")[0].split("."))
 
 
+def value_at(value: Any, path: str) -> Any:
+    """Return the value at a dotted path in nested dicts, or None."""
+    for name in path.split("."):
+        value = value.get(name) if isinstance(value, dict) else None
+    return value
+
+
 def remove_path(value: dict[str, Any], path: str) -> None:
     """Remove the value at a dotted path from nested dicts, if the path exists."""
     *groups, name = path.split(".")

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 from pydantic import AliasChoices, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
-from finetune_api.base import ReportModel, WireModel, fields_with_since, remove_path, version_key
+from finetune_api.base import ReportModel, WireModel, fields_with_since, remove_path, value_at, version_key
 from finetune_api.names import CONTRACT_VERSION, MAX_TERMINATION_BYTES, OLDEST_TRAINER, FailureClass, Origin
 from finetune_api.redaction import redact_all
 from finetune_api.spec import FineTuneJobSpec
@@ -171,13 +171,13 @@ class RunConfig(WireModel):
     def to_wire(self) -> dict[str, Any]:
         """Return the dict for JSON. Spec fields that trainer 0.1.0 does not know are omitted if their origin is `default`."""
         value = super().to_wire()
-        required_releases = {value.pop("minTrainerVersion")}
+        releases = fields_with_since(FineTuneJobSpec)
+        default_paths = [path for path in releases if self.origin(path) is Origin.DEFAULT]
+        user_paths = [path for path in releases if path not in default_paths and value_at(value["spec"], path) is not None]
+        required_releases = {value.pop("minTrainerVersion"), *(releases[path] for path in user_paths)}
+        for path in default_paths:
+            remove_path(value["spec"], path)
         value["spec"].pop("prepare", None)  # trainer 0.1.0 does not know the group, and only the operator reads it
-        for path, release in fields_with_since(FineTuneJobSpec).items():
-            if self.origin(path) is Origin.DEFAULT:
-                remove_path(value["spec"], path)
-            elif self.spec.value(path) is not None:
-                required_releases.add(release)
         mark_entries = [f"{_MARK_PREFIX}{origin} {path}" for path, origin in value.pop("origins").items()]
         mark_entries.append(f"{_MARK_PREFIX}{_MIN_TRAINER_VERSION} {max(required_releases, key=version_key)}")
         rolled_back_attempt = value["resume"].pop("rolledBackAttempt", None)

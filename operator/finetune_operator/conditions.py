@@ -62,10 +62,7 @@ def _with_transition_time(
 
 
 def _copy_with(condition: Condition, transition_time: datetime | None, generation: int) -> Condition:
-    return Condition(
-        type=condition.type, status=condition.status, reason=condition.reason, message=condition.message,
-        last_transition_time=transition_time, observed_generation=generation,
-    )  # fmt: skip
+    return condition.model_copy(update={"last_transition_time": transition_time, "observed_generation": generation})
 
 
 def _make_condition(

@@ -86,7 +86,10 @@ def _condition_state(status: FineTuneJobStatus, kind: Kind) -> ConditionState:
 def _acceptance_events(old_status: FineTuneJobStatus, new_status: FineTuneJobStatus) -> Iterator[EventDraft]:
     old_condition, new_condition = _condition_state(old_status, Kind.ACCEPTED), _condition_state(new_status, Kind.ACCEPTED)
     if new_condition.status == "True" and old_condition.status != "True":
-        yield EventDraft(Reason.ACCEPTED, new_condition.message, action="Accept")
+        # The event about the start of an attempt or of a preparation also says that the job was accepted.
+        has_started = (new_status.attempts and not old_status.attempts) or (new_status.preparation and not old_status.preparation)
+        if not has_started:
+            yield EventDraft(Reason.ACCEPTED, new_condition.message, action="Accept")
     elif new_condition.status == "False" and (old_condition.status != "False" or old_condition.reason != new_condition.reason):
         yield EventDraft(Reason(new_condition.reason), new_condition.message, "Warning", "Accept")
 

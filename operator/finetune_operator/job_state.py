@@ -45,6 +45,8 @@ class JobState:
     """The job's first status write may be deferred until this event loop time during a burst."""
     status_rejection: str = ""
     """The API server's last error message that rejected this job's status. If the same message is repeated, it is not logged again."""
+    stored_status: tuple[str, Object] | None = None
+    """The resourceVersion and the JSON of the last status that was compared. None for a finished job."""
     pruned_write: tuple[str, Object] | None = None
     """The last status write from which an older CRD removed new fields: the resulting resourceVersion and the status as it was sent.
     As long as the object has this resourceVersion, the same write would change nothing."""

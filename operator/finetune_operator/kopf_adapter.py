@@ -12,6 +12,7 @@ around a behaviour of kopf 1.45. Without the item, a test fails:
   `WatchMonitor` detects stalled watches instead.
 * `WatchStreams`: kopf does not close a watch stream if its task is cancelled while it hands over an event. Python then closes the stream
   and the generators inside it at the same time, which sometimes fails with a traceback at the end of the process.
+* `watch_stream.py` handles changes of objects before kopf reads them, because kopf needs about 0.6 ms of CPU time for each event.
 * `run`: if `scanning.disabled` is set, kopf reads the API server's discovery document only once, at startup.
 * `IDLE_WORKER_SECONDS`: kopf keeps the last event of each object for 5 seconds, which needs much memory in a burst.
 * `RetryLogFilter`: kopf logs an error before each retry of a request.
@@ -26,7 +27,7 @@ import logging
 import re
 import sys
 import weakref
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
 from typing import Any, cast
@@ -37,6 +38,7 @@ import kopf
 from finetune_operator.kube import PAGE_SIZE, KubeClient, RequestObserver
 from finetune_operator.objects import FINETUNEJOB, MANAGED_BY_SELECTOR
 from finetune_operator.settings import OperatorConfig
+from finetune_operator.watch_stream import ChangeHandler, response_class
 
 LOGIN_PERIOD = timedelta(minutes=10)
 """kopf asks for new credentials after this time, because service account tokens rotate."""
@@ -187,8 +189,8 @@ class WatchStreams:
             self._hooks.firstiter(generator)
 
 
-async def login(kube: KubeClient, monitor: WatchMonitor) -> TracedSession:
-    """Return credentials for kopf, taken from the operator's own API client."""
+async def login(kube: KubeClient, monitor: WatchMonitor, handlers: Mapping[str, ChangeHandler]) -> TracedSession:
+    """Return credentials for kopf, taken from the operator's own API client. `handlers`: see `watch_stream.WatchResponse`."""
     configuration = kube.configuration
     bearer_token = (await configuration.auth_settings()).get("BearerToken")
     scheme, _, token = str(bearer_token["value"]).rpartition(" ") if bearer_token else ("", "", "")
@@ -203,21 +205,22 @@ async def login(kube: KubeClient, monitor: WatchMonitor) -> TracedSession:
         token=token or None,
         expiration=datetime.now(UTC) + LOGIN_PERIOD if token else None,
     )
-    return TracedSession(connection_info, monitor)
+    return TracedSession(connection_info, monitor, handlers)
 
 
 class TracedSession(kopf.AiohttpSession):
     """Credentials that create a new HTTP session for each of kopf's contexts. `WatchMonitor` traces the requests of each session.
+    `handlers` handle changes that kopf watches.
 
     When a context ends, kopf closes its session. `kopf.AiohttpSession` would share one session among all contexts. After the end of the
     first context, the remaining watches would wait for new credentials forever, and the process would not exit.
     Two objects are equal if their credentials are equal. Otherwise kopf would retry credentials that the server has rejected.
     """
 
-    _source: tuple[kopf.ConnectionInfo, WatchMonitor]
+    _source: tuple[kopf.ConnectionInfo, WatchMonitor, Mapping[str, ChangeHandler]]
 
-    def __init__(self, connection_info: kopf.ConnectionInfo, monitor: WatchMonitor) -> None:
-        object.__setattr__(self, "_source", (connection_info, monitor))  # the base class is a frozen dataclass
+    def __init__(self, connection_info: kopf.ConnectionInfo, monitor: WatchMonitor, handlers: Mapping[str, ChangeHandler]) -> None:
+        object.__setattr__(self, "_source", (connection_info, monitor, handlers))  # the base class is a frozen dataclass
         super().__init__(
             server=connection_info.server, expiration=connection_info.expiration, aiohttp_session=cast("aiohttp.ClientSession", None)
         )
@@ -231,12 +234,13 @@ class TracedSession(kopf.AiohttpSession):
     @property
     def aiohttp_session(self) -> aiohttp.ClientSession:
         """Create a session with the arguments that kopf itself uses for a `ConnectionInfo`."""
-        connection_info, monitor = self._source
+        connection_info, monitor, handlers = self._source
         return aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, ssl=connection_info.as_ssl_context()),
             headers=connection_info.as_http_headers(),
             trust_env=connection_info.trust_env,
             trace_configs=[monitor.trace_config()],
+            response_class=response_class(handlers),
         )
 
     @aiohttp_session.setter

@@ -10,7 +10,6 @@ retry creates: if the outcome of a create is unknown, the caller reads the objec
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import random
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -27,6 +26,7 @@ from finetune_api import names
 from kubernetes.aio import config as kube_config
 from kubernetes.aio.client.configuration import Configuration
 from kubernetes.aio.client.rest import RESTClientObject
+from pydantic_core import from_json
 
 from finetune_operator.objects import LEASE, Kind, Object
 from finetune_operator.settings import ApiSettings
@@ -341,7 +341,7 @@ def _proxy_of(url: str) -> str | None:
 
 def _parse_json(data: bytes) -> Object:
     try:
-        value = json.loads(data)
+        value = from_json(data)
     except ValueError:
         return {"message": data[:500].decode(errors="replace")}
     return value if isinstance(value, dict) else {"message": str(value)[:500]}

@@ -124,8 +124,9 @@ class JobObserver:
         return self.states.pop(key, None)
 
     def release_finished(self, key: Key) -> None:
-        """Release a finished job's resolved spec and its reservation in the rate limiter, because neither is needed any more."""
+        """Release a finished job's resolved spec, the JSON of its status and its reservation in the rate limiter: none is needed any more."""
         self._blocking_reader.release(key)
+        self.states[key].stored_status = None
         self.states[key].acceptance = SPEC_NOT_NEEDED
 
 

@@ -114,6 +114,8 @@ def compute_status(facts: Facts, plan: Plan, result: ActionResult) -> FineTuneJo
 
 def _with_generation(status: FineTuneJobStatus, generation: int) -> FineTuneJobStatus:
     """Return the status with a new generation. In a finished job, an edit of the spec changes only `observedGeneration`."""
+    if all(known == generation for known in (status.observed_generation, *(condition.observed_generation for condition in status.conditions))):
+        return status
     updated_fields = FineTuneJobStatus(
         observed_generation=generation, conditions=with_generation(status.conditions, generation)
     )

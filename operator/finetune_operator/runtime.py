@@ -99,8 +99,22 @@ class OperatorRuntime:
         return None if error is None else 1
 
     async def _load(self) -> None:
-        await self._secrets.load(self._kube, self._config.isolation.operator_namespace or _own_namespace())
+        await self._secrets.load(self._kube, self._key_namespace)
         await self._resyncer.run_once()
+
+    @property
+    def _key_namespace(self) -> str:
+        return self._config.isolation.operator_namespace or _own_namespace()
+
+    async def _keep_key(self) -> None:
+        """Restore the Secret with the operator's key once per resync interval while this replica is the leader."""
+        await self._is_working.wait()
+        while True:
+            await asyncio.sleep(self._config.resync_seconds)
+            try:
+                await self._secrets.restore_key(self._kube, self._key_namespace)
+            except KubeError as error:
+                logger.warning("cannot check the Secret with the operator's key: %s", error)
 
     async def _run_tasks(self) -> int:
         elector = self._elector if self._config.leader_election.enabled else None
@@ -110,6 +124,7 @@ class OperatorRuntime:
         coroutines |= {
             "resync": self._resyncer.run_periodically(self._config.resync_seconds),
             "scraper": self._scraper.run(),
+            "attempt-key": self._keep_key(),
             "event-loop-lag": self._measure_lag(),
         }
         coroutines |= {f"worker-{number}": self._work() for number in range(self._config.workers)}

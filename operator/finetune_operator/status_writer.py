@@ -8,7 +8,7 @@ import logging
 
 from finetune_api.names import Condition as Kind
 from finetune_api.names import Reason
-from finetune_api.status import FineTuneJobStatus, ResolvedConfig
+from finetune_api.status import FineTuneJobStatus, ResolvedConfig, prompt_part
 
 from finetune_operator.blocking_conditions import all_pods_ended
 from finetune_operator.cache import Cache
@@ -50,12 +50,14 @@ class StatusWriter:
         Errors: Conflict if the FineTuneJob has changed since it was observed; other KubeErrors.
         """
         old_status, new_status = facts.job.status, compute_status(facts, plan, result)
-        old_wire, new_wire = old_status.to_wire(), new_status.to_wire()
+        if new_status is old_status:
+            return
+        old_wire, new_wire = _stored_status(facts.job, state), new_status.to_wire()
         if old_wire == new_wire or state.pruned_write == (facts.job.resource_version, new_wire):
             state.pending_changes.transition_at = None
             return
         drafts = draft_events(old_status, new_status)
-        delay_seconds = self._delay_seconds(facts, plan, new_status, drafts, state, is_transition=old_status.prompt_part() != new_status.prompt_part())
+        delay_seconds = self._delay_seconds(facts, plan, new_status, drafts, state, is_transition=prompt_part(old_wire) != prompt_part(new_wire))
         if delay_seconds > 0:
             self._queue.add_after(key, delay_seconds)
             return
@@ -75,31 +77,33 @@ class StatusWriter:
         """Write the status, whose JSON is `new_wire`. If the API server rejects it, omit values from pods, so that suspend, cancel and
         deadlines still work."""
         try:
-            written_job = await self._send_status(job, new_wire)
+            body = await self._send_status(job, new_wire)
         except Invalid as error:
             await self._report_rejection(job, error, state)
         else:
-            is_pruned = written_job.status.to_wire() != new_wire
+            written_job = read_finetunejob(body)
+            # The comparison of the JSON is fast. It may find a difference that has no meaning, for example a changed form of a time.
+            is_pruned = body.get("status") != new_wire and written_job.status.to_wire() != new_wire
             state.pruned_write = (written_job.resource_version, new_wire) if is_pruned else None
+            state.stored_status = None if is_pruned else (written_job.resource_version, new_wire)
             return written_job
         wire_without_reports = reduced_status(new_status, job.status).to_wire()
         if wire_without_reports == job.status.to_wire():
             return job
         try:
-            return await self._send_status(job, wire_without_reports)
+            return read_finetunejob(await self._send_status(job, wire_without_reports))
         except Invalid as error:
             # A newer CRD may reject values that were stored under an older CRD.
             logger.warning("the API server also rejects the values of the stored status: %s", error)
         minimal_status = reduced_status(new_status, FineTuneJobStatus())
         try:
-            return await self._send_status(job, minimal_status.to_wire())
+            return read_finetunejob(await self._send_status(job, minimal_status.to_wire()))
         except Invalid as error:
             # A CRD that is older than the operator lacks some phases and conditions that the operator writes.
-            return await self._send_status(job, without_rejected_fields(minimal_status, error.message).to_wire())
+            return read_finetunejob(await self._send_status(job, without_rejected_fields(minimal_status, error.message).to_wire()))
 
-    async def _send_status(self, job: JobObject, status: Object) -> JobObject:
-        body = status_body(job, status)
-        return read_finetunejob(await self._kube.replace(FINETUNEJOB, job.namespace, body, subresource="status"))
+    async def _send_status(self, job: JobObject, status: Object) -> Object:
+        return await self._kube.replace(FINETUNEJOB, job.namespace, status_body(job, status), subresource="status")
 
     async def _report_rejection(self, job: JobObject, error: Invalid, state: JobState) -> None:
         if error.message == state.status_rejection:
@@ -172,6 +176,13 @@ class StatusWriter:
             self._metrics.quota_wait.observe(seconds_between(old_quota.last_transition_time, admitted_at))
         if new_status.steps_done and not old_status.steps_done:
             self._metrics.time_to_running.observe((facts.now - facts.job.created_at).total_seconds())
+
+
+def _stored_status(job: JobObject, state: JobState) -> Object:
+    """Return the JSON of the job's stored status. It is kept, because several reconciles see the same version of the job."""
+    if state.stored_status is None or state.stored_status[0] != job.resource_version:
+        state.stored_status = (job.resource_version, job.status.to_wire())
+    return state.stored_status[1]
 
 
 def may_defer(plan: Plan, old_status: FineTuneJobStatus, new_status: FineTuneJobStatus, drafts: list[EventDraft]) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from finetune_api.redaction import redact_all
 
 MAX_MESSAGE_CHARACTERS = 1024
@@ -9,8 +11,12 @@ MAX_MESSAGE_CHARACTERS = 1024
 REDACTED_TEXT = "[redacted]"
 
 
+@lru_cache(maxsize=512)
 def clean(text: str, limit: int = MAX_MESSAGE_CHARACTERS) -> str:
-    """Mask secrets and cut the text to `limit` characters. All users who may read the FineTuneJob can see the result."""
+    """Mask secrets and cut the text to `limit` characters. All users who may read the FineTuneJob can see the result.
+
+    Results are cached, because a status repeats the same messages at each reconcile.
+    """
     text = "".join(c if c.isprintable() or c == "\n" else " " for c in text[: limit * 4]).strip()
     text = redact_all(text, REDACTED_TEXT)
     return text if len(text) <= limit else text[: limit - 4].rstrip() + " ..."

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 BURST_COUNT, BURST_SECONDS = 10, 2.0
 """`BURST_COUNT` occurrences within `BURST_SECONDS` seconds are a burst."""
-MAX_DEFER_SECONDS, RECHECK_SECONDS = 20.0, 5.0
+MAX_DEFER_SECONDS, RECHECK_SECONDS = 20.0, 10.0
 """Maximum delay of a transition during a burst, and seconds between two checks whether the burst continues."""
 JOB_END_SECONDS = 5.0
 """If all pods have ended but their Job has not, the status shows the pods as not ready only after this many seconds."""

@@ -5,6 +5,8 @@ The pause after a failure doubles with each failure in a row. If `add_after` is 
 
 Namespaces take turns: a namespace with thousands of queued jobs does not delay the jobs of other namespaces.
 
+Updates of Jobs and pods are added with `add_update`. During a burst of updates, they wait for two seconds, so that one reconcile handles several.
+
 Workers take high-priority keys first. So in a burst of new jobs, all Jobs are created before statuses are updated. After several
 high-priority keys in a row, a worker takes one key with normal priority.
 """
@@ -22,6 +24,8 @@ from finetune_operator.throttle import BurstDetector
 FIRST_BACKOFF_SECONDS, LONGEST_BACKOFF_SECONDS = 0.005, 300.0
 HIGH_PRIORITY_IN_A_ROW = 7
 """After this many high-priority keys in a row, a worker takes one key with normal priority."""
+UPDATE_DELAY_SECONDS = 2.0
+"""During a burst of updates, an updated key waits this long. The pod and the Job of a training change several times within seconds."""
 
 
 class Key(NamedTuple):
@@ -73,13 +77,18 @@ class WorkQueue:
         self._high_priority = FairQueue()
         self._high_priority_in_a_row = 0
         self._burst = BurstDetector()
+        self._update_burst = BurstDetector()
         self._waiting_since: dict[Key, float] = {}
         self._working_since: dict[Key, float] = {}
         self._added_while_working: set[Key] = set()
         self._due: dict[Key, float] = {}
         self._heap: list[tuple[float, Key]] = []
         self._failures: dict[Key, int] = {}
-        self._changed = asyncio.Event()
+        self._waiters: deque[asyncio.Future[None]] = deque()
+        """One future for each idle worker, in the order in which the workers became idle."""
+        self._timer: asyncio.TimerHandle | None = None
+        """Fires when the earliest delayed key is due, at `_timer_due_at`."""
+        self._timer_due_at: float | None = None
 
     def add(self, key: Key) -> None:
         """Queue `key` for the next free worker."""
@@ -88,14 +97,23 @@ class WorkQueue:
         elif key not in self._waiting_since:
             self._waiting_since[key] = self._clock()
             self._ready.append(key)
-            self._changed.set()
+            self._wake_worker()
 
     def add_high_priority(self, key: Key) -> None:
         """Queue `key` before all keys with normal priority."""
         if key not in self._working_since and key not in self._waiting_since:
             self._waiting_since[key] = self._clock()
             self._high_priority.append(key)
-            self._changed.set()
+            self._wake_worker()
+        else:
+            self.add(key)
+
+    def add_update(self, key: Key) -> None:
+        """Queue `key` because one of its objects has changed. During a burst of such changes, the key is queued after a short delay."""
+        now = self._clock()
+        self._update_burst.record(now)
+        if self._update_burst.is_active(now):
+            self.add_after(key, UPDATE_DELAY_SECONDS)
         else:
             self.add(key)
 
@@ -108,7 +126,7 @@ class WorkQueue:
         if due_at < self._due.get(key, float("inf")):
             self._due[key] = due_at
             heapq.heappush(self._heap, (due_at, key))
-            self._changed.set()
+            self._set_timer()
 
     def add_after_failure(self, key: Key) -> float:
         """Queue `key` after a pause that doubles with each failure in a row. Returns the pause in seconds."""
@@ -133,12 +151,32 @@ class WorkQueue:
                 self._working_since[key] = now
                 self._due.pop(key, None)
                 return key, waited_seconds
-            self._changed.clear()
-            try:
-                async with asyncio.timeout(self.seconds_until_due()):
-                    await self._changed.wait()
-            except TimeoutError:
-                continue
+            waiter = asyncio.get_running_loop().create_future()
+            self._waiters.append(waiter)
+            await waiter
+
+    def _wake_worker(self) -> None:
+        """Wake one idle worker. If all idle workers woke for each key, all but one of them would find an empty queue."""
+        while self._waiters:
+            waiter = self._waiters.popleft()
+            if not waiter.done():
+                waiter.set_result(None)
+                return
+
+    def _set_timer(self) -> None:
+        """Start the timer for the earliest delayed key, unless the timer already runs for that time."""
+        seconds = self.seconds_until_due()
+        due_at = None if seconds is None else self._heap[0][0]
+        if due_at == self._timer_due_at:
+            return
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = None if seconds is None else asyncio.get_running_loop().call_later(seconds, self._on_timer)
+        self._timer_due_at = due_at
+
+    def _on_timer(self) -> None:
+        self._timer_due_at = None
+        self._queue_due_keys()
 
     def _pop_next_key(self) -> Key:
         takes_high_priority = self._high_priority and (
@@ -196,8 +234,7 @@ class WorkQueue:
             if self._due.get(key) == due_at:
                 del self._due[key]
                 self.add(key)
-        if len(self):
-            self._changed.set()
+        self._set_timer()
 
     def seconds_until_due(self) -> float | None:
         """Return the seconds until the next delayed key is due, or None if no key is delayed."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import Field
 
-from finetune_api.base import Group
+from finetune_api.base import Group, value_at
 from finetune_api.spec.cluster import Placement, Policy, Prepare, Resources, StorageRoot
 from finetune_api.spec.dataset import Dataset
 from finetune_api.spec.method import Method
@@ -99,10 +99,7 @@ class FineTuneJobSpec(Group):
 
     def value(self, path: str) -> Any:
         """Return the value at a dotted path of camelCase names, or None."""
-        value: Any = self.to_wire()
-        for name in path.split("."):
-            value = value.get(name) if isinstance(value, dict) else None
-        return value
+        return value_at(self.to_wire(), path)
 
     def with_values(self, values: Mapping[str, Any]) -> FineTuneJobSpec:
         """Return a copy of the spec with new values. The keys of `values` are dotted paths of camelCase names. Errors: pydantic's ValidationError."""

@@ -81,16 +81,16 @@ EXPECTED_ATTEMPTS: dict[str, list[tuple[int, str]]] = {
     "cancel": [(1, Reason.CANCELLED)],
 }
 EXPECTED_EVENTS: dict[str, list[str]] = {
-    "create": [Reason.ACCEPTED, Reason.ATTEMPT_STARTED, Reason.SUCCEEDED],
-    "create two": [Reason.ACCEPTED, Reason.ATTEMPT_STARTED, Reason.SUCCEEDED],
+    "create": [Reason.ATTEMPT_STARTED, Reason.SUCCEEDED],
+    "create two": [Reason.ATTEMPT_STARTED, Reason.SUCCEEDED],
     "fail": [
-        Reason.ACCEPTED, Reason.ATTEMPT_STARTED, Reason.INTERNAL_ERROR, Reason.RETRYING, Reason.ATTEMPT_STARTED,
+        Reason.ATTEMPT_STARTED, Reason.INTERNAL_ERROR, Reason.RETRYING, Reason.ATTEMPT_STARTED,
         Reason.SUCCEEDED,
     ],
-    "succeed": [Reason.ACCEPTED, Reason.ATTEMPT_STARTED, Reason.SUCCEEDED],
-    "suspend": [Reason.ACCEPTED, Reason.ATTEMPT_STARTED, Reason.SUSPENDED],
+    "succeed": [Reason.ATTEMPT_STARTED, Reason.SUCCEEDED],
+    "suspend": [Reason.ATTEMPT_STARTED, Reason.SUSPENDED],
     "resume": [Reason.ACCEPTED, Reason.SUSPENDED, Reason.RESUMED, Reason.ATTEMPT_STARTED, Reason.SUCCEEDED],
-    "cancel": [Reason.ACCEPTED, Reason.ATTEMPT_STARTED, Reason.CANCELLED],
+    "cancel": [Reason.ATTEMPT_STARTED, Reason.CANCELLED],
 }  # fmt: skip
 """Events that must exist at the end of each scenario, at whichever point the operator was killed."""
 

@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pytest
+from finetune_api import status as status_module
 from finetune_api.names import Phase, Reason
 from finetune_api.schema import PRINTER_COLUMNS
 from finetune_api.sources import MAX_MODEL_NAME_LENGTH
@@ -25,7 +26,7 @@ STATUS: dict[str, Any] = {
 
 
 def prompt_part(**changes: Any) -> dict[str, Any]:
-    return FineTuneJobStatus.model_validate(STATUS | changes).prompt_part()
+    return status_module.prompt_part(FineTuneJobStatus.model_validate(STATUS | changes).to_wire())
 
 
 @pytest.mark.parametrize(
@@ -90,7 +91,7 @@ def test_only_the_presence_of_the_latest_checkpoint_is_part_of_the_prompt_part()
 def test_times_that_differ_below_one_second_have_equal_prompt_parts() -> None:
     status = FineTuneJobStatus.model_validate(STATUS)
     later = status.model_copy(update={"start_time": datetime(2026, 3, 1, 12, 0, 0, 999999, UTC)})
-    assert later.prompt_part() == status.prompt_part()
+    assert status_module.prompt_part(later.to_wire()) == prompt_part()
 
 
 LONGEST_VALUES = {

@@ -43,7 +43,7 @@ def test_events_of_a_whole_run() -> None:
         current, reasons = step(current, result, **observed)
         seen += reasons
     assert seen == [
-        "Accepted", "AttemptStarted", "Unschedulable", "TrainingStarted", "FirstCheckpointCommitted", "Succeeded",
+        "AttemptStarted", "Unschedulable", "TrainingStarted", "FirstCheckpointCommitted", "Succeeded",
     ]  # fmt: skip
 
 

@@ -257,10 +257,60 @@ async def test_a_damaged_key_is_refused_without_showing_it(data: Object | None) 
     )
 
 
-async def test_without_secrets_no_key_is_read_and_no_token_is_sent() -> None:
+async def test_deleted_key_is_restored_while_the_operator_runs() -> None:
+    """After a restart with another key, the operator could not read the progress of running attempts."""
+    server = new_server()
+    secrets = await load(server)
+    original = server.objects.pop((SECRET.plural, ISOLATION.key_secret_name))
+    await secrets.restore_key(cast("KubeClient", server), "ops")
+    assert server.objects[SECRET.plural, ISOLATION.key_secret_name]["data"] == original["data"]
+    server.requests.clear()
+    await secrets.restore_key(cast("KubeClient", server), "ops")
+    assert server.requests == [("get", SECRET.plural)], "an existing key is not created again"
+    assert (await load(server)).secret(UID, 1) == secrets.secret(UID, 1)
+
+
+async def test_without_secrets_no_key_is_restored() -> None:
+    server = new_server()
+    await AttemptSecrets(IsolationSettings()).restore_key(cast("KubeClient", server), "ops")
+    assert server.requests == []
+
+
+async def test_without_secrets_no_key_is_created_and_no_token_is_sent() -> None:
     server, secrets = new_server(), AttemptSecrets(IsolationSettings())
     await secrets.load(cast("KubeClient", server), "ops")
-    assert (server.requests, secrets.progress_token(UID, 1)) == ([], None)
+    assert (server.requests, secrets.progress_token(UID, 1)) == ([("get", SECRET.plural)], None)
+
+
+async def test_after_secrets_are_turned_off_the_progress_of_running_attempts_is_still_read() -> None:
+    server = new_server()
+    token = (await load(server)).progress_token(UID, 1)
+    secrets = AttemptSecrets(IsolationSettings())
+    await secrets.load(cast("KubeClient", server), "ops")
+    assert token is not None
+    assert (secrets.progress_token(UID, 1), secrets.is_enabled) == (token, False)
+
+
+@pytest.mark.parametrize("data", [{}, {"key": "not base64"}])
+async def test_without_secrets_a_damaged_key_does_not_stop_the_operator(data: Object) -> None:
+    server, secrets = new_server(), AttemptSecrets(IsolationSettings())
+    server.put(SECRET, {"metadata": {"name": ISOLATION.key_secret_name, "namespace": "ops"}, "data": data})
+    await secrets.load(cast("KubeClient", server), "ops")
+    assert secrets.progress_token(UID, 1) is None
+
+
+async def test_without_secrets_a_missing_permission_for_the_key_does_not_stop_the_operator() -> None:
+    server, secrets = new_server(), AttemptSecrets(IsolationSettings())
+
+    def refuse(verb: str, kind: Kind) -> None:
+        raise Forbidden(verb, kind, "key", 403, "Forbidden", "secrets is forbidden")
+
+    server.before_request = refuse
+    await secrets.load(cast("KubeClient", server), "ops")
+    assert secrets.progress_token(UID, 1) is None
+    enabled = AttemptSecrets(ISOLATION)
+    with pytest.raises(Forbidden):
+        await enabled.load(cast("KubeClient", server), "ops")
 
 
 # The configuration

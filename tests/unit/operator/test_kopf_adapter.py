@@ -30,7 +30,7 @@ from tests.unit.operator.samples import CONFIG
 
 def session_of(token: str) -> TracedSession:
     info = kopf.ConnectionInfo(server="https://api", token=token, insecure=True)
-    return TracedSession(info, WatchMonitor([], lambda *_: None))
+    return TracedSession(info, WatchMonitor([], lambda *_: None), {})
 
 
 def test_backoff_never_ends_and_restarts_for_each_request() -> None:
@@ -98,7 +98,7 @@ async def test_requests_are_observed_and_a_rejected_watch_counts_as_stalled() ->
     async with TestServer(app) as server:
         root = str(server.make_url("")).rstrip("/")
         urls = ("/api/v1/pods?limit=500", "/api/v1/pods?watch=true", "/apis/batch/v1", "/apis/batch/v1/jobs?watch=true")
-        async with TracedSession(kopf.ConnectionInfo(server=root, insecure=True), monitor).aiohttp_session as session:
+        async with TracedSession(kopf.ConnectionInfo(server=root, insecure=True), monitor, {}).aiohttp_session as session:
             for url in urls:
                 await (await session.get(root + url)).read()
             await server.close()

@@ -23,6 +23,7 @@ from finetune_api.status import (
     ResolvedConfig,
     RunPlan,
     Workers,
+    prompt_part,
 )
 from finetune_operator.blocking_conditions import find_missing_pods
 from finetune_operator.builders.job import build_preparation_job
@@ -220,7 +221,7 @@ def test_the_progress_of_a_preparation_is_shown_and_does_not_hurry_the_status() 
     )
     assert first.preparation is not None and (first.preparation.stage, first.preparation.tokenised_rows) == ("checking", 1000)
     assert second.preparation is not None and second.preparation.tokenised_rows == 2000
-    assert first.prompt_part() == second.prompt_part()
+    assert prompt_part(first.to_wire()) == prompt_part(second.to_wire())
     other_pod = replace(observed, preparation_report=running_report("checking", 1000, "pod-prepare-0"))
     assert status_of(other_pod, decide(other_pod)).preparation == Preparation.model_validate(RECORD)
     message = TerminationMessage(exit_code=0, data=DataReport.model_validate({**STORED, "tokenisedRows": 2500}))
@@ -460,7 +461,7 @@ async def test_a_reconcile_creates_the_job_once_and_then_the_first_attempt() -> 
     process = Process(server, config)
     await process.reconcile()
     assert [name for plural, name in server.objects if plural == JOB.plural] == ["run-prepare1"]
-    assert server.event_counts() == {Reason.ACCEPTED: 1, Reason.PREPARING: 1}
+    assert server.event_counts() == {Reason.PREPARING: 1}
     await Process(server, config).reconcile()  # a restarted operator that does not know the Job yet
     assert [name for plural, name in server.objects if plural == JOB.plural] == ["run-prepare1"]
     body = server.objects[JOB.plural, "run-prepare1"]

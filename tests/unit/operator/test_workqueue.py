@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from finetune_operator.workqueue import HIGH_PRIORITY_IN_A_ROW, Key, WorkQueue
+from finetune_operator.throttle import BURST_COUNT
+from finetune_operator.workqueue import HIGH_PRIORITY_IN_A_ROW, UPDATE_DELAY_SECONDS, Key, WorkQueue
 
 A, B = Key("team", "a"), Key("team", "b")
 
@@ -186,3 +187,75 @@ async def test_take_returns_when_a_delay_ends() -> None:
     queue = WorkQueue()
     queue.add_after(A, 0.01)
     assert (await asyncio.wait_for(queue.take(), 5))[0] == A
+
+
+async def test_added_key_wakes_one_idle_worker_and_no_key_is_left_behind() -> None:
+    """If every idle worker woke for each key, a burst of updates would mostly wake workers that find an empty queue."""
+    queue = WorkQueue()
+    checks = 0
+    queue_due_keys = queue._queue_due_keys
+
+    def count_checks() -> None:
+        nonlocal checks
+        checks += 1
+        queue_due_keys()
+
+    queue._queue_due_keys = count_checks  # type: ignore[method-assign]
+    workers = [asyncio.create_task(queue.take()) for _ in range(8)]
+    await asyncio.sleep(0)
+    assert checks == 8
+    queue.add(A)
+    queue.add(B)
+    for _ in range(3):
+        await asyncio.sleep(0)
+    assert checks == 10
+    assert [worker.result()[0] for worker in workers if worker.done()] == [A, B]
+    for worker in workers:
+        worker.cancel()
+
+
+async def test_key_of_a_cancelled_worker_goes_to_the_next_one() -> None:
+    queue = WorkQueue()
+    first, second = asyncio.create_task(queue.take()), asyncio.create_task(queue.take())
+    await asyncio.sleep(0)
+    first.cancel()
+    queue.add(A)
+    assert (await asyncio.wait_for(second, 5))[0] == A
+
+
+async def test_earlier_delay_replaces_the_running_timer() -> None:
+    queue = WorkQueue()
+    queue.add_after(A, 3600)
+    worker = asyncio.create_task(queue.take())
+    await asyncio.sleep(0)
+    queue.add_after(B, 0.01)
+    assert (await asyncio.wait_for(worker, 5))[0] == B
+
+
+async def test_updates_wait_only_during_a_burst(clock: Clock) -> None:
+    queue = WorkQueue(clock)
+    keys = [Key("team", str(number)) for number in range(BURST_COUNT)]
+    for key in keys:
+        queue.add_update(key)
+    assert len(queue) == BURST_COUNT - 1, "the last update completes the burst"
+    queue.add_update(keys[-1])
+    assert queue.seconds_until_due() == UPDATE_DELAY_SECONDS
+    taken = [(await queue.take())[0] for _ in keys[:-1]]
+    assert taken == keys[:-1]
+    clock.now += UPDATE_DELAY_SECONDS
+    assert await queue.take() == (keys[-1], 0)
+    assert queue.seconds_until_due() is None, "two updates are one reconcile"
+    clock.now += 60
+    queue.add_update(A)
+    assert (await queue.take())[0] == A
+
+
+async def test_user_request_does_not_wait_for_a_delayed_update(clock: Clock) -> None:
+    queue = WorkQueue(clock)
+    for _ in range(BURST_COUNT):
+        queue.add_update(A)
+    await queue.take()
+    queue.done(A)
+    queue.add_update(A)
+    queue.add(A)
+    assert (await queue.take())[0] == A

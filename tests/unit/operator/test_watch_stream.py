@@ -1,0 +1,110 @@
+"""Changes in kopf's watch streams are handled before kopf reads them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from typing import Any, cast
+
+import aiohttp
+import kopf
+import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
+from finetune_operator.kopf_adapter import TracedSession, WatchMonitor
+from finetune_operator.objects import Object
+from finetune_operator.watch_stream import WatchStream
+
+
+def event(event_type: str, version: int) -> dict[str, Any]:
+    return {"type": event_type, "object": {"metadata": {"name": "run", "resourceVersion": str(version)}}}
+
+
+def bookmark(version: int) -> dict[str, Any]:
+    return {"type": "BOOKMARK", "object": {"metadata": {"resourceVersion": str(version)}}}
+
+
+class Content:
+    """A stream with given chunks."""
+
+    def __init__(self, *chunks: bytes):
+        self._chunks = chunks
+
+    async def iter_chunked(self, _: int) -> AsyncIterator[bytes]:
+        for chunk in self._chunks:
+            yield chunk
+
+    def iter_any(self) -> AsyncIterator[bytes]:
+        return self.iter_chunked(0)
+
+    def exception(self) -> str:
+        return "of the connection"
+
+
+class Handler:
+    """Records changes. Changes of version 3 fail."""
+
+    def __init__(self) -> None:
+        self.changes: list[tuple[str, str]] = []
+
+    def __call__(self, event_type: str, body: Object) -> None:
+        version = body["metadata"]["resourceVersion"]
+        if version == "3":
+            raise ValueError("version 3")
+        self.changes.append((event_type, version))
+
+
+async def read(data: list[bytes], handler: Handler) -> list[dict[str, Any]]:
+    stream = WatchStream(cast("aiohttp.StreamReader", Content(*data)), handler)
+    text = b"".join([chunk async for chunk in stream.iter_chunked(1024)])
+    return [json.loads(line) for line in text.splitlines()]
+
+
+EVENTS = [event("ADDED", 1), event("MODIFIED", 2), event("MODIFIED", 3), bookmark(4), event("DELETED", 5), {"type": "ERROR", "object": {"code": 410}}]
+LINES = b"".join(json.dumps(one).encode() + b"\n" for one in EVENTS)
+
+
+@pytest.mark.parametrize("size", [1, 7, 60, len(LINES)])
+async def test_kopf_reads_bookmarks_instead_of_handled_changes(size: int) -> None:
+    """kopf must see deletions, errors, and changes whose handler has failed."""
+    handler = Handler()
+    forwarded = await read([LINES[start : start + size] for start in range(0, len(LINES), size)], handler)
+    assert handler.changes == [("ADDED", "1"), ("MODIFIED", "2")]
+    bookmarks = [bookmark(2)] if size == len(LINES) else [bookmark(1), bookmark(2)]
+    assert forwarded == [*bookmarks, *EVENTS[2:]]
+
+
+@pytest.mark.parametrize("line", [b"no json", b"[]", b'{"type": "ADDED", "object": {}}'])
+async def test_lines_that_are_no_events_go_to_kopf(line: bytes) -> None:
+    stream = WatchStream(cast("aiohttp.StreamReader", Content(line + b"\n")), Handler())
+    assert [chunk async for chunk in stream.iter_chunked(1024)] == [line + b"\n"]
+
+
+def test_state_of_the_connection_comes_from_the_original_content() -> None:
+    stream = WatchStream(cast("aiohttp.StreamReader", Content()), Handler())
+    assert stream.exception() == "of the connection"
+
+
+@pytest.mark.parametrize(
+    ("url", "status", "handled"),
+    [
+        ("/api/v1/pods?watch=true", 200, 2),
+        ("/api/v1/namespaces/team/pods?watch=true", 200, 2),
+        ("/api/v1/pods?limit=500", 200, 0),
+        ("/api/v1/pods?watch=true", 410, 0),
+        ("/api/v1/services?watch=true", 200, 0),
+    ],
+)
+async def test_only_successful_watches_of_known_collections_are_handled(url: str, status: int, handled: int) -> None:
+    async def respond(_: web.Request) -> web.Response:
+        return web.Response(body=LINES, status=status)
+
+    app, handler = web.Application(), Handler()
+    app.router.add_get("/{path:.*}", respond)
+    async with TestServer(app) as server:
+        info = kopf.ConnectionInfo(server=str(server.make_url("")), insecure=True)
+        credentials = TracedSession(info, WatchMonitor([], lambda *_: None), {"pods": handler})
+        async with credentials.aiohttp_session as session, session.get(server.make_url(url)) as response:
+            text = b"".join([chunk async for chunk in response.content.iter_chunked(1024)])
+    assert len(handler.changes) == handled
+    assert (text == LINES) is not bool(handled)
