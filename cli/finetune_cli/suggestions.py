@@ -29,12 +29,16 @@ def suggest_field(path: str, known_paths: Iterable[str]) -> str:
 
 
 def _field_elsewhere(path: str, candidates: list[str]) -> str:
-    """Return the field with the same name in another group: below the same group, or if it is the only field with this name."""
+    """Return the field with the same name in another group: below the same group, or if it is the only field with this name.
+
+    Of several fields, the least nested one is returned.
+    """
     group, _, name = path.rpartition(".")
     same_name = [field for field in candidates if normalise(field.rpartition(".")[2]) == normalise(name)]
     below_group = [field for field in same_name if group and field.startswith(f"{group}.")]
     found = below_group or (same_name if name not in COMMON_NAMES else [])
-    return found[0] if len(found) == 1 else ""
+    least_nested = [field for field in found if field.count(".") == min(one.count(".") for one in found)]
+    return least_nested[0] if len(least_nested) == 1 else ""
 
 
 def closest_name(word: str, known_names: Iterable[str]) -> str:

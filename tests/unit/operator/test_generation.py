@@ -143,6 +143,6 @@ def test_the_end_of_the_server_is_the_cause_that_the_trainer_reports() -> None:
     """The state of the server's container must not hide the trainer's own message."""
     message = TerminationMessage(class_=FailureClass.INFRASTRUCTURE, code="GenerationServerEnded", message="the vLLM server ended: exit code 1")
     failed = replace(end_pod(pod(), 74, message), init_failure_message="init container generation ended with exit code 1")
-    cause = pod_cause(replace(failed, termination_message=message) if failed.termination_message is None else failed)
+    cause = pod_cause(failed)
     assert cause is not None
     assert (cause.failure.code, cause.failure.class_, cause.reason) == ("GenerationServerEnded", FailureClass.INFRASTRUCTURE, Reason.PEER_FAILED)
