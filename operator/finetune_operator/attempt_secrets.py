@@ -1,8 +1,8 @@
 """The operator's key, and the secrets of attempts that the operator derives from it.
 
-The operator may create Secrets, but may not read the Secrets of users. It reads only its own key, at startup. If the Secret with the key is
-deleted while the operator runs, the operator creates it again with the same key. If it is deleted while no operator runs, the operator creates another
-key at its start. It then cannot read the progress of attempts that run at that time. They continue.
+The operator may create Secrets, but may not read the Secrets of users. It reads only its own key, at startup and when it becomes the leader. If the Secret
+with the key is deleted while the operator runs, the leader creates it again with the same key. If it is deleted while no operator runs, the next leader
+creates another key. It then cannot read the progress of attempts that run at that time. They continue.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ KEY_BYTES = 32
 
 
 class AttemptSecrets:
-    """The secrets of all attempts. `load` must be called once before the other functions."""
+    """The secrets of all attempts. `load` must be called before the other functions."""
 
     def __init__(self, settings: IsolationSettings, operator_key: bytes | None = None):
         self._settings = settings
@@ -43,16 +43,22 @@ class AttemptSecrets:
         """Whether new attempts get a Secret."""
         return self._settings.secret
 
-    async def load(self, kube: KubeClient, namespace: str) -> None:
-        """Read the operator's key from its Secret, which is created if it is missing. Errors: KubeError, StartError.
+    async def load(self, kube: KubeClient, namespace: str, *, may_create: bool = True) -> None:
+        """Read the operator's key from its Secret. If the Secret is missing, create it, unless `may_create` is false. Errors: KubeError, StartError.
 
-        If `isolation.secret` is false, the key is only read if it exists: attempts that started before that change still ask for a token.
+        Only the leader may create the Secret: if it was deleted, the leader restores the key that it uses, and a standby replica that starts at
+        that time would create another key. If `isolation.secret` is false, the key is only read if it exists: attempts that started before that
+        change still ask for a token.
         """
         name = self._settings.key_secret_name
         try:
             body = await kube.get(SECRET, namespace, name)
-        except (NotFound, Forbidden):
-            if not self.is_enabled:
+        except Forbidden:
+            if self.is_enabled:
+                raise
+            return
+        except NotFound:
+            if not self.is_enabled or not may_create:
                 return
             body = await self._create_key(kube, namespace, name)
         try:
@@ -64,20 +70,28 @@ class AttemptSecrets:
 
     async def _create_key(self, kube: KubeClient, namespace: str, name: str) -> Object:
         try:
-            return (await kube.create(SECRET, namespace, _build_key_secret(name, namespace, os.urandom(KEY_BYTES)))).body
+            key = self._operator_key or os.urandom(KEY_BYTES)
+            return (await kube.create(SECRET, namespace, _build_key_secret(name, namespace, key))).body
         except AlreadyExists:  # another replica was faster
             return await kube.get(SECRET, namespace, name)
 
     async def restore_key(self, kube: KubeClient, namespace: str) -> None:
-        """Create the Secret with the operator's key again if it was deleted. Errors: KubeError."""
+        """Create the Secret with the operator's key again if it was deleted. Log a warning if it contains another key. Errors: KubeError."""
         if not self.is_enabled:
             return
         name = self._settings.key_secret_name
         try:
-            await kube.get(SECRET, namespace, name)
+            body = await kube.get(SECRET, namespace, name)
         except NotFound:
             await kube.create(SECRET, namespace, _build_key_secret(name, namespace, self._key))
             logger.warning("Secret %s/%s with the operator's key was deleted; created it again with the same key", namespace, name)
+            return
+        if (body.get("data") or {}) != _build_key_secret(name, namespace, self._key)["data"]:
+            logger.warning(
+                "Secret %s/%s contains another key than the operator uses: after its next start, the operator cannot read the progress of the "
+                "attempts that run now. Restore the Secret from a backup, or delete it: then the operator creates it again with the key that it uses",
+                namespace, name,
+            )  # fmt: skip
 
     def secret_name(self, job_name: str, uid: str, attempt: int) -> str:
         """Return the name of the Secret of an attempt. `job_name`: name of the attempt's Job."""

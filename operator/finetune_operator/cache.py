@@ -107,9 +107,16 @@ class Cache:
         return CacheUpdate(key, has_changed=cached_job is None or replace(cached_job, version=view.version) != view)
 
     def drop_job(self, view: JobView) -> Key:
-        """Remove a deleted Job. Returns the key of its FineTuneJob."""
+        """Remove a deleted Job. Returns the key of its FineTuneJob.
+
+        A Job that loses the label of the watch and gets it back counts as deleted and added. The addition may be handled first, so a newer
+        version stays cached.
+        """
         key = Key(view.namespace, view.job_name)
-        self._get_or_create_entry(key).jobs.pop(view.uid, None)
+        jobs = self._get_or_create_entry(key).jobs
+        cached_job = jobs.get(view.uid)
+        if cached_job is not None and cached_job.version <= view.version:
+            del jobs[view.uid]
         self._remove_if_empty(key)
         return key
 

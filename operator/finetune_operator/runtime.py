@@ -99,6 +99,10 @@ class OperatorRuntime:
         return None if error is None else 1
 
     async def _load(self) -> None:
+        await self._secrets.load(self._kube, self._key_namespace, may_create=not self._config.leader_election.enabled)
+        await self._resyncer.run_once()
+
+    async def _prepare_to_lead(self) -> None:
         await self._secrets.load(self._kube, self._key_namespace)
         await self._resyncer.run_once()
 
@@ -120,7 +124,7 @@ class OperatorRuntime:
         elector = self._elector if self._config.leader_election.enabled else None
         if elector is not None:
             self._kube.ensure_may_write = elector.ensure_leading
-        coroutines = LeaderTasks(elector, on_elected=self._resyncer.run_once, start_work=self._start_working).create_coroutines()
+        coroutines = LeaderTasks(elector, on_elected=self._prepare_to_lead, start_work=self._start_working).create_coroutines()
         coroutines |= {
             "resync": self._resyncer.run_periodically(self._config.resync_seconds),
             "scraper": self._scraper.run(),

@@ -11,13 +11,18 @@ MAX_MESSAGE_CHARACTERS = 1024
 REDACTED_TEXT = "[redacted]"
 
 
-@lru_cache(maxsize=512)
 def clean(text: str, limit: int = MAX_MESSAGE_CHARACTERS) -> str:
-    """Mask secrets and cut the text to `limit` characters. All users who may read the FineTuneJob can see the result.
+    """Mask secrets and cut the text to `limit` characters. All users who may read the FineTuneJob can see the result."""
+    return _clean_and_cache(text[: limit * 4], limit)
 
-    Results are cached, because a status repeats the same messages at each reconcile.
+
+@lru_cache(maxsize=512)
+def _clean_and_cache(text: str, limit: int) -> str:
+    """Return the result of `clean`. Results are cached, because a status repeats the same messages at each reconcile.
+
+    The cache must not hold whole texts of other programs, which may be long, so `text` is already cut.
     """
-    text = "".join(c if c.isprintable() or c == "\n" else " " for c in text[: limit * 4]).strip()
+    text = "".join(c if c.isprintable() or c == "\n" else " " for c in text).strip()
     text = redact_all(text, REDACTED_TEXT)
     return text if len(text) <= limit else text[: limit - 4].rstrip() + " ..."
 

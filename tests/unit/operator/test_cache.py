@@ -56,6 +56,15 @@ def test_deleted_pods_are_dropped_with_the_finetunejob_and_its_jobs() -> None:
     assert cache.get(RUN).pods == {}
 
 
+def test_a_job_that_was_added_again_before_its_deletion_is_handled_stays_cached() -> None:
+    cache = Cache()
+    cache.put_job(job(version=12))
+    cache.drop_job(job(version=11))
+    assert [found.version for found in cache.get(RUN).jobs.values()] == [12]
+    cache.drop_job(job(version=13))
+    assert cache.get(RUN).jobs == {}
+
+
 def test_deleting_a_finetunejob_keeps_a_new_one_of_the_same_name() -> None:
     cache = Cache()
     cache.put_finetunejob(finetunejob(uid="new", version=9))

@@ -270,6 +270,30 @@ async def test_deleted_key_is_restored_while_the_operator_runs() -> None:
     assert (await load(server)).secret(UID, 1) == secrets.secret(UID, 1)
 
 
+async def test_only_the_leader_creates_a_key_and_it_keeps_the_key_in_its_memory() -> None:
+    """While the leader has not yet restored a deleted key, a standby replica that starts must not create another key."""
+    server, new_standby = new_server(), AttemptSecrets(ISOLATION)
+    old_standby = await load(server)
+    original = server.objects.pop((SECRET.plural, ISOLATION.key_secret_name))
+    await new_standby.load(cast("KubeClient", server), "ops", may_create=False)
+    assert new_standby.progress_token(UID, 1) is None and (SECRET.plural, ISOLATION.key_secret_name) not in server.objects
+    await old_standby.load(cast("KubeClient", server), "ops")
+    assert server.objects[SECRET.plural, ISOLATION.key_secret_name]["data"] == original["data"]
+    await new_standby.load(cast("KubeClient", server), "ops")
+    assert new_standby.secret(UID, 1) == old_standby.secret(UID, 1)
+
+
+async def test_a_secret_with_another_key_is_logged_without_the_keys(caplog: pytest.LogCaptureFixture) -> None:
+    server = new_server()
+    secrets = await load(server)
+    original = server.objects.pop((SECRET.plural, ISOLATION.key_secret_name))
+    other = base64.b64encode(KEY).decode()
+    server.put(SECRET, {"metadata": {"name": ISOLATION.key_secret_name, "namespace": "ops"}, "data": {"key": other}})
+    await secrets.restore_key(cast("KubeClient", server), "ops")
+    assert "contains another key than the operator uses" in caplog.text
+    assert other not in caplog.text and original["data"]["key"] not in caplog.text
+
+
 async def test_without_secrets_no_key_is_restored() -> None:
     server = new_server()
     await AttemptSecrets(IsolationSettings()).restore_key(cast("KubeClient", server), "ops")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 from finetune_operator.text import clean, format_duration
 
@@ -26,6 +28,13 @@ def test_secrets_and_control_characters_are_not_shown(text: str, shown: str) -> 
 
 def test_long_text_is_cut() -> None:
     assert len(clean("x" * 1_000_000)) == 1024
+
+
+def test_the_cache_of_results_does_not_keep_long_texts() -> None:
+    text = "y" * 1_000_000
+    references = sys.getrefcount(text)
+    clean(text)
+    assert sys.getrefcount(text) == references
 
 
 @pytest.mark.parametrize(
