@@ -23,6 +23,8 @@ CONTRACT_VERSION = 1
 POLL_SECONDS = 0.2
 LAST_LINES = 3
 """Lines of vLLM's log that `ended.json` repeats."""
+KILLED = "its container was killed, probably because it used more memory than trainer.grpo.generation.memory"
+"""Message of the next container if this program was killed together with vLLM, as after an out-of-memory of the container."""
 FOLDER_VARIABLE, DEFAULT_FOLDER = "FINETUNE_GENERATION_DIR", "/work/generation"
 
 
@@ -80,11 +82,14 @@ def main() -> int:
     """Wait for the options, serve, and report the end."""
     folder = Path(os.environ.get(FOLDER_VARIABLE, DEFAULT_FOLDER))
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
-    end_file = folder / "ended.json"
-    if end_file.exists():  # The kubelet has started the container again. The trainer already ends the attempt.
+    end_file, start_file = folder / "ended.json", folder / "started.mark"
+    if start_file.exists() and not end_file.exists():
+        report_end(end_file, KILLED)
+    if end_file.exists():  # The kubelet has started the container again. The trainer ends the attempt.
         print("the server has ended before: it is not started again in this attempt", file=sys.stderr, flush=True)
         return 1
     options = wait_for_options(folder / "server.json")
+    start_file.touch()
     if options.get("version") != CONTRACT_VERSION:
         message = f"this image reads version {CONTRACT_VERSION} of server.json, but the trainer wrote version {options.get('version')}"
     else:

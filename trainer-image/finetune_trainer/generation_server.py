@@ -4,7 +4,8 @@ Server and trainer are two containers of one pod. They share a volume and the lo
 
 1. The trainer writes the model, then `server.json` with the options of the server. The server's container waits for this file and starts vLLM.
 2. Before each generation with changed weights, the trainer writes the model again and asks the server to read it (`reload_weights`).
-3. If the server ends, its container writes `ended.json`. The trainer then fails: a server that ends is not started again in the same attempt.
+3. If the server ends, its container writes `ended.json`, at the latest when the kubelet starts the container again. The trainer then fails: a
+   server that ends is not started again in the same attempt.
 
 The weights go through the volume, because TRL's own transfer (NCCL) needs vLLM in the trainer's image, and vLLM needs an older torch.
 """
@@ -39,6 +40,8 @@ LOGPROBS_MODE = "processed_logprobs"
 POLL_SECONDS = 1.0
 PROBE_TIMEOUT_SECONDS = 10.0
 END_REPORT_POLLS = 10
+DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+"""Opens addresses without the proxy of the environment: no proxy can reach the loopback address of the pod."""
 MAX_DETAIL = 500
 """Longest quoted answer of the server, in characters."""
 
@@ -106,7 +109,7 @@ class GenerationServer:
 
     def _answers(self) -> bool:
         try:
-            with urllib.request.urlopen(f"{self.url}/health", timeout=PROBE_TIMEOUT_SECONDS) as answer:  # noqa: S310 -- http, from run.json
+            with DIRECT.open(f"{self.url}/health", timeout=PROBE_TIMEOUT_SECONDS) as answer:
                 return bool(answer.status == http.HTTPStatus.OK)
         except (OSError, http.client.HTTPException):
             return False
@@ -162,7 +165,7 @@ class GenerationServer:
     def _send(self, request: urllib.request.Request) -> dict[str, Any]:
         path = urlsplit(request.full_url).path
         try:
-            with urllib.request.urlopen(request, timeout=self.request_timeout_seconds) as answer:  # noqa: S310 -- http, from run.json
+            with DIRECT.open(request, timeout=self.request_timeout_seconds) as answer:
                 body = answer.read()
         except urllib.error.HTTPError as error:
             detail = error.read().decode(errors="replace")[:MAX_DETAIL]

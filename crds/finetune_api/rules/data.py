@@ -88,8 +88,8 @@ def check_data_options(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findin
         path = f"dataset.templateVariables.{name}"
         if dataset.use_chat_template is False:
             yield path, f"{path} has no effect with `useChatTemplate: false`", "remove templateVariables or useChatTemplate"
-        elif not name.isidentifier() or name in VARIABLES_OF_ROWS:
-            yield path, f"{name!r} cannot be a variable of the template", f"write a name of letters, digits and underscores, other than {', '.join(VARIABLES_OF_ROWS)}"
+        elif not name.isidentifier() or name in RESERVED_VARIABLES:
+            yield path, f"{name!r} cannot be a variable of the template", f"write a name of letters, digits and underscores, other than {', '.join(RESERVED_VARIABLES)}"
     options = dataset.response_only
     if options is not None and (options.question_marker or options.answer_marker):
         if options.enabled is False:
@@ -106,8 +106,11 @@ def check_data_options(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findin
             )
 
 
-VARIABLES_OF_ROWS = ("messages", "tools", "documents", "add_generation_prompt")
-"""Variables that the chat template gets for each row."""
+RESERVED_VARIABLES = (
+    "messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token",
+    "not", "none", "None", "true", "True", "false", "False",
+)  # fmt: skip
+"""Variables that the chat template gets from the row or from the tokenizer, so that a default has no effect, and words of Jinja."""
 TEXT_OPTIONS = ("system_prompt", "chat_template", "template_variables", "use_chat_template", "add_eos_token", "add_bos_token", "response_only", "columns")
 TEXT_CHECKS = ("validate_json", "pii_scan", "balance")
 

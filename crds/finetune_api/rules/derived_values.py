@@ -110,6 +110,11 @@ def world_size(spec: FineTuneJobSpec) -> int:
     return int(value_or_default(spec.resources, "nodes")) * ranks_per_node(spec)
 
 
+def data_parallel_size(spec: FineTuneJobSpec) -> int:
+    """Return the number of ranks, or groups of ranks that share their sequences, that train on different rows."""
+    return max(1, world_size(spec) // (spec.distributed.context_parallel_size or 1))
+
+
 def min_batch_size_per_device(spec: FineTuneJobSpec) -> int:
     """Return the minimum batch size per device. The minimum is 2 for kto, because kto compares the rows of one batch with each other."""
     return 2 if trainer_type_of(spec) is TrainerType.KTO else 1
@@ -124,7 +129,7 @@ def batch_split(spec: FineTuneJobSpec) -> tuple[int, int]:
     micro, accumulation = training.batch_size_per_device, training.gradient_accumulation_steps
     if training.effective_batch_size is None:
         return int(value_or_default(training, "batch_size_per_device")), int(value_or_default(training, "gradient_accumulation_steps"))
-    rows = max(1, training.effective_batch_size // world_size(spec))
+    rows = max(1, training.effective_batch_size // data_parallel_size(spec))
     if micro is None and accumulation is None:
         usual = int(value_or_default(training, "batch_size_per_device"))
         allowed = [part for part in divisors(rows) if part >= min_batch_size_per_device(spec)] or [rows]
@@ -134,9 +139,9 @@ def batch_split(spec: FineTuneJobSpec) -> tuple[int, int]:
 
 
 def effective_batch(spec: FineTuneJobSpec) -> int:
-    """Return the rows per optimizer step on all ranks together."""
+    """Return the rows per optimizer step on all ranks together. Ranks that share their sequences count once."""
     micro, accumulation = batch_split(spec)
-    return micro * accumulation * world_size(spec)
+    return micro * accumulation * data_parallel_size(spec)
 
 
 def divisors(number: int) -> list[int]:

@@ -9,12 +9,12 @@ from finetune_api.aliases import OPTIMIZER_ALIASES, normalise
 from finetune_api.rules.base import ExecutionTarget, Findings, rule
 from finetune_api.rules.derived_values import (
     batch_split,
+    data_parallel_size,
     evaluates_during_training,
     gpus_per_node,
     has_validation_set,
     method_type_of,
     value_or_default,
-    world_size,
 )
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.enums import (
@@ -88,12 +88,14 @@ MAX_ACCUMULATION = 65536
 
 @rule("EffectiveBatchSize")
 def check_effective_batch_size(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
-    training, path, ranks = spec.training, "training.effectiveBatchSize", world_size(spec)
+    training, path, ranks = spec.training, "training.effectiveBatchSize", data_parallel_size(spec)
     wanted, micro, accumulation = training.effective_batch_size, training.batch_size_per_device, training.gradient_accumulation_steps
     if wanted is None:
         return
+    shares = (spec.distributed.context_parallel_size or 1) > 1
+    name_of_ranks, name_of_several = ("group of ranks", "groups of ranks") if shares else ("rank", "ranks")
     given = {"batchSizePerDevice": micro, "gradientAccumulationSteps": accumulation}
-    factors = [f"{name} {value}" for name, value in given.items() if value is not None] + [f"{ranks} {'rank' if ranks == 1 else 'ranks'}"]
+    factors = [f"{name} {value}" for name, value in given.items() if value is not None] + [f"{ranks} {name_of_ranks if ranks == 1 else name_of_several}"]
     product, product_text = (micro or 1) * (accumulation or 1) * ranks, " x ".join(factors)
     if micro is not None and accumulation is not None:
         if wanted != product:

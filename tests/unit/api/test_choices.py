@@ -94,6 +94,12 @@ def test_strategy_and_number_of_gpus(gibibytes: float, limit: int, groups: dict[
     assert effective_batch(decision.resolved.spec) == effective_batch(resolve(**groups).spec)
 
 
+def test_the_effective_batch_is_kept_if_ranks_share_their_sequences() -> None:
+    groups = FULL | {"resources": {"gpusPerNode": 4}, "distributed": {"strategy": "deepspeed", "contextParallelSize": 4}, "training": {"effectiveBatchSize": 6}}
+    decision = decide(pool(80, gpus_per_node=8), **groups)
+    assert effective_batch(decision.resolved.spec) == 6
+
+
 def test_an_effective_batch_limits_the_number_of_gpus() -> None:
     groups = FULL | {"training": {"effectiveBatchSize": 9}}
     decision = decide(pool(4.5, gpus_per_node=8), **groups)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from finetune_api.base import nested_group
 from finetune_api.defaults import PlatformDefaults, ResolvedSpec, keep_recorded_defaults, resolve_defaults
-from finetune_api.rules import LORA_METHODS, check
+from finetune_api.rules import LORA_METHODS, check, effective_batch
 from finetune_api.rules.derived_values import constant_default
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.cluster import StorageRoot
@@ -169,6 +169,14 @@ def test_micro_batch_and_accumulation_follow_from_the_effective_batch(
     found = resolved.spec.training
     assert (found.batch_size_per_device, found.gradient_accumulation_steps) == expected
     assert resolved.spec.evaluation.batch_size_per_device == expected[0]
+
+
+def test_ranks_that_share_their_sequences_count_once_in_the_effective_batch() -> None:
+    distributed = {"strategy": "deepspeed", "contextParallelSize": 4}
+    resolved = resolve_spec({"training": {"effectiveBatchSize": 24}, "resources": {"gpusPerNode": 8}, "distributed": distributed})
+    found = resolved.spec.training
+    assert (found.batch_size_per_device, found.gradient_accumulation_steps) == (4, 3), "two groups of four ranks"
+    assert effective_batch(resolved.spec) == 24
 
 
 @pytest.mark.parametrize(

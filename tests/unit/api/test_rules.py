@@ -331,6 +331,8 @@ PROBLEM_CASES: list[tuple[str, dict[str, Any], str]] = [
     ("DataOptionWithoutEffect", {"dataset": {"useChatTemplate": False, "templateVariables": {"a": "1"}}}, "dataset.templateVariables.a"),
     ("DataOptionWithoutEffect", {"dataset": {"templateVariables": {"messages": "1"}}}, "dataset.templateVariables.messages"),
     ("DataOptionWithoutEffect", {"dataset": {"templateVariables": {"a-b": "1"}}}, "dataset.templateVariables.a-b"),
+    ("DataOptionWithoutEffect", {"dataset": {"templateVariables": {"bos_token": "1"}}}, "dataset.templateVariables.bos_token"),
+    ("DataOptionWithoutEffect", {"dataset": {"templateVariables": {"none": "1"}}}, "dataset.templateVariables.none"),
     ("OptionOfTextRows", {"dataset": {"format": "preTokenized", "checks": {"piiScan": True}}}, "dataset.checks.piiScan"),
     (
         "OptionOfTextRows",

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from finetune_api import names
 from finetune_api.names import FailureClass, Reason
 from finetune_api.pod import RunConfig, TerminationMessage
 from finetune_operator.builders.job import build_job, build_preparation_job
@@ -76,6 +77,16 @@ def test_the_server_is_a_sidecar_with_its_own_gpus_and_without_secrets() -> None
     volumes = {volume["name"]: volume for volume in pod_spec["volumes"]}
     assert volumes["generation"] == {"name": "generation", "emptyDir": {}}
     assert volumes["generation-shm"] == {"name": "generation-shm", "emptyDir": {"medium": "Memory"}}
+
+
+def test_a_job_with_a_model_cache_has_both_init_containers() -> None:
+    found, finetune_job = accept_spec(server_spec(), CONFIG), finetunejob(server_spec())
+    run = build_run_config(finetune_job, found.spec, 1, defaults=found.defaults, committed_step=0, max_step=None)
+    body = build_job(finetune_job, run, found.pool, CONFIG, "attempt-secret", model_cache="pvc://models/base")
+    pod_spec = body["spec"]["template"]["spec"]
+    cache, server = pod_spec["initContainers"]
+    assert (cache["name"], server["name"]) == (names.MODEL_CACHE_CONTAINER, names.GENERATION_CONTAINER)
+    assert "generation" not in {mount["name"] for mount in cache["volumeMounts"]}
 
 
 def test_options_of_the_server_replace_the_defaults() -> None:

@@ -166,6 +166,13 @@ def test_a_lost_connection_is_explained_by_the_end_of_the_server(fake: FakeServe
         client(fake, tmp_path).post("/v1/completions", {})
 
 
+def test_a_proxy_of_the_environment_is_not_asked(fake: FakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    client(fake, tmp_path).start()
+
+
 def test_reloading_also_drops_what_was_computed_with_the_old_weights(fake: FakeServer, tmp_path: Path) -> None:
     fake.answers |= {"/collective_rpc": {"results": [None]}, "/reset_prefix_cache": (200, "")}
     client(fake, tmp_path).reload_weights()
@@ -244,3 +251,23 @@ def test_a_server_that_has_ended_is_not_started_again(serve: ModuleType, folder:
     assert serve.main() == 1
     assert not (folder / "started").exists()
     assert json.loads((folder / "ended.json").read_text()) == {"message": "exit code 9"}
+
+
+def test_a_container_that_was_killed_with_its_server_reports_it_after_the_restart(
+    serve: ModuleType, folder: Path, fake: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_program(folder, "touch served", monkeypatch)
+    monkeypatch.chdir(folder)
+    (folder / "server.json").write_text(json.dumps(OPTIONS_ON_WIRE))
+
+    def be_killed(command: list[str]) -> str:
+        raise SystemExit(137)
+
+    with monkeypatch.context() as killed, pytest.raises(SystemExit):
+        killed.setattr(serve, "run_server", be_killed)
+        serve.main()
+    assert serve.main() == 1
+    assert not (folder / "served").exists()
+    fake.answers["/health"] = (503, "loading")
+    with pytest.raises(PeerError, match=r"the vLLM server ended: its container was killed, .* trainer\.grpo\.generation\.memory"):
+        client(fake, folder).start()

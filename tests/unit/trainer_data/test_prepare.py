@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import jinja2
 import pytest
 from finetune_api.defaults import LATE_DEFAULTS
 from finetune_api.errors import ConfigError, FineTuneError
@@ -19,6 +20,7 @@ from finetune_trainer.data.prepare import (
     max_sequence_length,
     prepare,
     use_chat_template,
+    with_variables,
 )
 from finetune_trainer.data.rows import Completion
 from transformers import AutoTokenizer
@@ -213,6 +215,18 @@ def test_a_variable_that_the_template_does_not_use_is_refused(tmp_path: Path) ->
     with pytest.raises(ConfigError) as caught:
         rendered_with(tmp_path, {"enable_thinking": "false"})
     assert caught.value.code == "TemplateVariableUnknown" and "does not use enable_thinking" in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("NaN", "'NaN'"), ("-Infinity", "'-Infinity'"), ("1e999", "'1e999'"), ("[null, 1.5]", "[None, 1.5]"),
+        ('{"a": null, "b": [true, {}]}', "{'a': None, 'b': [True, {}]}"), ("null", "None"), ("{% x", "'{% x'"),
+    ],
+)  # fmt: skip
+def test_a_template_variable_has_the_value_of_its_json(given: str, expected: str) -> None:
+    template = with_variables("{{ value.__repr__() }}", {"value": given})
+    assert jinja2.Environment().from_string(template).render() == expected
 
 
 def test_chat_template_of_the_spec_is_used(tmp_path: Path) -> None:

@@ -293,6 +293,18 @@ WRITES_CALLS = (
 )
 
 
+@pytest.mark.parametrize("call", ["weather()", {"function": "weather"}, {"function": None, "name": "weather"}, {"function": {"name": None}}])
+def test_tool_calls_in_other_forms_are_no_failure_of_the_program(call: Any, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    from tests.support.tiny import make_tokenizer
+
+    make_tokenizer(tmp_path, chat_template=WRITES_CALLS.replace("{{ call.function.name }}({{ call.function.arguments | tojson }})", "{{ call | tojson }}"))
+    options = RenderOptions(AutoTokenizer.from_pretrained(tmp_path), use_chat_template=True, response_only=True)
+    row = Conversation((Turn("user", "hi"), Turn("assistant", "text", extra={"tool_calls": [call]})))
+    assert "text" in render(row, options).text
+
+
 @pytest.mark.parametrize(("template", "is_written"), [(WRITES_CALLS, True), (WRITES_CALLS.replace("call.function.name", "''"), False)])
 def test_a_template_that_drops_tool_calls_is_an_error_of_the_row(template: str, is_written: bool, tmp_path: Path) -> None:
     from transformers import AutoTokenizer

@@ -12,6 +12,7 @@ from finetune_api.errors import ConfigError, NotFoundError
 from finetune_api.rules import REWARD_PARAMETERS, invalid_parameters
 from finetune_api.spec.enums import BuiltinReward
 from finetune_api.spec.trainer import Reward
+from finetune_trainer.objective import reward_process
 from finetune_trainer.objective.rewards import (
     BUILTIN_REWARDS,
     RewardParameters,
@@ -265,6 +266,48 @@ def test_an_exception_in_the_process_is_described_as_in_the_rank(tmp_path: Path)
     with pytest.raises(ConfigError, match=r"reward reward raised ZeroDivisionError: division by zero \(line 2\)") as caught:
         reward(completions=["a", "b"])
     assert caught.value.code == "RewardFailed"
+
+
+RETURNED_TENSORS = """
+import torch
+def reward(completions, log_metric, **_):
+    log_metric("mean", torch.tensor(1.5))
+    return torch.tensor([1.0, 2.0])
+"""
+RETURNED_OBJECTS = """
+import threading
+def reward(completions, log_metric, **_):
+    class Number(float):
+        lock = threading.Lock()
+    log_metric("mean", 1.5)
+    return [Number(1), Number(2)]
+"""
+
+
+@pytest.mark.parametrize("source", [RETURNED_TENSORS, RETURNED_OBJECTS])
+def test_a_function_with_a_timeout_may_return_the_same_values_as_in_the_rank(source: str, tmp_path: Path) -> None:
+    logged: list[tuple[str, float]] = []
+    reward = user_reward(tmp_path, source, timeoutSeconds=60)
+    assert reward(completions=["a", "b"], log_metric=lambda name, value: logged.append((name, float(value)))) == [1.0, 2.0]
+    assert logged == [("mean", 1.5)]
+
+
+def test_a_value_that_cannot_leave_the_process_is_an_error_of_the_function(tmp_path: Path) -> None:
+    source = "def reward(completions, log_extra, **_):\n    log_extra('x', lambda: 1)\n    return [1.0]\n"
+    with pytest.raises(ConfigError, match="reward reward raised .* when its result was sent: .*pickle") as caught:
+        user_reward(tmp_path, source, timeoutSeconds=60)(completions=["a"], log_extra=lambda *_: None)
+    assert caught.value.code == "RewardFailed"
+
+
+def test_a_file_that_hangs_when_the_process_imports_it_does_not_block_a_large_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reward_process, "START_SECONDS", 1.0)
+    source = (
+        "import sys, threading\nif 'torch' not in sys.modules and 'pytest' not in sys.modules:\n    threading.Event().wait()\n"
+        "def reward(completions, **_):\n    return [1.0]\n"
+    )
+    with pytest.raises(ConfigError, match="has not imported its file for 1 s") as caught:
+        user_reward(tmp_path, source, timeoutSeconds=60)(completions=["a" * 5_000_000])
+    assert caught.value.code == "RewardWithoutAnswer"
 
 
 def test_a_missing_config_map_is_a_user_failure(tmp_path: Path) -> None:

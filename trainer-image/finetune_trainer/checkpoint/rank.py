@@ -42,7 +42,10 @@ def create_callbacks(run: RunConfig, channel: Channel, inputs: Inputs) -> list[T
     gang_store: GangStore = TcpGangStore(run.world.rendezvous_id) if channel.world_size > 1 else SingleRankStore()
     agree_on_start(channel, gang_store, inputs.restore.step if inputs.restore else 0)
     agreement = StopAgreement(channel, gang_store)
-    stager = CheckpointStager(channel, agreement, _agree_on_incarnation(channel, gang_store), resume_path(inputs))
+    stager = CheckpointStager(
+        channel, agreement, _agree_on_incarnation(channel, gang_store), resume_path(inputs),
+        ranks_per_sequence=run.spec.distributed.context_parallel_size or 1,
+    )  # fmt: skip
     return [ProgressReporter(channel), stager, PauseReporter(channel, stager)]
 
 
@@ -151,8 +154,10 @@ class CheckpointStager(TrainerCallback):
     """Reports each checkpoint that is complete on disk, and ends the run at the agreed step."""
 
     def __init__(
-        self, channel: Channel, agreement: StopAgreement, incarnation: str, resumed_checkpoint: Path | None = None
+        self, channel: Channel, agreement: StopAgreement, incarnation: str, resumed_checkpoint: Path | None = None, *, ranks_per_sequence: int = 1
     ) -> None:
+        """`ranks_per_sequence`: number of ranks that share each sequence."""
+        self._groups_of_ranks = channel.world_size // ranks_per_sequence
         self._channel, self._agreement, self._incarnation = channel, agreement, incarnation
         self._resumed = resumed_checkpoint
         self._window: LoggingWindow | None = None
@@ -255,7 +260,7 @@ class CheckpointStager(TrainerCallback):
         facts: dict[str, Any] = {
             "incarnation": self._incarnation, "graceful": self._stopping, "epoch": state.epoch,
             "tokens": int(state.num_input_tokens_seen or 0) + self._open_tokens or None, "evalLoss": _rounded_or_none(eval_loss(state, step)),
-            "samples": step * args.train_batch_size * args.gradient_accumulation_steps * self._channel.world_size,
+            "samples": step * args.train_batch_size * args.gradient_accumulation_steps * self._groups_of_ranks,
             "stallSeconds": round(time.monotonic() - self._save_started, 4),
         }  # fmt: skip
         self._writer.run_after_files(lambda: self._report_files(step, folder, facts))

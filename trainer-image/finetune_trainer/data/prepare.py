@@ -234,11 +234,18 @@ def with_variables(template: Any, variables: Mapping[str, str]) -> str:
 def _as_literal(text: str) -> str:
     """Return the Jinja literal of a value: that of the JSON value if the text is one, else that of the text."""
     try:
-        value = json.loads(text)
+        return _literal(json.loads(text))
     except ValueError:
-        value = text
-    is_word = value is None or isinstance(value, bool)
-    return {None: "none", True: "true", False: "false"}[value] if is_word else json.dumps(value)
+        return json.dumps(text)
+
+
+def _literal(value: Any) -> str:
+    """Return the Jinja literal of a JSON value. Errors: ValueError for NaN and infinite numbers, which Jinja cannot write."""
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{json.dumps(key)}: {_literal(one)}' for key, one in value.items())}}}"
+    if isinstance(value, list):
+        return f"[{', '.join(map(_literal, value))}]"
+    return "none" if value is None else json.dumps(value, allow_nan=False)
 
 
 def _chat_template_text(option: Any, config_maps: Path) -> str:

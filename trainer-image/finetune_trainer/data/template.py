@@ -138,7 +138,9 @@ def _require_tool_calls(turns: Sequence[Turn], trained_text: str) -> None:
     """Refuse a template that leaves out the tool calls of an answer, because the model would learn an empty answer. Errors: RowError ToolCallsDropped."""
     calls = [call for turn in turns if turn.role == "assistant" and turn.weight for call in turn.extra.get("tool_calls", ())]
     for call in calls:
-        name = call.get("function", call).get("name")
+        function = call.get("function") if isinstance(call, Mapping) else None
+        described = function if isinstance(function, Mapping) else call  # some data sets write the name in the call itself
+        name = described.get("name") if isinstance(described, Mapping) else None
         if isinstance(name, str) and name not in trained_text:
             raise RowError(
                 "ToolCallsDropped", f"the chat template does not write the call of the tool {name!r} into the answer",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -23,7 +24,9 @@ from finetune_trainer import processes
 LOGGING_ARGUMENTS = ("log_extra", "log_metric")
 """Arguments that are functions. The process records their calls, and they are repeated here."""
 START_SECONDS = 120.0
-"""Additional time of the first call, in which Python starts and the user's file imports its packages."""
+"""Time in which Python starts and the user's file imports its packages. The first call also gets it, because its arguments may import packages."""
+READY = b"ready"
+"""The first message of the process. Before it, the process does not read, so a large call would fill the pipe and block the rank."""
 
 
 class _NoAnswerError(Exception):
@@ -49,15 +52,15 @@ class RewardProcess:
     def _ask(self, arguments: Mapping[str, Any]) -> Any:
         """Call the function once. Errors: _NoAnswerError; ConfigError RewardFailed."""
         connection, limit = self._connection, self._timeout
-        if connection is None:
-            connection, limit = self._start(), self._timeout + START_SECONDS
         data = {name: value for name, value in arguments.items() if name not in LOGGING_ARGUMENTS}
         try:
-            connection.send(data)
-            if not connection.poll(limit):
-                self.close()
-                raise _NoAnswerError(f"has not answered for {self._timeout:g} s")
-            kind, value, calls = connection.recv()
+            if connection is None:
+                connection, limit = self._start(), self._timeout + START_SECONDS
+                self._require_answer(connection, START_SECONDS, "has not imported its file")
+                connection.recv_bytes()
+            connection.send_bytes(pickle.dumps(data))
+            self._require_answer(connection, limit, "has not answered")
+            kind, value, calls = pickle.loads(connection.recv_bytes())  # noqa: S301 -- the rank itself has run the same file
         except (EOFError, ConnectionError):
             code = self.close()
             ending = f"by signal {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
@@ -71,6 +74,12 @@ class RewardProcess:
             if callable(arguments.get(name)):
                 arguments[name](*positional, **named)
         return value
+
+    def _require_answer(self, connection: Connection, seconds: float, problem: str) -> None:
+        """Wait for a message of the process. Errors: _NoAnswerError; the process is then ended."""
+        if not connection.poll(seconds):
+            self.close()
+            raise _NoAnswerError(f"{problem} for {seconds:g} s")
 
     def _error(self, problem: str, arguments: Mapping[str, Any]) -> ConfigError:
         """Return the error of a call without an answer. The completions are tried one by one, to name the first that causes it."""
@@ -118,12 +127,31 @@ class RewardProcess:
 
 def _serve(connection: Connection, function: Callable[..., Any]) -> None:
     """Answer calls until the other end is closed."""
+    connection.send_bytes(READY)
     while True:
         try:
-            arguments = connection.recv()
+            arguments = pickle.loads(connection.recv_bytes())  # noqa: S301 -- written by the rank
         except EOFError:
             return
-        connection.send(_answer(function, arguments))
+        connection.send_bytes(_to_bytes(_answer(function, arguments)))
+
+
+def _to_bytes(answer: tuple[str, Any, list[tuple[str, Any, Any]]]) -> bytes:
+    """Return the pickled answer. `Connection.send` cannot be used: it would pass tensors in shared memory, which the rank cannot open."""
+    try:
+        return pickle.dumps(answer)
+    except Exception as error:  # the classes of the user's values may raise anything
+        return pickle.dumps(("error", f"{type(error).__name__} when its result was sent: {str(error)[:300]}", []))
+
+
+def _plain(value: Any) -> Any:
+    """Return a reward as a value that the rank can read: the user's classes exist only in this process."""
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return repr(value)
 
 
 def _answer(function: Callable[..., Any], arguments: dict[str, Any]) -> tuple[str, Any, list[tuple[str, Any, Any]]]:
@@ -138,7 +166,7 @@ def _answer(function: Callable[..., Any], arguments: dict[str, Any]) -> tuple[st
     try:
         value = function(**arguments, **{name: recorder(name) for name in LOGGING_ARGUMENTS})
         is_iterable = hasattr(value, "__iter__") and not isinstance(value, str | bytes)
-        return "value", list(value) if is_iterable else value, calls
+        return "value", [_plain(one) for one in value] if is_iterable else value, calls
     except Exception as error:  # the user's code may raise anything
         return "error", describe_error(error), calls
 

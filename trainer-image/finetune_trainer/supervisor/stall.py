@@ -4,8 +4,9 @@ While a pod trains, evaluates, merges or stops, a rank must send a heartbeat (a 
 stall timeout. The timeout is `policy.stallTimeoutSeconds`. The default is twenty times the median step and at least ten
 minutes; it applies from the first measured step. Loading and tokenising take an unknown time and send no heartbeats. There, the run stalls if
 the processes of the ranks neither compute nor read for the stall timeout (`work.WorkWatch`). In a job of several pods, a pod may wait for
-another pod while it loads, so there the run stalls only if a thread is also blocked in the kernel, as by a dead file server. Before a stalled
-attempt ends, every rank writes the stacks of its threads to the log.
+another pod while it loads, so there the run stalls only if a thread is also blocked in the kernel, as by a dead file server. While the ranks wait
+for the start of a vLLM server, they do not work either, so the run stalls only after the time limit of that start. Before a stalled attempt ends,
+every rank writes the stacks of its threads to the log.
 """
 
 from __future__ import annotations
@@ -37,9 +38,12 @@ WATCHED_STAGES = (
 class StallWatch:
     """Compares the time since the last heartbeat with the stall timeout."""
 
-    def __init__(self, run_state: RunState, timeout_seconds: float | None, *, pods: int = 1, work: WorkWatch | None = None) -> None:
-        """`pods`: number of pods of the job. `work`: measures the work of the ranks while they load."""
+    def __init__(
+        self, run_state: RunState, timeout_seconds: float | None, *, pods: int = 1, longest_wait_seconds: float = 0.0, work: WorkWatch | None = None
+    ) -> None:
+        """`pods`: number of pods of the job. `longest_wait_seconds`: time that ranks may wait without work while they load. `work`: measures their work."""
         self._state, self._timeout_seconds, self._pods = run_state, timeout_seconds, pods
+        self._longest_wait_seconds = longest_wait_seconds
         self._started = time.monotonic()
         self._work = work or WorkWatch()
 
@@ -68,7 +72,7 @@ class StallWatch:
 
     def _loading_error(self) -> PeerError | None:
         """Return an error if the ranks load, but have not worked for the stall timeout. Else, return None."""
-        timeout = self.timeout_seconds()
+        timeout = self.timeout_seconds() + self._longest_wait_seconds
         idle_seconds = self._work.idle_seconds(timeout / WINDOWS_PER_TIMEOUT)
         if idle_seconds <= timeout or (self._pods > 1 and not self._work.was_blocked):
             return None

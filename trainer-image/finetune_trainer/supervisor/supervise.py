@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from finetune_api.errors import FineTuneError, InternalError
 from finetune_api.names import Env, ExitCode, FailureClass, Reason, Storage
 from finetune_api.pod import RunConfig, TerminationMessage
+from finetune_api.rules import generation_server, value_or_default
 from finetune_api.status import Output, Stage
 
 from finetune_trainer import processes
@@ -323,7 +324,11 @@ class Supervisor:
 
     def _watch_agent(self, run: RunConfig, agent: processes.ChildProcess) -> None:
         """Wait until the agent has ended, or until the attempt must end for another reason."""
-        stall_watch = StallWatch(self._state, run.spec.policy.stall_timeout_seconds, pods=run.world.nodes)
+        server = generation_server(run.spec)
+        stall_watch = StallWatch(
+            self._state, run.spec.policy.stall_timeout_seconds, pods=run.world.nodes,
+            longest_wait_seconds=value_or_default(server, "start_timeout_seconds") if server is not None else 0.0,
+        )  # fmt: skip
         stop_was_handled = False
         while (code := agent.poll()) is None:
             if self._must_end.wait(TICK_SECONDS):

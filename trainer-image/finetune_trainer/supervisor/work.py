@@ -50,7 +50,7 @@ class Work:
 
 
 def work_of_process(pid: int) -> Work:
-    """Return the work of a process with its threads; no work if the process has ended."""
+    """Return the work of a process with its threads and its ended children; no work if the process has ended."""
     folder, moved, is_blocked = Path(f"/proc/{pid}"), 0, False
     with contextlib.suppress(OSError, ValueError, IndexError):
         fields = (folder / "stat").read_text().rpartition(")")[2].split()
@@ -58,8 +58,12 @@ def work_of_process(pid: int) -> Work:
             numbers = dict(line.split(": ") for line in (folder / "io").read_text().splitlines())
             moved = sum(int(numbers[name]) for name in ("rchar", "wchar", "read_bytes"))
         for thread in (folder / "task").iterdir():
-            is_blocked = is_blocked or (thread / "stat").read_text().rpartition(")")[2].split()[0] == "D"
-        return Work((int(fields[11]) + int(fields[12])) / TICKS_PER_SECOND, moved, int(fields[9]), is_blocked)
+            with contextlib.suppress(OSError, IndexError):  # the thread has ended
+                is_blocked = is_blocked or (thread / "stat").read_text().rpartition(")")[2].split()[0] == "D"
+        # With the children that have ended. The kernel adds their bytes to those of the parent, too. Without them, the end of a child would
+        # look like negative work, and short children would not count at all.
+        ticks, faults = sum(map(int, fields[11:15])), int(fields[9]) + int(fields[10])
+        return Work(ticks / TICKS_PER_SECOND, moved, faults, is_blocked)
     return Work()
 
 

@@ -349,3 +349,14 @@ def test_pauses_are_measured_from_the_end_of_the_last_step_evaluation_or_checkpo
     other_rank = subject.PauseReporter(Channel.create_recording(tmp_path, local_rank=1), run.stager)
     other_rank.on_evaluate(run.args, run.state, run.control)
     assert other_rank._channel.sent == []
+
+
+@pytest.mark.parametrize(("ranks_per_sequence", "samples"), [(1, 8), (4, 2)])
+def test_a_checkpoint_counts_the_rows_of_ranks_that_share_them_once(ranks_per_sequence: int, samples: int, tmp_path: Path) -> None:
+    run = FakeTrainingLoop(tmp_path, per_device_train_batch_size=1, gradient_accumulation_steps=2)
+    run.channel.world_size = 4
+    run.stager = subject.CheckpointStager(run.channel, run.agreement, "a1-00000000", ranks_per_sequence=ranks_per_sequence)
+    run.channel.world_size = 1  # the other ranks do not run
+    run.step(save=True)
+    (checkpoint,) = run.sent("staged")
+    assert checkpoint["samples"] == samples

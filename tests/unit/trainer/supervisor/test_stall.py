@@ -164,6 +164,30 @@ def test_the_work_of_a_process_is_measured_from_outside() -> None:
     assert work_of_process(process.pid) == Work(), "the process has ended"
 
 
+def test_ended_children_belong_to_the_work_of_their_parent() -> None:
+    code = (
+        "import subprocess, sys\n"
+        "subprocess.run([sys.executable, '-c', 'import os\\nwhile sum(os.times()[:2]) < 0.3: pass'], check=True)\n"
+        "print(1, flush=True); sys.stdin.read(1)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None and process.stdout is not None
+        assert process.stdout.read(1) == "1"
+        assert work_of_process(process.pid).cpu_seconds >= 0.3
+        process.stdin.write("a")
+
+
+def test_ranks_that_wait_for_a_server_have_the_time_of_its_start(clock: FakeClock) -> None:
+    state = RunState()
+    watch = StallWatch(state, 40, longest_wait_seconds=1800, work=WorkWatch(Ranks().measure))
+    state.enter_stage(Stage.LOADING)
+    assert watch.stall_error() is None
+    clock.now += 1840
+    assert watch.stall_error() is None, "the trainer itself reports a server that does not start"
+    clock.now += 1
+    assert watch.stall_error() is not None
+
+
 def test_only_ranks_are_signalled(monkeypatch: pytest.MonkeyPatch) -> None:
     signalled: list[tuple[int, int]] = []
     pauses: list[float] = []
