@@ -1,4 +1,4 @@
-"""Collect how plans compare with real runs, and write the table by which plans are calibrated.
+"""Collect the measured / planned ratios of finished jobs, and write the table with which plans are calibrated.
 
     kubectl get finetunejobs -A -o json > jobs.json
     .venv/bin/python benchmarks/recalibrate.py jobs.json
@@ -48,7 +48,7 @@ MEMORY: dict[tuple[str, bool], tuple[int, float, float, float]] = {memory}
 
 @dataclass(frozen=True)
 class Run:
-    """One row of the file of runs."""
+    """One run of a job: a line of `benchmarks/calibration_runs.jsonl`."""
 
     run: str
     """Hash of the job's uid."""
@@ -68,7 +68,7 @@ def read_jobs(content: Any) -> list[dict[str, Any]]:
 
 
 def run_of_job(job: dict[str, Any]) -> Run | None:
-    """Return the row of a job, or None if the job has no measured values, or no known type of GPU."""
+    """Return the measured / planned ratios of a job, or None if the job has no measured values, or no known type of GPU."""
     try:
         status = FineTuneJobStatus.model_validate(job.get("status") or {})
     except ValidationError:

@@ -230,7 +230,7 @@ class NodeCluster:
 
     @property
     def network_pid(self) -> int:
-        """Pid of a process in the network of the first node, as `nsenter --net` needs it. All pods reach servers in this network."""
+        """Pid of a process in the network namespace of the first node, for `nsenter --net`. All pods can reach servers in this namespace."""
         return self._machine.pid()
 
     @property

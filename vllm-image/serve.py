@@ -1,7 +1,7 @@
 """Starts vLLM in the container next to the trainer, and reports its end to the trainer.
 
 The trainer writes the model and then `server.json` to the shared volume. This program waits for that file, starts `vllm serve` and waits for its end.
-A server that has ended is not started again: `ended.json` then tells the trainer to fail, and the next attempt gets a new pod. This program uses the
+A server that has ended is not started again: the trainer fails when it finds `ended.json`, and the next attempt gets a new pod. This program uses the
 standard library only, because vLLM pins the versions of most other packages. `finetune_trainer/generation_server.py` is the other side.
 """
 

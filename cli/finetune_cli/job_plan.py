@@ -1,4 +1,4 @@
-"""Plans a job on the user's machine, for `finetune plan` and `finetune validate`: reads the model's configuration, and chooses what the spec leaves out."""
+"""Plans the memory of a job on the user's machine, for `finetune plan` and `finetune validate`, with values for the fields that the spec leaves out."""
 
 from __future__ import annotations
 

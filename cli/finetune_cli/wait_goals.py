@@ -53,7 +53,7 @@ class ConditionGoal:
         """Whether a failed job that has reached the goal is a success of the wait."""
         return (self.condition, self.status) in ((Condition.SUCCEEDED, "False"), (Condition.STALLED, "True"))
 
-    def can_follow_end(self, status: FineTuneJobStatus) -> bool:
+    def is_reached_without_report(self, status: FineTuneJobStatus) -> bool:
         """Whether a job that ended without a report of this condition has reached the goal nevertheless."""
         return self.status == "True" and self.condition not in OPTIONAL_CONDITIONS and has_succeeded(status)
 
@@ -72,7 +72,7 @@ class RunningGoal:
         """A failed job is never a success."""
         return False
 
-    def can_follow_end(self, status: FineTuneJobStatus) -> bool:
+    def is_reached_without_report(self, status: FineTuneJobStatus) -> bool:
         """A successful job has been running."""
         return has_succeeded(status)
 
@@ -103,7 +103,7 @@ class JsonPathGoal:
         """The user decides which value is a failure."""
         return True
 
-    def can_follow_end(self, status: FineTuneJobStatus) -> bool:
+    def is_reached_without_report(self, status: FineTuneJobStatus) -> bool:
         """Only the value counts."""
         return False
 

@@ -16,7 +16,7 @@ Table = Mapping[tuple[str, bool], tuple[int, float, float, float]]
 
 @dataclass(frozen=True)
 class Calibration:
-    """Measured / planned, over the runs on one type of GPU."""
+    """Measured value / planned value of the runs on one type of GPU."""
 
     runs: int
     median: float
@@ -25,7 +25,7 @@ class Calibration:
 
     @property
     def margin(self) -> float:
-        """Factor on the bounds: the fewer runs there are, the less their lowest and highest values say."""
+        """Factor by which the bounds are widened. It is larger for fewer runs, because their lowest and highest ratios are less reliable."""
         return 1 + 1 / self.runs
 
 

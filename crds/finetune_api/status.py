@@ -346,7 +346,7 @@ class Adaptation(ReportModel):
     set: dict[str, Any] | None = status_field("New values by spec path.", example={"training.batchSizePerDevice": 2})
     explanation: str | None = status_field(
         "Why these values were chosen: what was planned, and what was measured. Since 0.2.0.",
-        example="the attempt needed 81.2 GB and the GPU has 79.6 GB; the plan expected 70.1 GB; the new values need 47.2 GB, at most 50.5 GB",
+        example="the attempt needed at least 81.2 GB of GPU memory, 79.6 GB were available, and the plan expected 70.1 GB; the new values need 47.2 GB, at most 50.5 GB",
     )  # fmt: skip
 
 
@@ -445,7 +445,7 @@ class Choice(ReportModel):
 
     field: str = status_field("Path of the field in the spec.", default=..., example="training.batchSizePerDevice")
     value: Annotated[int | str, Field(json_schema_extra={"x-kubernetes-int-or-string": True})] = status_field("The chosen value.", default=..., example=16)
-    reason: str = status_field("Why this value was chosen.", default=..., example="the largest micro-batch that fits: at most 31.2 of 85.5 GB")
+    reason: str = status_field("Why this value was chosen.", default=..., example="the micro-batch that fits with the least expected time: at most 31.2 GB of 85.5 GB on each GPU")
 
 
 class RunPlan(ReportModel):
@@ -453,7 +453,7 @@ class RunPlan(ReportModel):
 
     choices: list[Choice] | None = status_field("Values that the plan chose before the first attempt. All attempts use them.")
     no_choices: str | None = status_field(
-        "Why the plan chose no values, so that the values that the spec leaves out are the defaults.", example="the job uses no GPU"
+        "Why the plan chose no values. The fields that the spec leaves out have their defaults.", example="the job uses no GPU"
     )
 
     memory: MemoryPlan | None = status_field("Planned memory of each rank. Absent if the plan does not know this kind of run.")
@@ -551,7 +551,7 @@ class ResolvedConfig(ReportModel):
     model_revision: str | None = status_field(
         "Commit (hub) or digest (storage) of the base model.", example="12fd25f77366fa6b3b4b768ec3050bf629380bac"
     )
-    model_source: ModelOrigin | None = status_field("Where the pods of the attempt got the base model from. Only for jobs with a cache of models.", example="cache")
+    model_source: ModelOrigin | None = status_field("Where the pod of rank 0 got the base model from. Only for jobs with a cache of models.", example="cache")
     model_bytes_saved: int | None = status_field(
         "Bytes of the base model that the pod of rank 0 did not download, because the cache had them. Only for jobs with a cache of models.", example=2200119864
     )

@@ -110,7 +110,7 @@ class AttemptSecrets:
         return derive_prepared_rows_key(self._key, namespace)
 
     def progress_token(self, uid: str, attempt: int) -> str | None:
-        """Return the token for reading an attempt's progress; None if the operator has no key. Attempts without a secret ignore the token."""
+        """Return the token for reading an attempt's progress; None if the operator has no key. An attempt without a secret ignores the token."""
         return derive_progress_token(self.secret(uid, attempt)) if self._operator_key is not None else None
 
     @property

@@ -111,7 +111,7 @@ def _pool(facts: Facts) -> NodePool | None:
 
 
 def _planned_gpus(plan: RunPlan | None, facts: Facts) -> tuple[int, NodePool | None]:
-    """The number of GPUs and the pool of a plan. Its choices may be new, so that they are not in the accepted spec yet."""
+    """Return the number of GPUs and the pool of a plan. New choices may not be in the accepted spec yet."""
     chosen = {choice.field: choice.value for choice in (plan.choices if plan is not None else None) or []}
     pool = facts.config.find_pool(str(chosen[POOL_PATH])) if POOL_PATH in chosen else None
     return int(chosen.get(GPUS_PATH, gpus_per_node(facts.spec))) * (facts.spec.resources.nodes or 1), pool or _pool(facts)

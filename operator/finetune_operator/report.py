@@ -498,7 +498,7 @@ def _resolved_from_spec(inputs: StatusInput, acceptance: AcceptedSpec) -> Resolv
 
 
 def _with_measured_time(plan: RunPlan | None, inputs: StatusInput, goodput: Goodput | None, progress: Progress) -> RunPlan | None:
-    """Add the seconds of the optimizer steps at the end of a successful training, if there is a plan to compare them with."""
+    """After a successful training, add the seconds of the optimizer steps to the plan, for comparison with the planned time."""
     job_end = inputs.plan.job_end
     has_trained = job_end is not None and job_end.outcome is Outcome.SUCCEEDED and not inputs.adopts_result
     if plan is None or plan.work is None or goodput is None or not has_trained or not goodput.parts.steps:

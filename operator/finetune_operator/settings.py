@@ -145,7 +145,7 @@ class NodeCacheSettings(WireModel):
     """`modelCache.node`: a cache of models on the disk of each node, for `model.cache: node`. Pods mount it with hostPath."""
 
     path: HostPath | None = Field(default=None, description="Folder on the nodes, writable for user 10001; default: there is no cache on the nodes.")
-    size_limit: PlatformQuantity = Field(default="200Gi", description="Bytes of all models in the cache of one node.")
+    size_limit: PlatformQuantity = Field(default="200Gi", description="Maximum size of all models in the cache of one node.")
     namespaces: tuple[NamespacePattern, ...] = Field(
         default=(), description="Namespaces whose jobs may use the cache; `*` matches any text. Pod Security baseline and restricted forbid hostPath, so the "
         "namespaces need another level.",

@@ -90,7 +90,7 @@ def _supervise(command: str, arguments: list[str]) -> int:
 
 
 def _fill_cache(arguments: list[str]) -> int:
-    """Run the init container with the cache. A stop ends it at once: locks end with the process, and the next download begins again."""
+    """Run the init container with the cache. SIGTERM ends it at once: the kernel releases its locks, and the next pod downloads the model again."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda _number, _frame: os._exit(128 + signal.SIGTERM))
     from finetune_trainer.logs import configure_logging

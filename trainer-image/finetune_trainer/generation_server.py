@@ -149,7 +149,7 @@ class GenerationServer:
             )  # fmt: skip
 
     def reload_weights(self) -> None:
-        """Let the server read the weights in `model_folder` again, and forget what it computed with the old weights."""
+        """Let the server read the weights in `model_folder` again, and clear its cache of what it computed with the old weights."""
         self.post("/collective_rpc", {"method": "reload_weights"})
         self.post("/reset_prefix_cache", {})
 

@@ -34,11 +34,11 @@ def shrink_config(config: Any) -> Any:
 
 
 def _shrink_heads(text: Any) -> None:
-    """Keep the kind of attention: the number of query heads for each key head is at least 2 if it was, and the heads fill the hidden size."""
+    """Shrink the attention heads, but keep the kind of attention: grouped-query attention stays grouped. The heads fill the hidden size."""
     heads = text.num_attention_heads
     key_heads = getattr(text, "num_key_value_heads", None) or heads
     size = getattr(text, "head_dim", None) or text.hidden_size // heads
-    if not _has_sizes_of_a_head(text):
+    if not _is_head_size_fixed(text):
         size = min(size, HEAD_SIZE)
     small_key_heads = min(key_heads, MOST_KEY_HEADS)
     small_heads = small_key_heads * min(max(heads // key_heads, 1), MOST_GROUP)
@@ -50,8 +50,8 @@ def _shrink_heads(text: Any) -> None:
     text.hidden_size = small_heads * size
 
 
-def _has_sizes_of_a_head(text: Any) -> bool:
-    """Whether other fields depend on the size of a head, so that it must stay: lists with one number for each part of a head, or latent attention."""
+def _is_head_size_fixed(text: Any) -> bool:
+    """Whether the head size must stay, because other fields depend on it: lists with one number for each part of a head, or latent attention."""
     if getattr(text, "qk_rope_head_dim", None) is not None:
         return True
     positions = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}

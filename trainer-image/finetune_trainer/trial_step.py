@@ -52,7 +52,7 @@ CODE_FAULTS = (ImportError, SyntaxError, NameError)
 REFUSALS = (TypeError, AttributeError, NotImplementedError, ValueError, KeyError, *CODE_FAULTS)
 """Exceptions with which the class of a model refuses a step."""
 BACKEND_MESSAGE = "Could not run"
-"""Begin of torch's message that an operation has no implementation for the CPU."""
+"""Beginning of torch's message that an operation has no implementation for the CPU."""
 
 
 def try_step(context: TrainingContext, objective: Objective[Any, Any], data: Any, config: Any, limit_seconds: float = TIME_LIMIT_SECONDS) -> str | None:
@@ -117,7 +117,7 @@ def _report_result(action: Callable[[], FineTuneError | str | None], sender: Con
 
 
 def _try_step(context: TrainingContext, objective: Objective[Any, Any], data: Any, config: Any) -> FineTuneError | str | None:
-    """Train one step. Returns the fault that was found, why nothing was found out, or None."""
+    """Train one step. Returns the fault that was found, or the reason why the step could not show one, or None after a success."""
     chosen = _few_rows(data)
     if chosen is None:
         return f"the shortest rows have more than {MOST_TOKENS} tokens"
@@ -230,8 +230,8 @@ def _works_with_llama(context: TrainingContext, objective: Objective[Any, Any], 
 def _code_error(context: TrainingContext, error: Exception) -> ConfigError:
     source = redact_source(context.run.spec.model.source or "")
     return ConfigError(
-        "ModelCodeFails", f"the code of the model {source} fails in a plain forward and backward pass{_place(error)}: {_first_line(error)}",
-        hint=f"give a model whose code fits the libraries of the trainer image, or set placement.image to an image that fits the code{_way_around()}",
+        "ModelCodeFails", f"the code of the model {source} fails in a plain forward and backward pass{_location(error)}: {_first_line(error)}",
+        hint=f"give a model whose code fits the libraries of the trainer image, or set placement.image to an image that fits the code{_skip_hint()}",
         failure_class=FailureClass.MODEL,
     )  # fmt: skip
 
@@ -240,17 +240,17 @@ def _step_error(context: TrainingContext, error: Exception, small: Any) -> Confi
     spec, kind = context.run.spec, small.model_type
     what = f"trainer.type {rules.trainer_type_of(spec)} and method.type {rules.method_type_of(spec)}"
     return ConfigError(
-        "TrainingStepFails", f"a model of type {kind} cannot be trained with {what}: one step with a small copy fails{_place(error)}: {_first_line(error)}. "
+        "TrainingStepFails", f"a model of type {kind} cannot be trained with {what}: one step with a small copy fails{_location(error)}: {_first_line(error)}. "
         "The same step works with a Llama model",
-        hint=f"choose another model, trainer.type or method.type{_way_around()}", failure_class=FailureClass.MODEL,
+        hint=f"choose another model, trainer.type or method.type{_skip_hint()}", failure_class=FailureClass.MODEL,
     )  # fmt: skip
 
 
-def _way_around() -> str:
+def _skip_hint() -> str:
     return "; to train without this check, write prepare.strategy: never"
 
 
-def _place(error: Exception) -> str:
+def _location(error: Exception) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     return f" at {frames[-1].filename.rpartition('/')[2]}:{frames[-1].lineno}" if frames else ""
 

@@ -42,7 +42,7 @@ def plan(
         str | None, typer.Option("--gpu-memory", metavar="SIZE", help="Memory of each GPU, such as 80Gi, instead of --gpu.")
     ] = None,
     gpus_per_node: Annotated[
-        int | None, typer.Option("--gpus-per-node", metavar="GPUS", help="GPUs of each node, of which a job without resources.gpusPerNode may get several.")
+        int | None, typer.Option("--gpus-per-node", metavar="GPUS", help="GPUs of each node. A job without resources.gpusPerNode may get several of them.")
     ] = None,
     longest_row: Annotated[
         int | None, typer.Option("--longest-row", metavar="TOKENS", help="Tokens of the longest row. Default: dataset.maxSequenceLength.")

@@ -72,7 +72,7 @@ def rerun(
 def values_of_plan(job: dict[str, Any], changed_values: dict[str, Any]) -> dict[str, Any]:
     """Return the values that the plan of the old job chose. A job that resumes from its checkpoint needs them, because it gets no choices of its own.
 
-    If the user changes a number that the effective batch depends on, its split follows from the defaults.
+    If the user changes a field of the batch, the number of nodes or the number of ranks, the chosen batch and number of GPUs are left out.
     """
     from finetune_api.memory.plan import BATCH_PATHS, GPUS_PATH
 

@@ -45,7 +45,7 @@ def validate(
         str | None, typer.Option("--gpu-memory", metavar="SIZE", help="Memory of each GPU, such as 80Gi, instead of --gpu.")
     ] = None,
     gpus_per_node: Annotated[
-        int | None, typer.Option("--gpus-per-node", metavar="GPUS", help="GPUs of each node, of which a job without resources.gpusPerNode may get several.")
+        int | None, typer.Option("--gpus-per-node", metavar="GPUS", help="GPUs of each node. A job without resources.gpusPerNode may get several of them.")
     ] = None,
     model_config: Annotated[
         Path | None,

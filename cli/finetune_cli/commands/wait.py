@@ -89,7 +89,7 @@ def _wait_for_goal(
         status = status_of(job)
         has_failed = has_finished(status) and not has_succeeded(status)
         is_success = goal.is_reached(job) and (not has_failed or goal.accepts_failed_job())
-        if is_success or (has_finished(status) and goal.can_follow_end(status)):
+        if is_success or (has_finished(status) and goal.is_reached_without_report(status)):
             return _phase_of(job) or until
         if has_finished(status) and goal.ends_with_job:
             output.print_errors([f"{name} has ended ({_phase_of(job)})" + ("" if has_failed else f" and cannot become {until.removeprefix('condition=')}")])

@@ -18,8 +18,8 @@ class UnsupportedPattern(Exception):
 def names_of_pattern(pattern: str) -> list[str]:
     """Return the ends of all module names that a regular expression matches, such as `mlp.up_proj`. A plain name is returned unchanged.
 
-    Everything up to the last repeated part (`model.layers.[0-9]+.`) is left out, because a name in the list matches all modules whose names
-    end with it.
+    A name in the list matches all modules whose names end with it. Therefore, the pattern is only read after its last repeated part, such as
+    `model.layers.[0-9]+.`.
 
     Raises UnsupportedPattern.
     """

@@ -103,7 +103,7 @@ def read(draft: JobDraft) -> Iterator[OptionEntry]:
             Mistake(
                 "command line",
                 word,
-                "this importer reads no command line",
+                "this importer accepts no options of the training tool's command line",
                 "change the file, or use the options of `finetune import`",
             )
         )

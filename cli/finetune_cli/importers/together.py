@@ -106,7 +106,7 @@ def read(draft: JobDraft) -> Iterator[OptionEntry]:
     """Yield the fields of the job."""
     for word in draft.request.tool_arguments:
         hint = "change the file, or use the options of `finetune import`"
-        draft.mistakes.append(Mistake("command line", word, "this importer reads no command line", hint))
+        draft.mistakes.append(Mistake("command line", word, "this importer accepts no options of the training tool's command line", hint))
     for document in draft.documents:
         if document.path.suffix != ".jsonl":
             yield from iterate_entries(

@@ -1,7 +1,7 @@
 """`toml`: the importer for a TOML file with sections for training, inference, evaluation, the pipeline and a tracker.
 
-The tool has no defaults, so a missing option gets the value of the tool's main example. Two kinds of options get no value:
-`push_to_hub`, because the example publishes the model, and options for which the example contains its author's own data set, server or run.
+The tool has no defaults, so a missing option gets the value of the tool's main example. Some options get no value: `push_to_hub`, because the
+example would publish the model, and options that name a data set, a server or a run of the example's author.
 """
 
 from __future__ import annotations

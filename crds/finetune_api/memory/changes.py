@@ -56,13 +56,13 @@ def changes_that_fit(spec: FineTuneJobSpec, shape: ModelShape, memory_bytes: int
     """
     found: list[Change] = []
     for values in _possible_changes(spec):
-        changed = change_spec(spec, values | _processes(values))
+        changed = change_spec(spec, values | _process_count(values))
         if MICRO_BATCH_PATH in values and GPUS_PATH not in values:
-            smaller = _largest_smaller_batch(changed, spec, shape, memory_bytes, facts)
+            smaller = _largest_fitting_batch(changed, spec, shape, memory_bytes, facts)
             if smaller is None:
                 continue
             values = {path: value for path, value in values.items() if path not in BATCH_PATHS} | smaller
-            changed = change_spec(spec, values | _processes(values))
+            changed = change_spec(spec, values | _process_count(values))
         if new_problems(spec, changed):
             continue
         plan = plan_memory(changed, shape, facts)
@@ -87,7 +87,7 @@ def change_text(change: Change) -> str:
 
 
 def _possible_changes(spec: FineTuneJobSpec) -> Iterator[dict[str, Any]]:
-    """Changes from small to large consequences. The micro-batch is a placeholder for the largest that fits."""
+    """Yield changes in the order of their consequences, the smallest first. A micro-batch of 1 stands for the largest micro-batch that fits."""
     method, length = method_type_of(spec), spec.dataset.max_sequence_length or 2048
     recompute = {CHECKPOINTING_PATH: "enabled"} if spec.training.gradient_checkpointing is GradientCheckpointing.DISABLED else {}
     if recompute:
@@ -108,7 +108,7 @@ def _possible_changes(spec: FineTuneJobSpec) -> Iterator[dict[str, Any]]:
 
 
 def _more_gpus(spec: FineTuneJobSpec) -> Iterator[dict[str, Any]]:
-    """Shard the weights over the GPUs of one node. A spec with its own number of processes is not changed."""
+    """Yield changes that shard the weights over more GPUs of each node. None if the user set another number of processes than of GPUs."""
     nodes, rows = spec.resources.nodes or 1, world_size(spec) * batch_split(spec)[0] * batch_split(spec)[1]
     if (spec.resources.processes_per_node or 1) != max(1, gpus_per_node(spec)):
         return
@@ -118,8 +118,8 @@ def _more_gpus(spec: FineTuneJobSpec) -> Iterator[dict[str, Any]]:
             yield {GPUS_PATH: gpus, STRATEGY_PATH: "fsdp", **split}
 
 
-def _processes(values: dict[str, Any]) -> dict[str, Any]:
-    """A resolved spec has a number of processes, which is that of the GPUs."""
+def _process_count(values: dict[str, Any]) -> dict[str, Any]:
+    """Return `resources.processesPerNode` for a changed number of GPUs: the resolved spec contains the old number."""
     return {"resources.processesPerNode": values[GPUS_PATH]} if GPUS_PATH in values else {}
 
 
@@ -128,10 +128,10 @@ def _split(rows: int, limit: int) -> dict[str, Any]:
     return dict(zip(BATCH_PATHS, (micro_batch, rows // micro_batch), strict=True))
 
 
-def _largest_smaller_batch(
+def _largest_fitting_batch(
     changed: FineTuneJobSpec, spec: FineTuneJobSpec, shape: ModelShape, memory_bytes: int, facts: Facts | None
 ) -> dict[str, Any] | None:
-    """Return the largest micro-batch below that of `spec` with which `changed` fits, and its accumulation. None: there is none."""
+    """Return micro-batch and accumulation of `changed` for the largest micro-batch that fits and is smaller than that of `spec`. None if none fits."""
     micro_batch, accumulation = batch_split(spec)
     rows = micro_batch * accumulation
     smaller = [part for part in divisors(rows) if min_batch_size_per_device(spec) <= part < micro_batch]

@@ -124,7 +124,7 @@ def choose_values(
     if unknown:
         raise _memory_unknown(unknown)
     best = max(closest, key=lambda one: (one.may_fit, one.may_fit and one.pool.is_current, one.memory_bytes / one.plan.memory.expected_bytes))
-    decision = replace(_decision(search, best, _reasons_of_doubt(search, best)), changes=_changes(search, best, known, pools))
+    decision = replace(_decision(search, best, _reasons_if_upper_bound_does_not_fit(search, best)), changes=_changes(search, best, known, pools))
     return decision if best.may_fit else replace(decision, choices=(), refusal=_refusal(best, known, decision.changes))
 
 
@@ -134,7 +134,7 @@ def _memory_unknown(pools: Sequence[GpuPool]) -> ConfigError:
 
 
 def _require_choosable(resolved: ResolvedSpec) -> None:
-    """Errors: ConfigError ChoicesNotPlanned for a job without GPUs, or if other files or checkpoints decide about the values."""
+    """Errors: ConfigError ChoicesNotPlanned for a job without GPUs, or if a configuration file or the checkpoint of another job sets the values."""
     spec = resolved.spec
     if gpus_per_node(spec) == 0:
         raise ConfigError("ChoicesNotPlanned", "the job uses no GPU", hint="raise resources.gpusPerNode")
@@ -202,7 +202,7 @@ class _Search:
         return [StrategyType.NONE] if gpus * (self.spec.resources.nodes or 1) == 1 else [StrategyType.DDP, StrategyType.FSDP]
 
     def _checkpointing_modes(self, base: dict[str, Any]) -> list[GradientCheckpointing]:
-        """The modes, that with the least memory last."""
+        """The values of `training.gradientCheckpointing` to compare. The one that needs the least memory is last."""
         current = self.spec.training.gradient_checkpointing or GradientCheckpointing.ENABLED
         is_fixed = not self.is_open(CHECKPOINTING_PATH) or self.spec.trainer.backend is TrainerBackend.UNSLOTH or current is GradientCheckpointing.DISABLED
         if is_fixed or not self._keeps_rules(base | {CHECKPOINTING_PATH: GradientCheckpointing.DISABLED}):
@@ -253,7 +253,7 @@ class _Search:
 
 
 def _best(fitting: list[_Arrangement]) -> _Arrangement:
-    """Return the cheapest arrangement. Without all prices, the platform's choice of a pool is better than an expensive GPU that is faster."""
+    """Return the cheapest arrangement. If a pool has no price, prefer the platform's default pool: the fastest GPU may be the most expensive one."""
     if all(one.cost is not None for one in fitting):
         return min(fitting, key=lambda one: (one.cost, not one.pool.is_current))
     current = [one for one in fitting if one.pool.is_current]
@@ -273,7 +273,7 @@ def _plain(value: Any) -> int | str:
 
 
 def _open_fields(search: _Search, best: _Arrangement) -> Iterator[str]:
-    """The fields that were open. A job with one rank has no strategy."""
+    """Yield the fields that the user left out and the plan chose. A job with one rank has no strategy."""
     for path in CHOSEN_FIELDS:
         is_single = path == STRATEGY_PATH and world_size(best.spec) == 1
         if search.is_open(path) and not is_single and not (path == GPUS_PATH and PROCESSES_PATH not in search.resolved.defaults):
@@ -316,7 +316,7 @@ def _pool_reason(best: _Arrangement, fitting: list[_Arrangement], known: list[Gp
     return f"the least expected GPU time of {len(fitting)} pools on which the job fits"
 
 
-def _reasons_of_doubt(search: _Search, best: _Arrangement) -> dict[str, str]:
+def _reasons_if_upper_bound_does_not_fit(search: _Search, best: _Arrangement) -> dict[str, str]:
     memory = best.plan.memory
     text = (
         f"the least memory: the expected {gigabytes(memory.expected_bytes)} fit into {gigabytes(best.memory_bytes)} of each GPU, "

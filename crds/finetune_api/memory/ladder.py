@@ -106,7 +106,7 @@ def _first_that_fits(candidates: Sequence[dict[str, Any]], scaled: _Scaled) -> d
 
 
 def _changes(scaled: _Scaled) -> list[str]:
-    """Return up to three changes that would fit, as sentences for people. A GPU with more memory comes last."""
+    """Return up to three changes that would fit, as text for users. A GPU with more memory comes last."""
     found = changes_that_fit(scaled.spec, scaled.shape, int(scaled.available_bytes / scaled.factor), scaled.facts)
     texts = [", ".join(f"{path}: {value}" for path, value in change.values.items()) for change in found]
     upper_bytes = scaled.plan({}).memory.upper_bytes * scaled.factor

@@ -46,7 +46,7 @@ def check_model_cache_effect(spec: FineTuneJobSpec, target: ExecutionTarget) -> 
 
 
 def can_be_cached(spec: FineTuneJobSpec) -> bool:
-    """Whether the source of the base model names hashes of its files: only then a cache can verify them."""
+    """Whether the source of the base model names hashes of its files. Without them, a cache could not verify the files."""
     try:
         return isinstance(parse(spec.model.source or ""), HubSource | S3Source)
     except ConfigError:

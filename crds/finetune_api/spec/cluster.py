@@ -358,7 +358,8 @@ class Policy(Group):
         "If the pods of an attempt do not run after this many seconds, the operator reports the job as stalled.", default=1800, example=7200
     )
     stall_timeout_seconds: Annotated[int, Field(ge=1, le=31536000)] | None = spec_field(
-        "After this many seconds without an optimizer step, or while loading without work of the ranks, the operator restarts the attempt.",
+        "The operator restarts the attempt after this many seconds without an optimizer step. While the ranks load the model, it restarts the attempt if they "
+        "neither compute nor read for this time.",
         default_text="computed from recent step durations, at least 600",
         example=900,
     )

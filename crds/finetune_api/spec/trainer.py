@@ -112,7 +112,7 @@ class Reward(Group):
     )
     timeout_seconds: Annotated[int, Field(ge=1, le=86400)] | None = spec_field(
         "Maximum time in seconds of one call of the function of configMapRef, which scores all completions of a step on a rank. If this field is set, the "
-        "function runs in a process of its own, so that a function that hangs or ends its process fails with its completion.",
+        "function runs in its own process, and a failure names the completion for which the function hangs or ends its process.",
         default_text="no limit; the function runs in the process of the rank",
         example=60,
         since="0.2.0",

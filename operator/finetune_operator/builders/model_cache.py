@@ -57,7 +57,7 @@ def add_model_cache(pod: Object, cache: str | None, namespace: str, config: Oper
 
 
 def _build_init_container(trainer: Object, arguments: list[str], config: OperatorConfig) -> Object:
-    """The init container. Its requests do not exceed those of the trainer container, so the pod needs no more of a node."""
+    """Return the init container. Its requests are at most those of the trainer container, so the pod's requests do not grow."""
     mounts = [mount for mount in trainer["volumeMounts"] if mount["name"] in MOUNTS]
     return {
         "name": names.MODEL_CACHE_CONTAINER,

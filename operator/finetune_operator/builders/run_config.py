@@ -72,8 +72,8 @@ def build_run_config(
         world=_build_world(job, spec, attempt),
         storage=_build_store_target(f"{root}/{job.namespace}/{job.name}/{job.uid}", spec.storage, "storage", ""),
         publish=publish_uri,
-        model_store=_separate_store(spec, spec.model.storage, "model", MODEL_CREDENTIALS_PREFIX),
-        dataset_store=_separate_store(spec, spec.dataset.storage, "dataset", DATASET_CREDENTIALS_PREFIX),
+        model_store=_build_source_store(spec, spec.model.storage, "model", MODEL_CREDENTIALS_PREFIX),
+        dataset_store=_build_source_store(spec, spec.dataset.storage, "dataset", DATASET_CREDENTIALS_PREFIX),
         resume=_build_resume(job, spec, attempt, committed_step, max_step, rolled_back_attempt),
         prepared=prepared,
         generation_url=f"http://{LOOPBACK_ADDRESS}:{GENERATION_PORT}" if generation_server(spec) is not None else None,
@@ -175,7 +175,7 @@ def customer_key_variable(connection_name: str) -> str:
     return f"{prefix}{Env.STORAGE_CUSTOMER_KEY.value}"
 
 
-def _separate_store(spec: FineTuneJobSpec, connection: StorageConnection | None, connection_name: str, prefix: str) -> StoreTarget | None:
+def _build_source_store(spec: FineTuneJobSpec, connection: StorageConnection | None, connection_name: str, prefix: str) -> StoreTarget | None:
     """Return the store of the model or the dataset if `connection` is set. The store's URI is the URI of the source."""
     if connection is None:
         return None

@@ -144,8 +144,8 @@ def _explain(advice: MemoryAdvice) -> str:
     corrected = " corrected by these numbers," if advice.needed_bytes > advice.planned_bytes else ""
     smallest = "" if advice.fits else "; this may not fit, but no values need less"
     return (
-        f"the attempt needed at least {needed} of {available} of GPU memory, and the plan expected {planned};{corrected} the new values need "
-        f"{expected}, at most {upper}{smallest}"
+        f"the attempt needed at least {needed} of GPU memory, {available} were available, and the plan expected {planned};{corrected} the new "
+        f"values need {expected}, at most {upper}{smallest}"
     )
 
 

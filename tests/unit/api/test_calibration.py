@@ -103,7 +103,7 @@ def test_the_program_collects_runs_and_writes_the_table(tmp_path: Path, capsys: 
     assert "secret-name" not in recorded and "u1" not in recorded
 
 
-def test_the_table_of_the_repository_follows_from_its_runs() -> None:
+def test_the_committed_table_matches_the_recorded_runs() -> None:
     assert recalibrate.TABLE_FILE.read_text() == recalibrate.table_text(recalibrate.read_runs(recalibrate.RUNS_FILE))
 
 

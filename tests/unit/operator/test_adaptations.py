@@ -186,12 +186,12 @@ def test_the_status_explains_the_advised_values() -> None:
     fitting, smallest = advised({"batch_size_per_device": 4, "fits": True}), advised({"batch_size_per_device": 1, "planned_bytes": 90 * GB})
     assert isinstance(fitting, Adaptation) and isinstance(smallest, Adaptation)
     assert fitting.explanation == (
-        "the attempt needed at least 81.0 GB of 80.0 GB of GPU memory, and the plan expected 70.0 GB; corrected by these numbers, the new values need "
-        "60.0 GB, at most 64.0 GB"
+        "the attempt needed at least 81.0 GB of GPU memory, 80.0 GB were available, and the plan expected 70.0 GB; corrected by these numbers, the new "
+        "values need 60.0 GB, at most 64.0 GB"
     )
     assert smallest.explanation == (
-        "the attempt needed at least 81.0 GB of 80.0 GB of GPU memory, and the plan expected 90.0 GB; the new values need 60.0 GB, at most 64.0 GB; "
-        "this may not fit, but no values need less"
+        "the attempt needed at least 81.0 GB of GPU memory, 80.0 GB were available, and the plan expected 90.0 GB; the new values need 60.0 GB, at most "
+        "64.0 GB; this may not fit, but no values need less"
     )
     halved = advised({})
     assert isinstance(halved, Adaptation) and halved.explanation is None

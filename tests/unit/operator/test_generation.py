@@ -134,7 +134,7 @@ def test_the_gpus_of_the_server_must_be_on_the_same_node() -> None:
     assert refusal.message.startswith("spec.resources.gpusPerNode is 7 and the vLLM server needs 2, but a node of pool h100 has 8")
 
 
-def test_the_gpus_of_the_server_cost_money() -> None:
+def test_the_cost_contains_the_gpus_of_the_server() -> None:
     running = status(attempt=1, attempts=[{"number": 1, "startTime": iso_time(0)}])
     observed = facts(
         spec=server_spec(), status=running, jobs=[job()], pods=[pod(scheduled_at=at(0))], now=at(3600), last_report=report(), reported_at=at(3600),

@@ -204,5 +204,5 @@ def test_the_metrics_count_where_models_came_from() -> None:
     assert value("finetune_operator_model_bytes_saved_total") == 12
 
 
-def test_the_spec_knows_the_values() -> None:
+def test_the_spec_accepts_the_values() -> None:
     assert FineTuneJobSpec.model_validate(spec(model={"cache": "pvc://models/hub"})).model.cache == "pvc://models/hub"

@@ -280,7 +280,7 @@ def test_trl_generates_completions_through_the_overridden_method() -> None:
     assert GeneratingTrainer()._generate_single_turn() == torch.bfloat16
 
 
-def test_trl_talks_to_a_vllm_server_through_the_replaced_methods() -> None:
+def test_trl_still_has_the_methods_that_are_replaced_for_a_vllm_server() -> None:
     """`tests/pod/objectives/test_generation_server.py` runs them; this test names the method that an upgrade of TRL has changed."""
     from trl.generation.vllm_client import VLLMClient
     from trl.generation.vllm_generation import VLLMGeneration

@@ -105,11 +105,11 @@ def _render_plain(example: Conversation, options: RenderOptions) -> Rendered:
         if turn.role == "assistant":
             (trained_spans if turn.weight else untrained_spans).append((len(text), len(text) + len(turn.content)))
         text += turn.content
-    return Rendered(text, tuple(trained_spans) if options.response_only else _spans_without(untrained_spans, text), False)
+    return Rendered(text, tuple(trained_spans) if options.response_only else _spans_outside(untrained_spans, text), False)
 
 
-def _spans_without(untrained_spans: Sequence[CharSpan], text: str) -> tuple[CharSpan, ...]:
-    """Return the spans that cover the text except the `untrained_spans` spans (answers of weight 0)."""
+def _spans_outside(untrained_spans: Sequence[CharSpan], text: str) -> tuple[CharSpan, ...]:
+    """Return the spans of the text outside of `untrained_spans`, which are the answers of weight 0."""
     ends = [0, *(end for span in untrained_spans for end in span), len(text)]
     return tuple((start, end) for start, end in zip(ends[::2], ends[1::2], strict=True) if end > start)
 
@@ -131,7 +131,7 @@ def _render_with_template(example: Conversation, options: RenderOptions) -> Rend
         ]
     if options.response_only:
         _require_tool_calls(example.turns, "".join(text[start:end] for start, end in spans))
-    return Rendered(text, tuple(spans) if options.response_only else _spans_without(spans, text), True)
+    return Rendered(text, tuple(spans) if options.response_only else _spans_outside(spans, text), True)
 
 
 def _require_tool_calls(turns: Sequence[Turn], trained_text: str) -> None:

@@ -88,7 +88,7 @@ class Limits:
     """How large a cache may become, and how long a pod waits for others."""
 
     size_bytes: int | None = None
-    """Bytes of all models. None: only the size of the volume limits the cache."""
+    """Maximum bytes of all models. None: only the size of the volume limits the cache."""
     free_share: float = 0.0
     """Share of the volume that stays free. A node evicts pods if its disk is almost full."""
     poll_seconds: float = 0.5
@@ -164,7 +164,7 @@ class CacheFolder:
         return entry, False
 
     def _commit(self, key: str, source: str, files: tuple[SourceFile, ...], partial: Path) -> None:
-        touched = _Ticker(partial / SIZE)
+        touched = _ProgressFile(partial / SIZE)
         checked = check_files(partial / FILES, files, count_bytes=touched.count)
         problem = _problem_of(checked)
         if problem:
@@ -268,8 +268,8 @@ class CacheFolder:
                 _discard(folder, folder.parent / PARTIAL)
 
 
-class _Ticker:
-    """Changes a file's modification time while bytes are read, so that waiting pods see the progress."""
+class _ProgressFile:
+    """A file whose modification time changes while bytes are read, so that waiting pods see the progress."""
 
     def __init__(self, file: Path) -> None:
         self._file, self._touched_at = file, time.monotonic()

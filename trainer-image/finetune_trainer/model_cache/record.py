@@ -1,4 +1,4 @@
-"""`model-cache.json`: what the init container with the cache tells the trainer container of the same pod."""
+"""`model-cache.json`: the record that the init container with the cache writes for the trainer container of the same pod."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The table of what the time of the run's pods was used for. The report is written in a pod, so it knows nothing about the time before its container."""
+"""The table of what the time of the run's pods was used for. A pod writes the report, so the time before its container starts is not known there."""
 
 from __future__ import annotations
 

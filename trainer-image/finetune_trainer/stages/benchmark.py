@@ -219,7 +219,7 @@ class _TaskRunner:
         questions = self._questions(loaded, [(RawRow(task.folder, number, {}), self._as_example(one)) for number, one in enumerate(asked, 1)])
         pairs = list(zip(asked, questions, strict=True))
         values = self._compare_answers(loaded, [pair for pair in pairs if not pair[0].choices])
-        values |= _choose_letters(loaded, [pair for pair in pairs if pair[0].choices])
+        values |= _multiple_choice_accuracy(loaded, [pair for pair in pairs if pair[0].choices])
         return TaskRecord(
             measurements=[
                 Measurement(task=task.name, metric=name, value=value.value, samples=len(value.scores) or len(asked), reason=value.reason)
@@ -260,7 +260,7 @@ class _TaskRunner:
         return TaskRecord(measurements=[Measurement(task=task.name, metric="pass@1", value=share, stderr=stderr, samples=len(passed))])
 
 
-def _choose_letters(loaded: LoadedModel, pairs: Sequence[tuple[DomainQuestion, Question]]) -> dict[str, MetricValue]:
+def _multiple_choice_accuracy(loaded: LoadedModel, pairs: Sequence[tuple[DomainQuestion, Question]]) -> dict[str, MetricValue]:
     """Return the accuracy of multiple-choice questions. The model's choice is the letter with the highest probability."""
     if not pairs:
         return {}

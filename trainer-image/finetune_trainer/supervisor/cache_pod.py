@@ -51,7 +51,7 @@ class CacheOptions:
 
 
 class SourceRecord(LenientModel):
-    """What the hub said about a public repository: used while the hub does not answer."""
+    """The newest known revision of a public repository and its files. It is used while the hub does not answer."""
 
     revision: str
     files: list[tuple[str, int, str]]
@@ -192,7 +192,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--folder", type=Path, required=True, help="folder of the cache")
     parser.add_argument("--tenant", required=True, help="folder below it for the models of this namespace")
     parser.add_argument("--copy", action="store_true", help="copy the models to the work folder, and verify the copies")
-    parser.add_argument("--size-limit", type=int, help="bytes of all models in the cache (default: the size of the volume)")
+    parser.add_argument("--size-limit", type=int, help="maximum bytes of all models in the cache (default: the size of the volume)")
     parser.add_argument("--free-share", type=float, default=0.0, help="share of the volume that stays free")
     options = parser.parse_args(arguments)
     limits = Limits(size_bytes=options.size_limit, free_share=options.free_share)

@@ -103,7 +103,7 @@ def _list_hub(source: HubSource) -> tuple[ModelListing, Callable[[Path], None]]:
             source.repo, revision=revision, local_dir=folder, endpoint=_hub_endpoint(), token=token, allow_patterns=list(MODEL_SOURCE.patterns),
             max_workers=DOWNLOAD_THREADS,
         )  # fmt: skip
-        shutil.rmtree(folder / ".cache", ignore_errors=True)  # the client's own notes about the download
+        shutil.rmtree(folder / ".cache", ignore_errors=True)  # metadata that the client keeps about its download
 
     is_public = not info.gated and not info.private
     return ModelListing(hub_location(source), _safe(files), hub_revision=revision, is_public=is_public), download

@@ -16,7 +16,7 @@ from pathlib import Path
 from finetune_trainer import processes
 
 MIN_CPU_SHARE = 0.05
-"""A rank that waits runs threads that poll. They use about a hundredth of a core."""
+"""Minimum share of a core. The polling threads of a rank that waits use about 0.01."""
 MIN_BYTES_PER_SECOND = 16_384
 MIN_FAULTS_PER_SECOND = 1.0
 LONGEST_WINDOW_SECONDS = 30.0
@@ -82,7 +82,7 @@ class WorkWatch:
         self._is_blocked = False
 
     def restart(self) -> None:
-        """Forget earlier measurements."""
+        """Discard earlier measurements."""
         self._before = None
 
     def idle_seconds(self, window_seconds: float) -> float:

@@ -105,7 +105,7 @@ SIZE_PROBLEM = "x has another size than at the source (4 bytes)"
         (lambda file: file.mkdir(), "x cannot be read (x is not a regular file)"),
     ],
 )  # fmt: skip
-def test_other_files_are_refused_and_never_block(tmp_path: Path, write: Callable[[Path], object], problem: str) -> None:
+def test_a_file_of_another_size_or_kind_is_a_problem_and_never_blocks(tmp_path: Path, write: Callable[[Path], object], problem: str) -> None:
     write(tmp_path / "x")
     expected = SourceFile("x", 4, digests_of(b"rows")[0])
     assert check_files(tmp_path, (expected,)) == [CheckedFile("x", problem=problem)]

@@ -154,7 +154,7 @@ def test_a_killed_download_is_taken_over(tmp_path: Path) -> None:
     assert stored(tmp_path / "cache") == ["k"]
 
 
-def test_nobody_waits_for_a_download_without_progress(tmp_path: Path) -> None:
+def test_a_pod_stops_waiting_for_a_download_without_progress(tmp_path: Path) -> None:
     (tmp_path / "cache").mkdir()
     first = start(tmp_path)
     assert read(first) == "started"
@@ -166,7 +166,7 @@ def test_nobody_waits_for_a_download_without_progress(tmp_path: Path) -> None:
 
 
 def test_a_download_with_progress_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The waiting thread sees a clock that passes the limit between two looks, but the file grows each time."""
+    """The waiting thread sees a clock that passes the limit between two checks, but the file grows each time."""
     (tmp_path / "cache").mkdir()
     first = start(tmp_path)
     assert read(first) == "started"
@@ -299,7 +299,7 @@ def test_all_namespaces_of_a_node_share_the_limit(tmp_path: Path) -> None:
 
 
 def test_downloads_that_run_count_as_complete(tmp_path: Path) -> None:
-    """And the download of a killed process does not count: its files are removed."""
+    """The download of a killed process does not count: its files are removed."""
     cache, problems = limited(tmp_path, 20), list[str]()
 
     def download_other(folder: Path) -> None:
@@ -355,7 +355,7 @@ def test_threads_of_one_process_exclude_each_other(tmp_path: Path) -> None:
     assert calls == ["weights"] and sorted(results) == [False] + [True] * 7
 
 
-def test_a_record_travels_to_the_trainer_container(tmp_path: Path) -> None:
+def test_a_written_record_is_read_back_and_an_invalid_one_is_ignored(tmp_path: Path) -> None:
     assert CacheRecord.read(tmp_path) is None
     model = CachedModel(source="org/model", path=tmp_path, from_cache=True, size=3, hub_revision="abc", sha256={"x": "y"})
     record = CacheRecord(models={"model.source": model}, notes=["a note"])

@@ -246,7 +246,7 @@ def test_images_beside_the_data_files_are_fetched_but_are_no_data_files(local: F
     assert (tmp_path / "work/fetched/train/pictures/a.png").exists() and (tmp_path / "work/fetched/train/b.JPG").exists()
 
 
-def test_the_root_of_the_images_is_a_folder(local: Fetcher, tmp_path: Path) -> None:
+def test_the_source_of_the_images_must_be_a_folder(local: Fetcher, tmp_path: Path) -> None:
     write_files(tmp_path / "bucket", "i/a.png", "i/deep/b.png")
     folder = local.image_root("s3://bucket/i", "dataset.images.root", "images")
     assert sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*.png")) == ["a.png", "deep/b.png"]
