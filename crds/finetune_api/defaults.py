@@ -252,6 +252,8 @@ FORMER_DEFAULTS = ("model.ligerKernels",)
 """Fields whose constant default was removed. An earlier release filled in this default, and its jobs keep it."""
 GROUPS_OF_THE_ATTEMPT = ("resources", "placement", "policy", "storage")
 """Groups whose recorded defaults are not kept. They determine where and how long an attempt runs, not the training."""
+FIELDS_OF_THE_ATTEMPT = ("model.cache",)
+"""Fields whose recorded defaults are not kept for the same reason. A claim that the platform has replaced may no longer exist."""
 
 
 def keep_recorded_defaults(resolved_spec: ResolvedSpec, recorded_defaults: Mapping[str, Any]) -> ResolvedSpec:
@@ -261,7 +263,7 @@ def keep_recorded_defaults(resolved_spec: ResolvedSpec, recorded_defaults: Mappi
     """
     values = {
         path: recorded for path, recorded in recorded_defaults.items()
-        if path.partition(".")[0] not in GROUPS_OF_THE_ATTEMPT and _differs_from_recorded(resolved_spec, path, recorded)
+        if path.partition(".")[0] not in GROUPS_OF_THE_ATTEMPT and path not in FIELDS_OF_THE_ATTEMPT and _differs_from_recorded(resolved_spec, path, recorded)
     }  # fmt: skip
     if not values:
         return resolved_spec

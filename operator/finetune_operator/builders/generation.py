@@ -24,8 +24,8 @@ def add_generation_server(pod: Object, spec: FineTuneJobSpec, image_pull_policy:
         return
     trainer = pod["containers"][0]
     trainer["volumeMounts"].append({"name": SHARED_VOLUME, "mountPath": names.GENERATION_MOUNT})
-    # After the other init containers, because the server's requests would count in addition to theirs.
-    pod["initContainers"] = [*pod.get("initContainers", []), _build_container(server, spec, trainer["securityContext"], image_pull_policy)]
+    # After the other init containers: they start one after another, and the server's requests would count in addition to theirs.
+    pod.setdefault("initContainers", []).append(_build_container(server, spec, trainer["securityContext"], image_pull_policy))
     pod["volumes"] += [
         {"name": SHARED_VOLUME, "emptyDir": {}},
         {"name": TMP_VOLUME, "emptyDir": {}},

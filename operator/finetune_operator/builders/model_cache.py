@@ -51,9 +51,19 @@ def add_model_cache(pod: Object, cache: str | None, namespace: str, config: Oper
         assert isinstance(source, PvcSource)
         volume = {"persistentVolumeClaim": {"claimName": source.claim}}
         folder = "/".join(part for part in (names.MODEL_CACHE_MOUNT, source.path, CLAIM_FOLDER) if part)
-        arguments = ["--folder", folder, "--tenant", CLAIM_TENANT, "--copy"]
+        # Kubernetes replaces $(NAME) in arguments with a variable, for example a token, which would become part of the folder's name. $$ is a $.
+        arguments = ["--folder", folder.replace("$", "$$"), "--tenant", CLAIM_TENANT, "--copy"]
     pod["volumes"].append({"name": VOLUME, **volume})
     pod["initContainers"] = [_build_init_container(trainer, ["fill-cache", *arguments], config)]
+    _add_pull_secrets(pod, config)
+
+
+def _add_pull_secrets(pod: Object, config: OperatorConfig) -> None:
+    """Add the pull Secrets of the platform's image. `placement.imagePullSecrets` replaces them, for `placement.image`."""
+    secrets = pod.get("imagePullSecrets", [])
+    missing = [{"name": name} for name in config.trainer.image_pull_secrets if {"name": name} not in secrets]
+    if missing:
+        pod["imagePullSecrets"] = [*secrets, *missing]
 
 
 def _build_init_container(trainer: Object, arguments: list[str], config: OperatorConfig) -> Object:

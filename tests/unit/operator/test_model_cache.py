@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 import pytest
+from finetune_api import names
 from finetune_api.names import Annotation, Reason
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import ModelOrigin, ResolvedConfig
@@ -13,7 +14,7 @@ from finetune_operator.builders.job import build_job, build_preparation_job
 from finetune_operator.builders.run_config import build_run_config
 from finetune_operator.metrics import Metrics
 from finetune_operator.objects import Object
-from finetune_operator.policies.acceptance import AcceptedSpec, RefusedSpec, accept
+from finetune_operator.policies.acceptance import AcceptedSpec, FirstAttempt, RefusedSpec, accept
 from finetune_operator.settings import OperatorConfig, SettingsError, parse_config
 from finetune_operator.views import read_pod
 
@@ -24,6 +25,7 @@ NODE = {"path": "/var/lib/finetune-models", "sizeLimit": "1Ki", "namespaces": ["
 
 def config_with(cache: Object | None = None, **fields: Any) -> OperatorConfig:
     trainer = {"image": "registry.example.com/trainer:1", "env": {"HF_HUB_ETAG_TIMEOUT": "30", "HF_ENDPOINT": "https://mirror.example.com"}}
+    trainer |= fields.pop("trainer", {})
     return parse_config({"trainer": trainer, **({"modelCache": cache} if cache is not None else {}), **fields}, "test")
 
 
@@ -63,6 +65,28 @@ def test_a_claim_is_mounted_only_in_the_init_container() -> None:
 def test_the_root_of_a_claim_gets_a_folder_for_the_cache() -> None:
     (init,) = pod_of(build(spec(model={"cache": "pvc://models"}))[1])["initContainers"]
     assert init["args"][2] == "/mnt/model-cache/finetune-models"
+
+
+def test_variables_in_the_path_of_a_claim_are_not_replaced() -> None:
+    """The kubelet replaces $(HF_TOKEN) in arguments. The token would be the name of a folder, and part of messages about this folder."""
+    (init,) = pod_of(build(spec(model={"cache": "pvc://models/$(HF_TOKEN)/$x"}))[1])["initContainers"]
+    assert init["args"][2] == "/mnt/model-cache/$$(HF_TOKEN)/$$x/finetune-models"
+
+
+def test_the_image_of_the_platform_can_be_pulled_beside_an_image_of_the_user() -> None:
+    config = config_with({"node": NODE}, trainer={"imagePullSecrets": ["platform", "shared"]})
+    placement = {"image": "registry.example.com/own:2", "imagePullSecrets": ["own", "shared"]}
+    pod = pod_of(build(spec(model={"cache": "node"}, placement=placement), config)[1])
+    assert pod["imagePullSecrets"] == [{"name": "own"}, {"name": "shared"}, {"name": "platform"}]
+    without_cache = pod_of(build(spec(placement=placement), config)[1])
+    assert without_cache["imagePullSecrets"] == [{"name": "own"}, {"name": "shared"}]
+
+
+def test_the_cache_is_filled_before_the_generation_server_starts() -> None:
+    generation = {"backend": "vllm", "image": "registry.example.com/vllm:1"}
+    trainer = {"type": "grpo", "rewards": [{"builtin": "thinkFormat"}], "grpo": {"generation": generation, "numGenerations": 2}}
+    pod = pod_of(build(spec(model={"cache": "node"}, trainer=trainer, resources={"gpusPerNode": 1}))[1])
+    assert [container["name"] for container in pod["initContainers"]] == ["model-cache", names.GENERATION_CONTAINER]
 
 
 def test_the_trainer_container_can_only_read_the_models_of_its_namespace_on_the_node() -> None:
@@ -143,6 +167,15 @@ def test_the_default_of_the_platform(cache: Object | None, namespace: str, sourc
     assert accepted.spec.model.cache == expected and accepted.defaults.get("model.cache") == expected
 
 
+@pytest.mark.parametrize(("cache", "expected"), [({"default": "pvc://new"}, "pvc://new"), ({"default": "node", "node": NODE}, "node"), (None, None)])
+def test_the_next_attempt_uses_the_current_default(cache: Object | None, expected: str | None) -> None:
+    """The claim of the first attempt may no longer exist."""
+    first, _ = build(spec(), config_with({"default": "pvc://old"}))
+    later = accept(spec(), config_with(cache), FirstAttempt(first.defaults, first.spec_sha256), namespace="team")
+    assert isinstance(later, AcceptedSpec)
+    assert later.spec.model.cache == expected and later.defaults.get("model.cache") == expected
+
+
 def test_a_job_can_refuse_the_default() -> None:
     accepted, body = build(spec(model={"cache": "none"}), config_with({"default": "pvc://models"}))
     assert accepted.spec.model.cache == "none" and "initContainers" not in pod_of(body)
@@ -168,6 +201,7 @@ def test_a_cache_on_the_nodes_needs_the_platform(config: OperatorConfig, namespa
         ({"default": "node"}, "default is node, but node.path and node.namespaces are empty"),
         ({"node": {"path": "/var/lib/x"}}, "node.path and node.namespaces only have an effect together"),
         ({"node": {"namespaces": ["*"]}}, "node.path and node.namespaces only have an effect together"),
+        ({"default": "pvc://models/../x"}, "default is pvc://models/../x, but the path contains `..`: write pvc://claim/path"),
         ({"default": "s3://bucket/x"}, "modelCache.default"), ({"node": {**NODE, "path": "/var"}}, "modelCache.node.path"),
         ({"node": {**NODE, "path": "relative/x"}}, "modelCache.node.path"), ({"node": {**NODE, "sizeLimit": "much"}}, "modelCache.node.sizeLimit"),
     ],

@@ -72,6 +72,8 @@ class CacheEntry:
 
     folder: Path
     record: EntryRecord
+    lock: int
+    """Descriptor of the file with the shared lock. It stays open until this process ends."""
 
     @property
     def files(self) -> Path:
@@ -115,21 +117,23 @@ class CacheFolder:
         lock = lock_shared(folder / IN_USE) if record is not None else None
         if record is None or lock is None:
             return None
+        entry = CacheEntry(folder, record, lock)
         if not _is_unchanged(folder / FILES, record, files):
             problem = _problem_of(check_files(folder / FILES, files))
             if problem:
+                self.remove(entry)
                 os.close(lock)
-                self.remove(key)
                 raise DamagedModel(problem)
         with contextlib.suppress(OSError):
             os.utime(folder / IN_USE)
-        return CacheEntry(folder, record)
+        return entry
 
-    def remove(self, key: str) -> None:
-        """Remove a model. Processes that read it keep their open files. A failure is only logged."""
+    def remove(self, entry: CacheEntry) -> None:
+        """Remove a damaged model, unless another pod has already replaced it. Processes that read it keep their open files. A failure is only logged."""
         try:
             with contextlib.suppress(FileNotFoundError):
-                _discard(self._entries / key, self._entries / PARTIAL)
+                if os.path.samestat(os.fstat(entry.lock), entry.in_use_file.stat()):
+                    _discard(entry.folder, self._entries / PARTIAL)
         except OSError as error:
             log.warning("a model could not be removed from the cache: %s", error)
 
@@ -207,7 +211,7 @@ class CacheFolder:
         """Return an empty folder for a download of `size` bytes, after the removal of models that are not in use. Errors: CacheProblem."""
         partial = self._entries / PARTIAL / key
         with _open_lock(self._top / LOCKS / "space") as descriptor:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            self._wait_for_space_lock(descriptor)
             shutil.rmtree(partial, ignore_errors=True)
             missing = self._missing_bytes(size)
             if missing > 0:
@@ -215,6 +219,14 @@ class CacheFolder:
             (partial / FILES).mkdir(parents=True)
             (partial / SIZE).write_text(str(size))
         return partial
+
+    def _wait_for_space_lock(self, descriptor: int) -> None:
+        """Errors: CacheProblem if a process does not release the lock, for example because the volume hangs where this process runs."""
+        started = time.monotonic()
+        while not _try_lock(descriptor):
+            if time.monotonic() - started > self._limits.stalled_seconds:
+                raise CacheProblem(f"another pod has held the lock for the space of the cache for more than {self._limits.stalled_seconds:.0f} s")
+            time.sleep(self._limits.poll_seconds)
 
     def _missing_bytes(self, size: int) -> int:
         """The bytes by which `size` more bytes exceed the volume or the limit of the cache. Downloads that run count as if they were complete."""
@@ -240,8 +252,9 @@ class CacheFolder:
         return total, unwritten
 
     def _all_entries(self) -> list[Path]:
-        """The folders of all namespaces, of which this process can see those below `top`."""
-        return [folder for folder in self._top.iterdir() if folder.is_dir() and not folder.is_symlink() and not folder.name.startswith(".")]
+        """The folders of all namespaces. Folders that this process cannot read are not part of the cache, for example `lost+found` of a disk."""
+        folders = [folder for folder in self._top.iterdir() if not folder.name.startswith(".")]
+        return [folder for folder in folders if folder.is_dir() and not folder.is_symlink() and _is_readable(folder)]
 
     def _stored(self) -> list[tuple[Path, EntryRecord]]:
         folders = [folder for entries in self._all_entries() for folder in entries.glob("*") if not folder.name.startswith(".")]
@@ -308,8 +321,17 @@ def _is_unchanged(folder: Path, record: EntryRecord, files: tuple[SourceFile, ..
     return True
 
 
+def _is_readable(folder: Path) -> bool:
+    try:
+        os.scandir(folder).close()
+    except OSError:
+        return False
+    return True
+
+
 def _discard(folder: Path, partial: Path) -> None:
     """Remove a folder. It first gets another name, so that no process finds an incomplete model. Errors: OSError."""
+    partial.mkdir(exist_ok=True)
     removed = partial / f".removed-{folder.name}-{os.urandom(4).hex()}"
     folder.rename(removed)
     shutil.rmtree(removed, ignore_errors=True)

@@ -69,6 +69,7 @@ class CachePod:
         """Provide all models and write the record for the trainer container. Never raises an error."""
         try:
             self._settings.work.mkdir(parents=True, exist_ok=True)
+            self._create_folder_of_namespace()
             run, _ = load_run(self._settings)
             fetcher = Fetcher(run, self._settings.work)
             models = {path: model for path, source in cached_sources(run) if (model := self._provide_or_note(fetcher, path, source)) is not None}
@@ -77,11 +78,18 @@ class CachePod:
             log.warning("the trainer container downloads the model, because the cache failed", exc_info=error)
         return 0
 
+    def _create_folder_of_namespace(self) -> None:
+        """On a node, the trainer container mounts this folder. If it is missing, the kubelet creates it for root, and no later pod can write to it."""
+        if not self._options.copies:
+            with suppress(OSError):  # the first write to the cache reports it
+                (self._options.folder / self._options.tenant).mkdir(parents=True, exist_ok=True)
+
     def _provide_or_note(self, fetcher: Fetcher, path: str, source: str) -> CachedModel | None:
         try:
             return self._provide(fetcher, source)
         except Exception as error:
-            log.warning("%s is downloaded without the cache", path, exc_info=error)
+            is_expected = isinstance(error, CacheProblem | FineTuneError | OSError)  # the hub's errors are OSErrors
+            log.warning("%s is downloaded without the cache: %s", path, _reason(error), exc_info=None if is_expected else error)
             self._notes.append(f"{path} is downloaded without model.cache: {_reason(error)}")
             return None
 
@@ -98,7 +106,6 @@ class CachePod:
                 entry, from_cache = self._cache.provide(listing.key, source, listing.files, download, log_progress=lambda done: _log_progress(done, listing))
                 return self._use(entry, listing, source, from_cache, fetcher)
             except DamagedModel as damage:
-                self._cache.remove(listing.key)
                 if number == MAX_TRIES:
                     raise
                 self._notes.append(f"model.cache had a damaged copy of {source}, which was removed: {damage}")
@@ -119,6 +126,7 @@ class CachePod:
             checked = check_files(entry.files, listing.files, copy_to=copy)
             problem = next((one.problem for one in checked if one.problem), "")
             if problem:
+                self._cache.remove(entry)
                 raise DamagedModel(problem)
         except BaseException:
             shutil.rmtree(copy, ignore_errors=True)
@@ -128,11 +136,14 @@ class CachePod:
     # ---- without the hub ----
 
     def _remember(self, source: str, listing: ModelListing) -> None:
-        """Record the newest version of a public repository. Errors: OSError."""
+        """Record the newest version of a public repository, or remove the record of a repository that is no longer public. Errors: OSError."""
         hub_source = parse(source)
-        if not listing.is_public or not isinstance(hub_source, HubSource) or self._options.copies:
+        if not isinstance(hub_source, HubSource) or self._options.copies:
             return
         file = self._source_file(hub_source)
+        if not listing.is_public:
+            file.unlink(missing_ok=True)
+            return
         file.parent.mkdir(parents=True, exist_ok=True)
         record = SourceRecord(revision=listing.hub_revision or "", files=[(entry.name, entry.size, entry.digest) for entry in listing.files])
         partial = file.with_name(f".{file.name}.{self._settings.pod_uid}")

@@ -12,10 +12,11 @@ import time
 from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from finetune_trainer.model_cache import folder as subject
-from finetune_trainer.model_cache.content import SourceFile
+from finetune_trainer.model_cache.content import CheckedFile, SourceFile
 from finetune_trainer.model_cache.folder import CacheEntry, CacheFolder, CacheProblem, DamagedModel, Limits
 from finetune_trainer.model_cache.record import CachedModel, CacheRecord
 
@@ -215,6 +216,38 @@ def test_a_changed_model_is_found_and_removed(tmp_path: Path) -> None:
     assert stored(tmp_path) == [] and store(cache, "weights", "k")[1] is False
 
 
+def test_a_damaged_model_that_another_pod_has_replaced_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two pods find the damage. The slower one must not remove what the faster one has downloaded meanwhile."""
+    slow, fast = CacheFolder(tmp_path, "team", LIMITS), CacheFolder(tmp_path, "team", LIMITS)
+    entry, _ = store(slow, "weights", "k")
+    (entry.files / "model.safetensors").write_text("waights")
+    check = subject.check_files
+
+    def check_slowly(*arguments: Any, **options: Any) -> list[CheckedFile]:
+        checked = check(*arguments, **options)
+        monkeypatch.setattr(subject, "check_files", check)
+        with pytest.raises(DamagedModel):
+            fast.find("k", model_files("weights"))
+        assert store(fast, "weights", "k")[1] is False
+        return checked
+
+    monkeypatch.setattr(subject, "check_files", check_slowly)
+    with pytest.raises(DamagedModel):
+        slow.find("k", model_files("weights"))
+    assert stored(tmp_path) == ["k"] and store(slow, "weights", "k")[1] is True
+
+
+def test_a_damaged_model_is_removed_although_hidden_folders_are_missing(tmp_path: Path) -> None:
+    """For example in a copy of the volume with the visible folders only."""
+    cache = CacheFolder(tmp_path, "team", LIMITS)
+    entry, _ = store(cache, "weights", "k")
+    (entry.files / "model.safetensors").write_text("waights")
+    shutil.rmtree(tmp_path / "team/.partial")
+    with pytest.raises(DamagedModel):
+        cache.find("k", model_files("weights"))
+    assert stored(tmp_path) == []
+
+
 def test_a_model_with_another_time_but_the_same_bytes_is_used(tmp_path: Path) -> None:
     cache = CacheFolder(tmp_path, "team", LIMITS)
     entry, _ = store(cache, "weights", "k")
@@ -315,6 +348,30 @@ def test_downloads_that_run_count_as_complete(tmp_path: Path) -> None:
     (tmp_path / "team/.partial/killed/size").write_text("1000")
     store(cache, "c" * 6)
     assert stored(tmp_path) == ["a", "c"]
+
+
+def test_a_process_that_keeps_the_lock_of_the_space_is_named(tmp_path: Path) -> None:
+    (tmp_path / ".locks").mkdir()
+    cache = CacheFolder(tmp_path, "team", Limits(poll_seconds=0.01, stalled_seconds=0.05))
+    with (tmp_path / ".locks/space").open("w") as held:
+        subject.fcntl.flock(held, subject.fcntl.LOCK_EX)
+        with pytest.raises(CacheProblem, match=r"^another pod has held the lock for the space of the cache for more than 0 s$"):
+            store(cache, "weights")
+    assert store(cache, "weights")[1] is False
+
+
+def test_a_folder_that_cannot_be_read_is_not_part_of_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that is mounted at the folder of the cache has `lost+found`, which only root can read. The test also runs as root."""
+    (tmp_path / "lost+found").mkdir()
+    scandir, stat = os.scandir, os.stat
+
+    def check_path(path: object, inside: str) -> None:
+        if inside in str(path):
+            raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "scandir", lambda path: check_path(path, "lost+found") or scandir(path))
+    monkeypatch.setattr(os, "stat", lambda path, **options: check_path(path, "lost+found/") or stat(path, **options))
+    assert store(limited(tmp_path, 20), "weights")[1] is False
 
 
 Usage = namedtuple("Usage", "total used free")

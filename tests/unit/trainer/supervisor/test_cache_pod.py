@@ -150,6 +150,14 @@ def test_access_to_a_private_model_is_checked_for_each_job(provide: Provide, hub
     assert record.models == {} and record.notes == ["model.source is downloaded without model.cache: RepositoryNotFoundError"]
 
 
+def test_a_model_without_access_causes_no_stack_trace(provide: Provide, hub: Hub, model: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The trainer container reports it with the field of the spec."""
+    hub.serve_model("org/model", model, is_private=True)
+    assert provide().models == {}
+    (line,) = [record for record in caplog.records if record.name == cache_pod.__name__]
+    assert (line.getMessage(), line.exc_info) == ("model.source is downloaded without the cache: RepositoryNotFoundError", None)
+
+
 def stop_hub(hub: Hub, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
 
@@ -199,7 +207,24 @@ def test_without_the_hub_a_removed_model_is_not_used(provide: Provide, hub: Hub,
     assert provide().notes == [NOT_KNOWN + "the cache no longer has this model"]
 
 
+def test_without_the_hub_a_model_that_is_no_longer_public_is_not_used(provide: Provide, hub: Hub, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    provide()
+    hub.serve_model("org/model", model, is_gated=True)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    assert provide().models["model.source"].from_cache is True
+    stop_hub(hub, "unavailable", monkeypatch)
+    assert provide().notes == [NOT_KNOWN + "the cache has no public model of this name"]
+
+
 # ---- a cache that fails ----
+
+
+@pytest.mark.parametrize("copies", [False, True])
+def test_the_folder_of_the_namespace_on_a_node_exists_after_every_failure(provide: Provide, hub: Hub, tmp_path: Path, copies: bool) -> None:
+    """The kubelet would create it for root, because the trainer container mounts it."""
+    hub.failures["/api/models/"] = [(503, "down")] * 100
+    assert provide(copies=copies).models == {}
+    assert (tmp_path / "cache/team").is_dir() is not copies
 
 
 def test_a_full_cache_is_named(provide: Provide, hub: Hub) -> None:
