@@ -22,7 +22,7 @@ SERVICE_URL = r"^https?://[^\s/?#@]+(/[^\s?#@]*)?$"
 FORMS: dict[str, str] = {
     OBJECT_NAME: "is not the name of a Kubernetes object: a-z, 0-9, `-` and `.`, with a letter or digit first and last",
     DATA_KEY: "is not a key of a Secret or ConfigMap: letters, digits, `-`, `_` and `.`",
-    NO_SPACE: "contains a space",
+    NO_SPACE: "is empty or contains a space",
     STORE_URL: "is not the URL of a store: `https://` or `http://` and a host, without user, password or path",
     LABEL_KEY: "is not a name such as example.com/gpu: letters, digits, `-`, `_` and `.`, with an optional domain and `/` before the name",
     LABEL_VALUE: "is not a label value: at most 63 letters, digits, `-`, `_` and `.`, with a letter or digit first and last",

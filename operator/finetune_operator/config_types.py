@@ -120,7 +120,7 @@ TOLERATION_RULES: list[Schema] = [
 DnsName = Annotated[str, StringConstraints(pattern=rf"^{DNS_SUBDOMAIN}$", max_length=253)]
 """Name of a Kubernetes object, such as a Secret."""
 NamespaceName = Annotated[str, StringConstraints(pattern=rf"^{DNS_LABEL}$", max_length=63)]
-HostPath = Annotated[str, StringConstraints(pattern=r"^/[^/\s:]+(/[^/\s:]+)+$", max_length=253)]
+HostPath = Annotated[str, StringConstraints(pattern=r"^(/([^/\s:.]|\.[^/\s:.])[^/\s:]*){2,}$", max_length=253)]
 """Folder on a node, at least two levels deep. Its name contains no `:`, which Kubernetes forbids in volumes."""
 Cidr = Annotated[str, AfterValidator(_check_cidr), WithJsonSchema({"type": "string", "pattern": "^[0-9a-fA-F:.]+/[0-9]{1,3}$"})]
 PlatformQuantity = Annotated[str | int, BeforeValidator(_check_quantity), WithJsonSchema(QUANTITY_SCHEMA)]

@@ -37,7 +37,7 @@ from finetune_operator.config_types import (
     PodLabels,
 )
 
-MODEL_CACHE_PATTERN = r"^(node|pvc://[a-z0-9]([-a-z0-9.]*[a-z0-9])?(/[^\s?#]*)?)$"
+MODEL_CACHE_PATTERN = r"^(node|pvc://[a-z0-9]([-a-z0-9.]*[a-z0-9])?(/([^/\s?#.]|\.[^/\s?#.])[^/\s?#]*)*/?)$"
 CONFIG_PATH = Path("/etc/finetune-operator/config.yaml")
 
 Seconds = Annotated[float, Field(gt=0, le=86400)]
@@ -80,7 +80,7 @@ class TrainerSettings(WireModel):
 
     image: str = Field(default="finetune-trainer:0.2.0", min_length=1, description="Image of the trainer.")
     image_pull_policy: PullPolicy = Field(default=PullPolicy.IF_NOT_PRESENT, description="When nodes pull the image.")
-    generation_image: str | None = Field(
+    generation_image: Annotated[str, StringConstraints(pattern=r"^\S*$", max_length=512)] | None = Field(
         default=None, description="Image of the vLLM server for jobs that request one and do not name an image."
     )
     image_pull_secrets: tuple[DnsName, ...] = Field(

@@ -122,6 +122,12 @@ def _require_planned(spec: FineTuneJobSpec) -> None:
             "ObjectiveNotPlanned", f"trainer.type is {objective}, but the memory plan knows supervised fine-tuning only",
             hint="plan a job with `trainer: {type: sft}`; the job itself still records its measured peak",
         )  # fmt: skip
+    if (spec.distributed.context_parallel_size or 1) > 1:
+        raise ConfigError(
+            "MethodNotPlanned",
+            f"distributed.contextParallelSize is {spec.distributed.context_parallel_size}, but the memory plan knows ranks with whole sequences only",
+            hint="plan the job without contextParallelSize, as an upper limit; the job itself still records its measured peak",
+        )
     lora = spec.method.lora
     if method not in PLANNED_METHODS:
         raise ConfigError(

@@ -10,7 +10,7 @@ from finetune_api.memory.description import Description, Facts, describe_step
 from finetune_api.memory.layers import TrainedWeights, build_decoder
 from finetune_api.memory.replay import replay
 from finetune_api.memory.tape import Meter, Tape
-from finetune_api.rules import LORA_METHODS
+from finetune_api.rules import LORA_METHODS, batch_split, divisors
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.enums import MethodType
 from finetune_api.status import MemoryParts, MemoryPlan
@@ -72,11 +72,14 @@ def count_parameters(shape: ModelShape) -> int:
 
 
 def largest_batch(spec: FineTuneJobSpec, shape: ModelShape, memory_bytes: int, facts: Facts | None = None) -> int:
-    """Return the largest `training.batchSizePerDevice` whose upper bound fits; 0 if none does."""
+    """Return the largest `training.batchSizePerDevice` whose upper bound fits; 0 if none does. It divides `training.effectiveBatchSize`, if that is set."""
 
     def fits(rows: int) -> bool:
         return plan_memory(change_spec(spec, {"training.batchSizePerDevice": rows}), shape, facts).fits(memory_bytes)
 
+    if spec.training.effective_batch_size is not None:
+        micro_batch, accumulation = batch_split(spec)
+        return max((rows for rows in divisors(micro_batch * accumulation) if rows <= LARGEST_BATCH and fits(rows)), default=0)
     if not fits(1):
         return 0
     fitting, too_large = 1, 2

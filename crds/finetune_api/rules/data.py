@@ -88,8 +88,10 @@ def check_data_options(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findin
         path = f"dataset.templateVariables.{name}"
         if dataset.use_chat_template is False:
             yield path, f"{path} has no effect with `useChatTemplate: false`", "remove templateVariables or useChatTemplate"
-        elif not name.isidentifier() or name in RESERVED_VARIABLES:
-            yield path, f"{name!r} cannot be a variable of the template", f"write a name of letters, digits and underscores, other than {', '.join(RESERVED_VARIABLES)}"
+        elif name in VARIABLES_OF_ROWS:
+            yield path, f"{name!r} has a value in every template, which templateVariables cannot replace", "remove it, or write a name that the template itself introduces"
+        elif not name.isidentifier() or name in WORDS_OF_JINJA:
+            yield path, f"{name!r} cannot be a variable of the template", "write a name of letters, digits and underscores that is no word of Jinja"
     options = dataset.response_only
     if options is not None and (options.question_marker or options.answer_marker):
         if options.enabled is False:
@@ -106,11 +108,16 @@ def check_data_options(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findin
             )
 
 
-RESERVED_VARIABLES = (
-    "messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token",
-    "not", "none", "None", "true", "True", "false", "False",
+VARIABLES_OF_ROWS = (
+    "messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token",
+    "additional_special_tokens", "range", "dict", "lipsum", "cycler", "joiner", "namespace", "raise_exception", "strftime_now",
 )  # fmt: skip
-"""Variables that the chat template gets from the row or from the tokenizer, so that a default has no effect, and words of Jinja."""
+"""Names that transformers or Jinja define for each row, so that a default value has no effect."""
+WORDS_OF_JINJA = (
+    "and", "block", "call", "elif", "else", "endfor", "endif", "extends", "false", "False", "filter", "for", "from", "if", "import", "in", "include", "is",
+    "loop", "macro", "none", "None", "not", "or", "recursive", "self", "set", "true", "True", "with",
+)  # fmt: skip
+"""Words of Jinja's syntax, and names to which a template cannot assign."""
 TEXT_OPTIONS = ("system_prompt", "chat_template", "template_variables", "use_chat_template", "add_eos_token", "add_bos_token", "response_only", "columns")
 TEXT_CHECKS = ("validate_json", "pii_scan", "balance")
 

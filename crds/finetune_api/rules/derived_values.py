@@ -111,7 +111,7 @@ def world_size(spec: FineTuneJobSpec) -> int:
 
 
 def data_parallel_size(spec: FineTuneJobSpec) -> int:
-    """Return the number of ranks, or groups of ranks that share their sequences, that train on different rows."""
+    """Return the number of ranks, or of groups of ranks that share each sequence, that train on different rows."""
     return max(1, world_size(spec) // (spec.distributed.context_parallel_size or 1))
 
 

@@ -9,6 +9,7 @@ from finetune_api.rules.derived_values import (
     PROMPT_METHODS,
     base_bits,
     generation_server,
+    given_bits,
     gpus_per_node,
     is_vision_language,
     method_type_of,
@@ -57,8 +58,15 @@ def _unsupported_options(spec: FineTuneJobSpec, target: ExecutionTarget) -> Iter
         yield "distributed.strategy", strategy, "each rank must hold all weights", f"write `strategy: ddp`, or {WITHOUT_SERVER}"
     if method in UNMERGED_METHODS:
         yield "method.type", method, "the adapter must be part of the weights that the server receives", f"write method lora, or {WITHOUT_SERVER}"
+    if spec.phases.train is False:
+        yield f"{PATH}.backend", "vllm", "the job must train, because only the training generates completions", "remove generation, or remove `phases.train: false`"
     if bits is not None:
-        path, value = ("method.type", method) if method is MethodType.QLORA else ("model.quantization.bits", str(bits))
+        if method is MethodType.QLORA:
+            path, value = "method.type", str(method)
+        elif given_bits(spec) is not None:
+            path, value = "model.quantization.bits", str(bits)
+        else:
+            path, value = "method.lora", "LoftQ, which quantises the base model"
         yield path, value, "the weights must not be quantised", f"write method lora without quantization, or {WITHOUT_SERVER}"
     if spec.model.new_tokens:
         yield "model.newTokens", f"{len(spec.model.new_tokens)} tokens", "the vocabulary must be that of the base model", WITHOUT_SERVER

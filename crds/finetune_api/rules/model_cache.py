@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from finetune_api.errors import ConfigError
 from finetune_api.rules.base import ExecutionTarget, Findings, rule
 from finetune_api.sources import HubSource, PvcSource, S3Source, parse
@@ -12,11 +14,13 @@ NODE_CACHE = "node"
 NO_CACHE = "none"
 """Value of `model.cache`: no cache, even if the operator's configuration has a default."""
 CACHE_HINT = "write pvc://claim/path, node or none"
+_PRINTABLE_PATTERN = re.compile(r"[!$->@-~]*")
+"""Characters of `model.cache`, as in the CEL rule: printable ASCII characters except space, `"`, `#` and `?`."""
 
 
 @rule(
     "ModelCacheInvalid",
-    cel="!has(self.model.cache) || (self.model.cache.matches('^(node|none|pvc://[a-z0-9]([-a-z0-9.]*[a-z0-9])?(/.*)?)$') && !self.model.cache.matches('/[.][.](/|$)'))",
+    cel="!has(self.model.cache) || (self.model.cache.matches('^(node|none|pvc://[a-z0-9]([-a-z0-9.]*[a-z0-9])?(/[!$->@-~]*)?)$') && !self.model.cache.matches('/[.][.](/|$)'))",
     message="spec.model.cache is not a cache: write pvc://claim/path, node or none",
 )
 def check_model_cache(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
@@ -33,8 +37,9 @@ def check_model_cache(spec: FineTuneJobSpec, target: ExecutionTarget) -> Finding
     except ConfigError as error:
         yield "model.cache", error.message.removeprefix("model.cache is "), CACHE_HINT
         return
-    if not is_claim:
-        yield "model.cache", f"{cache!r} is not a cache", CACHE_HINT
+    if not is_claim or not _PRINTABLE_PATTERN.fullmatch(cache):
+        problem = "is not a cache" if not is_claim else "contains a character that is not allowed: a space, `\"`, `#`, `?`, or one outside ASCII"
+        yield "model.cache", f"{cache!r} {problem}", CACHE_HINT
 
 
 @rule("ModelCacheWithoutEffect")

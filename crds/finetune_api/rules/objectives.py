@@ -179,7 +179,16 @@ def check_dpo_losses(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings
 
 @rule("BatchTooSmall")
 def check_kto_batch(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
-    if batch_split(spec)[0] < min_batch_size_per_device(spec):
+    training, minimum = spec.training, min_batch_size_per_device(spec)
+    if batch_split(spec)[0] < minimum:
+        if training.effective_batch_size is not None and training.batch_size_per_device is None:
+            rows = minimum * (training.gradient_accumulation_steps or 1) * world_size(spec)
+            yield (
+                "training.effectiveBatchSize",
+                f"{training.effective_batch_size}, which gives each rank batches of 1 row, but kto compares the rows of one batch with each other",
+                f"write {rows} or more" + (", or a smaller gradientAccumulationSteps" if training.gradient_accumulation_steps else ""),
+            )
+            return
         yield (
             "training.batchSizePerDevice",
             "1, but kto compares the rows of one batch with each other",

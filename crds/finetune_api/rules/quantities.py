@@ -14,6 +14,8 @@ KIND_OF_FIELD: dict[str, QuantityKind] = {"cpu": CPU_KIND, "memory": SIZE_KIND, 
 @rule("QuantityInvalid")
 def check_quantity_invalid(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     groups: dict[str, Group] = {"resources": spec.resources, "prepare.resources": spec.prepare.resources}
+    if spec.trainer.grpo and spec.trainer.grpo.generation:
+        groups["trainer.grpo.generation"] = spec.trainer.grpo.generation
     for path, group in groups.items():
         for name, value in group.to_wire().items():
             problem = quantity_problem(value, KIND_OF_FIELD[name]) if name in KIND_OF_FIELD else None

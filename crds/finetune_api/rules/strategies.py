@@ -191,7 +191,9 @@ def check_context_parallel(spec: FineTuneJobSpec, target: ExecutionTarget) -> Fi
     path, strategy = "distributed.contextParallelSize", spec.distributed.strategy
     if strategy is not StrategyType.DEEPSPEED:
         yield path, f"{size}, but distributed.strategy is {strategy or 'missing'}, and only DeepSpeed can share a sequence among ranks", "write `strategy: deepspeed`"
-    if ranks % size:
+    if ranks == 1:
+        yield path, f"{size}, but the job has 1 rank", f"write `gpusPerNode: {size}` in resources, or remove contextParallelSize"
+    elif ranks % size:
         yield path, f"{size}, but the job has {ranks} ranks, which cannot be divided into groups of {size}", f"write a divisor of {ranks}"
     for option, value, hint in _incompatible_with_context_parallel(spec):
         yield option, f"{value} cannot be combined with distributed.contextParallelSize {size}", f"{hint}, or remove contextParallelSize"

@@ -92,10 +92,9 @@ def check_effective_batch_size(spec: FineTuneJobSpec, target: ExecutionTarget) -
     wanted, micro, accumulation = training.effective_batch_size, training.batch_size_per_device, training.gradient_accumulation_steps
     if wanted is None:
         return
-    shares = (spec.distributed.context_parallel_size or 1) > 1
-    name_of_ranks, name_of_several = ("group of ranks", "groups of ranks") if shares else ("rank", "ranks")
+    singular, plural = ("rank", "ranks") if (spec.distributed.context_parallel_size or 1) == 1 else ("group of ranks", "groups of ranks")
     given = {"batchSizePerDevice": micro, "gradientAccumulationSteps": accumulation}
-    factors = [f"{name} {value}" for name, value in given.items() if value is not None] + [f"{ranks} {name_of_ranks if ranks == 1 else name_of_several}"]
+    factors = [f"{name} {value}" for name, value in given.items() if value is not None] + [f"{ranks} {singular if ranks == 1 else plural}"]
     product, product_text = (micro or 1) * (accumulation or 1) * ranks, " x ".join(factors)
     if micro is not None and accumulation is not None:
         if wanted != product:

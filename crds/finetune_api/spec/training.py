@@ -59,7 +59,7 @@ class Training(Group):
     )
     effective_batch_size: Annotated[int, Field(ge=1, le=1000000000)] | None = spec_field(
         "Rows per optimizer step on all ranks together. batchSizePerDevice and gradientAccumulationSteps follow from it: the preparation chooses "
-        "what fits and is fast; without a plan, the micro-batch has at most 4 rows. It must be divisible by the number of ranks and by "
+        "what fits and is fast; without a plan, the micro-batch has at most 4 rows. It must be divisible by the number of ranks (ranks that share each sequence count as one) and by "
         "batchSizePerDevice or gradientAccumulationSteps, if you write one of these.",
         default_text="batchSizePerDevice x gradientAccumulationSteps x ranks",
         example=64,

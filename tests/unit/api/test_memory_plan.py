@@ -192,6 +192,16 @@ def test_models_without_other_attention_are_planned_with_eager_attention() -> No
     assert plan_memory(spec, gemma).memory.expected_bytes > plan_memory(spec, gemma, Facts(attention="varlen")).memory.expected_bytes
 
 
+def test_the_largest_batch_divides_the_effective_batch() -> None:
+    spec = FineTuneJobSpec.model_validate({
+        "model": {"source": "org/name"}, "dataset": {"train": "s3://bucket/train.jsonl"},
+        "training": {"effectiveBatchSize": 7, "gradientCheckpointing": "enabled"},
+    })  # fmt: skip
+    rows = largest_batch(spec, LLAMA_1B, L4_BYTES)
+    assert rows in (1, 7)
+    assert largest_batch(spec.with_values({"training.effectiveBatchSize": None}), LLAMA_1B, L4_BYTES) not in (1, 7)
+
+
 def test_the_largest_batch_fits_and_one_more_row_does_not() -> None:
     spec = resolve().spec
     rows = largest_batch(spec, LLAMA_1B, L4_BYTES)
@@ -217,6 +227,7 @@ def test_changes_that_fit_keep_the_effective_batch() -> None:
     [
         ({"trainer": {"type": "grpo"}}, "ObjectiveNotPlanned"),
         ({"method": {"type": "spectrum"}}, "MethodNotPlanned"),
+        ({"distributed": {"strategy": "deepspeed", "contextParallelSize": 2}, "resources": {"gpusPerNode": 4}}, "MethodNotPlanned"),
         ({"method": {"type": "lora", "lora": {"modulesToSave": ["embed_tokens"]}}}, "MethodNotPlanned"),
         ({"method": {"type": "lora", "lora": {"targetModules": ["c_attn"]}}}, "TargetNotPlanned"),
         ({"training": {"optimizer": "galore_adamw"}}, "OptimizerNotPlanned"),

@@ -12,6 +12,7 @@ from finetune_api.rules import (
     check,
     compares_answers,
     compares_metrics,
+    effective_batch,
     new_problems,
 )
 from finetune_api.spec import FineTuneJobSpec
@@ -30,6 +31,11 @@ def merge(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
 
 def spec(change: dict[str, Any]) -> FineTuneJobSpec:
     return FineTuneJobSpec.model_validate(merge(MINIMAL_SPEC, change))
+
+
+def vllm_spec(field: str = "gpus", value: Any = 1) -> dict[str, Any]:
+    generation = {"backend": "vllm", field: value}
+    return {"trainer": {"type": "grpo", "rewards": [{"builtin": "thinkFormat"}], "grpo": {"generation": generation}}}
 
 
 ADAPTER_SPEC: dict[str, Any] = {"method": {"type": "adapter", "adapter": {"source": "s3://models/a"}}}
@@ -221,7 +227,7 @@ PROBLEM_CASES: list[tuple[str, dict[str, Any], str]] = [
         "training.batchSizePerDevice",
     ),
     ("EffectiveBatchSize", {"training": {"effectiveBatchSize": 30, "batchSizePerDevice": 4}}, "training.effectiveBatchSize"),
-    ("BatchTooSmall", {"trainer": {"type": "kto"}, "training": {"effectiveBatchSize": 1}}, "training.batchSizePerDevice"),
+    ("BatchTooSmall", {"trainer": {"type": "kto"}, "training": {"effectiveBatchSize": 1}}, "training.effectiveBatchSize"),
     ("ObjectiveAndMethod", {"trainer": {"type": "orpo"}, "method": {"type": "promptTuning"}}, "method.type"),
     ("RewardIncomplete", grpo_spec({"builtin": "thinkFormat", "timeoutSeconds": 5}), "trainer.rewards[0].timeoutSeconds"),
     ("RewardIncomplete", grpo_spec({"builtin": "regex"}), "trainer.rewards[0].parameters.pattern"),
@@ -331,8 +337,18 @@ PROBLEM_CASES: list[tuple[str, dict[str, Any], str]] = [
     ("DataOptionWithoutEffect", {"dataset": {"useChatTemplate": False, "templateVariables": {"a": "1"}}}, "dataset.templateVariables.a"),
     ("DataOptionWithoutEffect", {"dataset": {"templateVariables": {"messages": "1"}}}, "dataset.templateVariables.messages"),
     ("DataOptionWithoutEffect", {"dataset": {"templateVariables": {"a-b": "1"}}}, "dataset.templateVariables.a-b"),
-    ("DataOptionWithoutEffect", {"dataset": {"templateVariables": {"bos_token": "1"}}}, "dataset.templateVariables.bos_token"),
+    ("DataOptionWithoutEffect", {"dataset": {"templateVariables": {"bos_token": "x"}}}, "dataset.templateVariables.bos_token"),
+    ("DataOptionWithoutEffect", {"dataset": {"templateVariables": {"range": "x"}}}, "dataset.templateVariables.range"),
     ("DataOptionWithoutEffect", {"dataset": {"templateVariables": {"none": "1"}}}, "dataset.templateVariables.none"),
+    ("DataOptionWithoutEffect", {"dataset": {"templateVariables": {"if": "x"}}}, "dataset.templateVariables.if"),
+    ("QuantityInvalid", vllm_spec("memory", "64GB"), "trainer.grpo.generation.memory"),
+    ("QuantityInvalid", vllm_spec("memory", 16), "trainer.grpo.generation.memory"),
+    ("QuantityInvalid", vllm_spec("cpu", "-2"), "trainer.grpo.generation.cpu"),
+    ("GenerationServerUnsupported", vllm_spec() | {"phases": {"train": False, "from": "s3://bucket/run", "evaluate": True}}, "trainer.grpo.generation.backend"),
+    ("GenerationServerUnsupported", vllm_spec() | {"method": {"lora": {"init": "loftq"}}}, "method.lora"),
+    ("ContextParallel", {"distributed": {"strategy": "deepspeed", "contextParallelSize": 2}}, "distributed.contextParallelSize"),
+    ("ModelCacheInvalid", {"model": {"cache": "pvc://claim/a\nb"}}, "model.cache"),
+    ("ModelCacheInvalid", {"model": {"cache": "pvc://claim/a\x1b[31m"}}, "model.cache"),
     ("OptionOfTextRows", {"dataset": {"format": "preTokenized", "checks": {"piiScan": True}}}, "dataset.checks.piiScan"),
     (
         "OptionOfTextRows",
@@ -939,3 +955,10 @@ def test_specs_for_which_the_base_model_is_compared(change: dict[str, Any], metr
 def test_a_job_without_training_may_only_compare_answers() -> None:
     comparison = {"promptsRef": {"name": "p", "key": "k"}}
     assert check(spec({"phases": {"train": False, "from": "s3://bucket/model"}, "evaluation": {"comparison": comparison}})) == []
+
+
+def test_ranks_that_share_a_sequence_count_as_one_in_the_effective_batch() -> None:
+    shared = merge(CONTEXT_PARALLEL_SPEC, {"training": {"effectiveBatchSize": 6}})
+    assert check(spec(shared)) == [] and effective_batch(spec(shared)) == 6
+    odd = check(spec(merge(shared, {"training": {"effectiveBatchSize": 7}})))
+    assert [problem.message for problem in odd] == ["7 is not divisible by 2 groups of ranks"]

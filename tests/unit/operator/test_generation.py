@@ -54,6 +54,13 @@ def build(written: Object, config: OperatorConfig = CONFIG) -> tuple[RunConfig, 
     return run, build_job(finetune_job, run, found.pool, config, "attempt-secret")
 
 
+def test_the_server_and_the_model_cache_are_both_in_the_pod() -> None:
+    found, finetune_job = accept_spec(server_spec(), CONFIG), finetunejob(server_spec())
+    run = build_run_config(finetune_job, found.spec, 1, defaults=found.defaults, committed_step=0, max_step=None)
+    pod_spec = build_job(finetune_job, run, found.pool, CONFIG, model_cache="pvc://models/hub")["spec"]["template"]["spec"]
+    assert [container["name"] for container in pod_spec["initContainers"]] == ["model-cache", "generation"]
+
+
 def test_the_server_is_a_sidecar_with_its_own_gpus_and_without_secrets() -> None:
     pod_spec = build(server_spec())[1]["spec"]["template"]["spec"]
     (server,) = pod_spec["initContainers"]

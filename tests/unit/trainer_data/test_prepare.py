@@ -205,6 +205,7 @@ def rendered_with(folder: Path, variables: dict[str, str], **given: Any) -> str:
     [
         ({"thinking": "false", "level": "3"}, {}, "3:x"), ({"thinking": "true", "level": "high"}, {}, "<think>high:x"),
         ({"thinking": "true"}, {"thinking": False, "level": 1}, "1:x"), ({"level": '"3"'}, {"thinking": "no"}, "<think>3:x"), ({"level": "null"}, {}, "None:x"),
+        ({"level": "\U0001f600"}, {}, "\U0001f600:x"), ({"level": '{"a": [null, true]}'}, {}, "{'a': [None, True]}:x"), ({"level": "NaN"}, {}, "NaN:x"),
     ],
 )  # fmt: skip
 def test_variables_of_the_template_are_defaults(variables: dict[str, str], given: dict[str, Any], text: str, tmp_path: Path) -> None:

@@ -234,18 +234,23 @@ def with_variables(template: Any, variables: Mapping[str, str]) -> str:
 def _as_literal(text: str) -> str:
     """Return the Jinja literal of a value: that of the JSON value if the text is one, else that of the text."""
     try:
-        return _literal(json.loads(text))
+        value = json.loads(text)
+        json.dumps(value, allow_nan=False)  # Jinja has no literal for NaN and Infinity.
     except ValueError:
-        return json.dumps(text)
+        value = text
+    return _literal(value)
 
 
 def _literal(value: Any) -> str:
-    """Return the Jinja literal of a JSON value. Errors: ValueError for NaN and infinite numbers, which Jinja cannot write."""
-    if isinstance(value, dict):
-        return f"{{{', '.join(f'{json.dumps(key)}: {_literal(one)}' for key, one in value.items())}}}"
-    if isinstance(value, list):
-        return f"[{', '.join(map(_literal, value))}]"
-    return "none" if value is None else json.dumps(value, allow_nan=False)
+    """Return the Jinja literal of a JSON value. Jinja reads `none` instead of `null`, and characters outside of ASCII only if they are not escaped."""
+    match value:
+        case None:
+            return "none"
+        case dict():
+            return "{" + ", ".join(f"{_literal(key)}: {_literal(one)}" for key, one in value.items()) + "}"
+        case list():
+            return "[" + ", ".join(map(_literal, value)) + "]"
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _chat_template_text(option: Any, config_maps: Path) -> str:
