@@ -43,4 +43,7 @@ def gpu_of_device(device: str) -> GpuType | None:
     """Return the type of a GPU by the name that its driver reports, such as `NVIDIA H100 80GB HBM3`. None: the type is not known."""
     if SLOWER_DEVICES.search(device):
         return None
-    return next((gpu for gpu in GPU_TYPES.values() if re.search(rf"\b{gpu.device_words}\b", device)), None)
+    found = {name: gpu for name, gpu in GPU_TYPES.items() if re.search(rf"\b{gpu.device_words}\b", device)}
+    size = re.search(r"\b(\d+)\s?GB\b", device)  # A100 and V100 exist with two sizes
+    of_size = [gpu for name, gpu in found.items() if size is not None and name.endswith(f"-{size[1]}gb")]
+    return next(iter([*of_size, *found.values()]), None)

@@ -103,7 +103,7 @@ def compute_status(facts: Facts, plan: Plan, result: ActionResult) -> FineTuneJo
         adaptations=counters.adaptations,
         workers=_compute_workers(inputs),
         resolved=resolved,
-        plan=_with_measured_time(plan_with_cost(_compute_plan(inputs), facts, resolved.device), inputs, goodput, progress),
+        plan=_with_measured_time(plan_with_cost(_compute_plan(inputs), facts, resolved.device), inputs, goodput, progress, attempts),
         cost=compute_cost(facts, plan.attempt_end),
         goodput=goodput,
         start_time=counters.start_time,
@@ -497,14 +497,21 @@ def _resolved_from_spec(inputs: StatusInput, acceptance: AcceptedSpec) -> Resolv
     )
 
 
-def _with_measured_time(plan: RunPlan | None, inputs: StatusInput, goodput: Goodput | None, progress: Progress) -> RunPlan | None:
+def _with_measured_time(
+    plan: RunPlan | None, inputs: StatusInput, goodput: Goodput | None, progress: Progress, attempts: list[Attempt]
+) -> RunPlan | None:
     """After a successful training, add the seconds of the optimizer steps to the plan, for comparison with the planned time."""
     job_end = inputs.plan.job_end
     has_trained = job_end is not None and job_end.outcome is Outcome.SUCCEEDED and not inputs.adopts_result
     if plan is None or plan.work is None or goodput is None or not has_trained or not goodput.parts.steps:
         return plan
+    start = 0
+    if inputs.facts.spec.checkpoint.resume not in (None, "auto", "never"):  # another job trained the first steps
+        start = next((one.resumed_from_step or 0 for one in attempts if one.number == 1), progress.step or 0)
+    if (progress.step or 0) <= start:
+        return plan
     seconds = round((goodput.parts.first_step or 0.0) + goodput.parts.steps, 3)
-    measured = (plan.measured or MeasuredRun()).model_copy(update={"seconds": seconds, "steps": progress.step})
+    measured = (plan.measured or MeasuredRun()).model_copy(update={"seconds": seconds, "steps": (progress.step or 0) - start})
     return plan.model_copy(update={"measured": measured})
 
 

@@ -104,7 +104,7 @@ def choose_and_plan(run: RunConfig, config: Any, facts: Facts, counts: Mapping[s
 
 def advise_after_out_of_memory(run: RunConfig, config: Any, facts: Facts, refused: RefusedAllocation) -> MemoryAdvice:
     """Return what the next attempt should change. Errors: ConfigError if the plan does not know this kind of run."""
-    return advise(run.spec, model_shape(config.to_dict()), facts, refused)
+    return advise(run.spec, model_shape(config.to_dict()), facts, refused, run.defaults)
 
 
 def refused_allocation(error: torch.OutOfMemoryError, device: torch.device) -> RefusedAllocation:

@@ -24,9 +24,7 @@ if TYPE_CHECKING:
     Times = dict[str, tuple[TimePlan, CostPlan | None]]
 
 METHODS = ("lora", "qlora", "dora", "ia3", "promptTuning", "prefixTuning", "full")
-TIME_NOTE = (
-    "the time is that of the optimizer steps, without start, evaluation, checkpoints and upload; its bounds are not calibrated for this GPU"
-)
+TIME_NOTE = "the time is that of the optimizer steps, without start, evaluation, checkpoints and upload"
 
 
 def plan(
@@ -107,13 +105,20 @@ def plan(
     else:
         lines = [*_describe(name, next(iter(plans.values())).spec, shape), "", *_table(plans, times, memory_bytes, gpu), *_choice_lines(plans)]
         output.write("\n".join([*lines, *(["", *proposals] if proposals else [])]))
-    notes = [*notes, *(note for one in plans.values() for note in one.notes), *([TIME_NOTE] if times else [])]
+    notes = [*notes, *(note for one in plans.values() for note in one.notes), *_time_notes(times)]
     output.print_notes(dict.fromkeys([*notes, *(sentence for one in plans.values() for sentence in one.plan.assumptions)]))
     refusals = [one.refusal for one in plans.values() if one.refusal is not None]
     if refusals and len(refusals) == len(plans):
         raise output.fail(f"{refusals[0].message}; {refusals[0].hint}")
     if memory_bytes is not None and not any(one.plan.fits(memory_bytes) for one in plans.values()):
         raise output.CommandExit(output.ERROR)
+
+
+def _time_notes(times: Times) -> list[str]:
+    """Say what the time contains, and whether its bounds follow from runs on this type of GPU."""
+    runs = {time.calibration_runs if time.calibrated else None for time, _ in times.values()}
+    texts = (f"follow from {count} runs on this type of GPU" if count is not None else "are not calibrated for this GPU" for count in runs)
+    return [f"{TIME_NOTE}; its bounds {text}" for text in texts]
 
 
 def _check_numbers(counts: dict[str, int | None], price: float | None) -> None:

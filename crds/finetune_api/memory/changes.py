@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from finetune_api.memory.plan import (
     plan_memory,
 )
 from finetune_api.rules import (
+    MAX_ACCUMULATION,
     base_bits,
     batch_split,
     divisors,
@@ -82,8 +83,12 @@ def describe_changes(changes: Sequence[Change]) -> str:
 
 def change_text(change: Change) -> str:
     """Return the values of a change with the upper bound of its planned memory."""
-    values = ", ".join(f"{path}: {value}" for path, value in change.values.items())
-    return f"{values} ({gigabytes(change.plan.memory.upper_bytes)} at most)"
+    return f"{values_text(change.values)} ({gigabytes(change.plan.memory.upper_bytes)} at most)"
+
+
+def values_text(values: Mapping[str, Any]) -> str:
+    """Return values by spec path as text."""
+    return ", ".join(f"{path}: {value}" for path, value in values.items())
 
 
 def _possible_changes(spec: FineTuneJobSpec) -> Iterator[dict[str, Any]]:
@@ -115,7 +120,8 @@ def _more_gpus(spec: FineTuneJobSpec) -> Iterator[dict[str, Any]]:
     for gpus in (2, 4, 8):
         if gpus > gpus_per_node(spec) and rows % (gpus * nodes) == 0:
             split = _split(rows // (gpus * nodes), batch_split(spec)[0])
-            yield {GPUS_PATH: gpus, STRATEGY_PATH: "fsdp", **split}
+            if split[BATCH_PATHS[1]] <= MAX_ACCUMULATION:
+                yield {GPUS_PATH: gpus, STRATEGY_PATH: "fsdp", **split}
 
 
 def _process_count(values: dict[str, Any]) -> dict[str, Any]:
@@ -134,7 +140,7 @@ def _largest_fitting_batch(
     """Return micro-batch and accumulation of `changed` for the largest micro-batch that fits and is smaller than that of `spec`. None if none fits."""
     micro_batch, accumulation = batch_split(spec)
     rows = micro_batch * accumulation
-    smaller = [part for part in divisors(rows) if min_batch_size_per_device(spec) <= part < micro_batch]
+    smaller = [part for part in divisors(rows) if min_batch_size_per_device(spec) <= part < micro_batch and rows // part <= MAX_ACCUMULATION]
     for part in reversed(smaller):
         split = dict(zip(BATCH_PATHS, (part, rows // part), strict=True))
         if plan_memory(change_spec(changed, split), shape, facts).fits(memory_bytes):

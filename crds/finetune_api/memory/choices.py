@@ -31,6 +31,7 @@ from finetune_api.memory.plan import (
 )
 from finetune_api.pod import GpuPool
 from finetune_api.rules import (
+    MAX_ACCUMULATION,
     divisors,
     effective_batch,
     gpus_per_node,
@@ -47,7 +48,8 @@ from finetune_api.time_plan import DataSize, expected_gpu_seconds, plan_work
 PROCESSES_PATH = "resources.processesPerNode"
 CHOSEN_FIELDS = (POOL_PATH, GPUS_PATH, STRATEGY_PATH, MICRO_BATCH_PATH, ACCUMULATION_PATH, CHECKPOINTING_PATH)
 """The fields that the plan can choose, in the order in which they are shown."""
-MAX_ACCUMULATION = 65536
+TYPES_WITH_PADDING = ("t4-16gb", "v100-16gb", "v100-32gb")
+"""Types of GPUs before Ampere, on which the trainer pads rows (`MIN_COMPUTE_CAPABILITY` in `finetune_trainer.attention`)."""
 USUAL_GPU = "a100-80gb"
 """Type with which arrangements of one pool are compared if the type of its GPUs is not known."""
 ASSUMED_STEPS = 100
@@ -165,6 +167,10 @@ class _Search:
         kernels = describe_step(self.spec, self.shape, self.facts).step.kernels
         self.has_padding = not (kernels.attention == "varlen" or self.spec.dataset.packing is True)
 
+    def pads_rows(self, pool: GpuPool) -> bool:
+        """Whether the rows of a micro-batch are padded. The kernel without padding needs GPUs of Ampere or later."""
+        return self.has_padding or (pool.gpu_type in TYPES_WITH_PADDING and self.spec.dataset.packing is not True)
+
     def is_open(self, path: str) -> bool:
         """Whether the user has left the field out."""
         return path in self.resolved.defaults or self.spec.value(path) is None
@@ -176,7 +182,7 @@ class _Search:
             fitting = []
             for strategy in self._strategies(gpus):
                 base = {GPUS_PATH: gpus, STRATEGY_PATH: strategy}
-                micro_batches = self._micro_batches(gpus)
+                micro_batches = self._micro_batches(gpus, pool)
                 if not micro_batches or not self._keeps_rules(base):
                     continue
                 small = self._arrange(pool, base, micro_batches[0], self._checkpointing_modes(base)[-1])
@@ -213,7 +219,7 @@ class _Search:
         changed = {path: value for path, value in values.items() if self.is_open(path) and value != self.spec.value(path)}
         return not new_problems(self.user_spec, self.user_spec.with_values(changed))
 
-    def _micro_batches(self, gpus: int) -> list[int]:
+    def _micro_batches(self, gpus: int, pool: GpuPool) -> list[int]:
         """The micro-batches that keep the effective batch, in ascending order."""
         training, rows = self.spec.training, self.rows_of_ranks // (gpus * (self.spec.resources.nodes or 1))
         micro, accumulation = training.batch_size_per_device or 1, training.gradient_accumulation_steps or 1
@@ -223,7 +229,7 @@ class _Search:
             possible = [part for part in possible if part == micro]
         if not self.is_open(ACCUMULATION_PATH):
             possible = [part for part in possible if rows // part == accumulation]
-        if self.has_padding and self.is_open(MICRO_BATCH_PATH):  # the plan does not know how much padding a larger micro-batch has
+        if self.pads_rows(pool) and self.is_open(MICRO_BATCH_PATH):  # the plan does not know how much padding a larger micro-batch has
             possible = [part for part in possible if part <= micro] or possible[:1]
         return possible
 
@@ -299,7 +305,7 @@ def _reasons(search: _Search, best: _Arrangement, fitting: list[_Arrangement], k
 
 
 def _micro_batch_reason(search: _Search, best: _Arrangement) -> str:
-    if search.has_padding:
+    if search.pads_rows(best.pool):
         return "the largest micro-batch that fits and adds no padding to that of the defaults"
     return "the micro-batch that fits with the least expected time"
 

@@ -124,10 +124,10 @@ def _require_planned(spec: FineTuneJobSpec) -> None:
         )  # fmt: skip
     if (spec.distributed.context_parallel_size or 1) > 1:
         raise ConfigError(
-            "MethodNotPlanned",
-            f"distributed.contextParallelSize is {spec.distributed.context_parallel_size}, but the memory plan knows ranks with whole sequences only",
+            "MethodNotPlanned", f"distributed.contextParallelSize is {spec.distributed.context_parallel_size}, but the memory plan does not know how much "
+            "memory a part of a sequence needs",
             hint="plan the job without contextParallelSize, as an upper limit; the job itself still records its measured peak",
-        )
+        )  # fmt: skip
     lora = spec.method.lora
     if method not in PLANNED_METHODS:
         raise ConfigError(

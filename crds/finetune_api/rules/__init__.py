@@ -69,6 +69,7 @@ from finetune_api.rules.objectives import LOSSES_WITH_LABEL_SMOOTHING
 from finetune_api.rules import vision
 from finetune_api.rules import data
 from finetune_api.rules import training
+from finetune_api.rules.training import MAX_ACCUMULATION
 from finetune_api.rules.training import OPTIMIZERS, optimizer_hint
 from finetune_api.rules import strategies
 from finetune_api.rules.strategies import OPTIMIZERS_FOR_SHARDED_WEIGHTS, incompatible_with_deepspeed, incompatible_with_fsdp, incompatible_with_zero3
@@ -102,6 +103,7 @@ __all__ = [
     "Findings",
     "OUTPUT_HEADS",
     "LORA_METHODS",
+    "MAX_ACCUMULATION",
     "INITS_NEEDING_WHOLE_WEIGHTS",
     "JUDGE_EMBEDDING_METRICS",
     "JUDGE_METRICS",

@@ -92,9 +92,8 @@ def check_effective_batch_size(spec: FineTuneJobSpec, target: ExecutionTarget) -
     wanted, micro, accumulation = training.effective_batch_size, training.batch_size_per_device, training.gradient_accumulation_steps
     if wanted is None:
         return
-    singular, plural = ("rank", "ranks") if (spec.distributed.context_parallel_size or 1) == 1 else ("group of ranks", "groups of ranks")
     given = {"batchSizePerDevice": micro, "gradientAccumulationSteps": accumulation}
-    factors = [f"{name} {value}" for name, value in given.items() if value is not None] + [f"{ranks} {singular if ranks == 1 else plural}"]
+    factors = [f"{name} {value}" for name, value in given.items() if value is not None] + [f"{ranks} {_ranks_text(spec, ranks)}"]
     product, product_text = (micro or 1) * (accumulation or 1) * ranks, " x ".join(factors)
     if micro is not None and accumulation is not None:
         if wanted != product:
@@ -105,6 +104,13 @@ def check_effective_batch_size(spec: FineTuneJobSpec, target: ExecutionTarget) -
         yield path, f"{wanted} is not divisible by {product_text}" + (f" = {product}" if len(factors) > 1 else ""), f"write {nearest}"
     elif max(batch_split(spec)) > MAX_ACCUMULATION:
         yield path, f"{wanted} needs more than {MAX_ACCUMULATION} micro-batches or rows for each rank", f"write at most {MAX_ACCUMULATION * product}"
+
+
+def _ranks_text(spec: FineTuneJobSpec, count: int) -> str:
+    size = spec.distributed.context_parallel_size or 1
+    if size > 1:
+        return f"{'group' if count == 1 else 'groups'} of {size} ranks"
+    return "rank" if count == 1 else "ranks"
 
 
 @rule("DeviceOfAnotherMachine")

@@ -19,9 +19,14 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from finetune_api.memory.ladder import MAX_ACCUMULATION
 from finetune_api.names import Reason, attempt_of_uri
-from finetune_api.rules import evaluates_during_training, has_test_set, min_batch_size_per_device, new_problems
+from finetune_api.rules import (
+    MAX_ACCUMULATION,
+    evaluates_during_training,
+    has_test_set,
+    min_batch_size_per_device,
+    new_problems,
+)
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.enums import GradientCheckpointing, OnDivergence, OnOutOfMemory
 from finetune_api.status import Adaptation, Checkpoint, MemoryAdvice

@@ -15,7 +15,7 @@ from finetune_api.memory.choices import CHOSEN_FIELDS
 from finetune_api.memory.plan import POOL_PATH
 from finetune_api.pod import GpuPool
 from finetune_api.quantities import parse_amount
-from finetune_api.rules import check, effective_batch, gpus_per_node
+from finetune_api.rules import check, effective_batch, gpus_per_node, gpus_per_pod
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import Choice, FineTuneJobStatus
 from finetune_api.tenancy import check_policy
@@ -68,7 +68,8 @@ def _memory_bytes(pool: NodePool) -> int | None:
 def _max_gpus(spec: FineTuneJobSpec, pool: NodePool, config: OperatorConfig, namespace: str) -> int:
     limit = config.policy.rules_for(namespace).max_gpus
     allowed = pool.gpus_per_node if limit is None else min(pool.gpus_per_node, limit // (spec.resources.nodes or 1))
-    return max(allowed, gpus_per_node(spec))
+    server_gpus = gpus_per_pod(spec) - gpus_per_node(spec)
+    return max(allowed - server_gpus, gpus_per_node(spec))
 
 
 def accepted_choices(

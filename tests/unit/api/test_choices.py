@@ -9,7 +9,7 @@ from finetune_api.defaults import ResolvedSpec, resolve_defaults
 from finetune_api.errors import ConfigError
 from finetune_api.gpus import GPU_TYPES
 from finetune_api.memory.architecture import ModelShape, model_shape
-from finetune_api.memory.choices import Decision, choose_values
+from finetune_api.memory.choices import TYPES_WITH_PADDING, Decision, choose_values
 from finetune_api.memory.description import Facts
 from finetune_api.pod import GpuPool
 from finetune_api.rules import check, effective_batch
@@ -92,12 +92,6 @@ def test_strategy_and_number_of_gpus(gibibytes: float, limit: int, groups: dict[
     decision = decide(pool(gibibytes, gpus_per_node=limit), **groups)
     assert {path: values(decision).get(path) for path in expected} == expected
     assert effective_batch(decision.resolved.spec) == effective_batch(resolve(**groups).spec)
-
-
-def test_the_effective_batch_is_kept_if_ranks_share_their_sequences() -> None:
-    groups = FULL | {"resources": {"gpusPerNode": 4}, "distributed": {"strategy": "deepspeed", "contextParallelSize": 4}, "training": {"effectiveBatchSize": 6}}
-    decision = decide(pool(80, gpus_per_node=8), **groups)
-    assert effective_batch(decision.resolved.spec) == 6
 
 
 def test_an_effective_batch_limits_the_number_of_gpus() -> None:
@@ -188,4 +182,28 @@ def test_a_choice_with_real_rows_fits(name: str) -> None:
     decision = choose_values(
         resolve(), SMALL, [GpuPool(name="a", memory_bytes=GPU_TYPES[name].memory_bytes, gpu_type=name)], Facts(longest_tokens=900), DataSize(5000, 900_000)
     )
-    assert decision.plan.fits(GPU_TYPES[name].memory_bytes) and values(decision)[MICRO] == 16
+    assert decision.plan.fits(GPU_TYPES[name].memory_bytes) and values(decision)[MICRO] == (4 if name in TYPES_WITH_PADDING else 16)
+
+
+CONTEXT_PARALLEL: dict[str, Any] = {"distributed": {"strategy": "deepspeed", "contextParallelSize": 2}, "resources": {"gpusPerNode": 4}}
+
+
+def test_ranks_that_share_a_sequence_count_once_in_the_effective_batch() -> None:
+    spec = resolve(training={"effectiveBatchSize": 64}, **CONTEXT_PARALLEL).spec
+    assert (spec.training.batch_size_per_device, spec.training.gradient_accumulation_steps, effective_batch(spec)) == (4, 8, 64)
+    wrong = FineTuneJobSpec.model_validate({
+        "model": {"source": "org/m"}, "dataset": {"train": "s3://data/t.jsonl"}, "training": {"effectiveBatchSize": 3}, **CONTEXT_PARALLEL
+    })  # fmt: skip
+    assert ["3 is not divisible by 2 groups of 2 ranks" in str(problem) for problem in check(wrong)] == [True]
+
+
+def test_a_sequence_that_is_shared_by_ranks_is_not_refused() -> None:
+    """The plan does not know parts of sequences. It must not refuse a job whose sequences only fit because they are shared."""
+    with pytest.raises(ConfigError, match="contextParallelSize is 2") as error:
+        decide(pool(1), **CONTEXT_PARALLEL)
+    assert error.value.code == "MethodNotPlanned"
+
+
+@pytest.mark.parametrize(("gpu_type", "micro_batch"), [("t4-16gb", 4), ("v100-32gb", 4), ("a10-24gb", 16)])
+def test_the_micro_batch_is_not_raised_on_gpus_that_pad_rows(gpu_type: str, micro_batch: int) -> None:
+    assert values(decide(pool(14.9, gpu_type=gpu_type), resources={"gpusPerNode": 1}))[MICRO] == micro_batch

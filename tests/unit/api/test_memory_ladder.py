@@ -68,6 +68,31 @@ def test_recomputation_of_all_layers_comes_first_if_the_trainer_kept_activations
     assert chosen(advise(spec, MODEL, Facts(), RefusedAllocation(limit, limit))) == (4, None, True)
 
 
+def test_activations_that_the_plan_chose_to_keep_are_recomputed_first() -> None:
+    """The plan, and not the user, disabled recomputation. So the same micro-batch with recomputation comes first, as for the trainer's own choice."""
+    spec, chosen_paths = spec_of(8, **DISABLED), ["training.gradientCheckpointing"]
+    limit = upper_bytes(spec, gradientCheckpointing="enabled")
+    assert chosen(advise(spec, MODEL, Facts(recomputed_layers=0), RefusedAllocation(limit, limit), chosen_paths)) == (8, "enabled", True)
+    assert chosen(advise(spec, MODEL, Facts(recomputed_layers=0), RefusedAllocation(limit, limit))) == (2, None, True)
+
+
+def test_the_micro_batch_of_prefix_tuning_gets_smaller_first() -> None:
+    resolved = resolve(method={"type": "prefixTuning"}, training={"batchSizePerDevice": 8})
+    limit = upper_bytes(resolved.spec, batchSizePerDevice=4)
+    advice = advise(resolved.spec, MODEL, Facts(recomputed_layers=0), RefusedAllocation(limit, limit), list(resolved.defaults))
+    assert "training.gradientCheckpointing" in resolved.defaults
+    assert chosen(advice) == (2, None, True)
+
+
+def test_the_named_changes_stay_within_the_limit_of_the_accumulation() -> None:
+    """65536 x 65536 rows: a smaller micro-batch would need more accumulation steps than the CRD allows."""
+    spec = spec_of(65536, gradientAccumulationSteps=65536, gradientCheckpointing="enabled")
+    limit = upper_bytes(spec) - 1
+    advice = advise(spec, MODEL, Facts(), RefusedAllocation(limit, limit))
+    assert chosen(advice) == (None, None, False) and advice.changes is not None
+    assert not any("batchSizePerDevice" in change for change in advice.changes)
+
+
 def test_the_smallest_values_are_tried_once_if_nothing_fits() -> None:
     advice = advise(spec_of(8, **DISABLED), MODEL, Facts(), RefusedAllocation(GB, GB))
     assert (*chosen(advice), advice.changes) == (1, "enabled", False, None)

@@ -961,4 +961,4 @@ def test_ranks_that_share_a_sequence_count_as_one_in_the_effective_batch() -> No
     shared = merge(CONTEXT_PARALLEL_SPEC, {"training": {"effectiveBatchSize": 6}})
     assert check(spec(shared)) == [] and effective_batch(spec(shared)) == 6
     odd = check(spec(merge(shared, {"training": {"effectiveBatchSize": 7}})))
-    assert [problem.message for problem in odd] == ["7 is not divisible by 2 groups of ranks"]
+    assert [problem.message for problem in odd] == ["7 is not divisible by 2 groups of 2 ranks"]

@@ -84,6 +84,8 @@ def test_without_data_no_work_is_planned(data: DataSize) -> None:
     [
         ("NVIDIA H100 80GB HBM3", "h100-80gb"), ("NVIDIA H200", "h200-141gb"), ("NVIDIA GH200 480GB", "gh200-96gb"), ("NVIDIA L40S", "l40s-48gb"),
         ("NVIDIA L4", "l4-24gb"), ("NVIDIA A10", "a10-24gb"), ("NVIDIA A10G", None), ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None), ("NVIDIA H100 PCIe", None),
+        ("NVIDIA A100-SXM4-80GB", "a100-80gb"), ("NVIDIA A100 80GB PCIe", "a100-80gb"), ("NVIDIA A100-SXM4-40GB", "a100-40gb"),
+        ("Tesla V100-SXM2-32GB", "v100-32gb"), ("Tesla V100-SXM2-16GB", "v100-16gb"),
         ("cpu", None),
     ],
 )  # fmt: skip

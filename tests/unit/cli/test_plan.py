@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from finetune_api.status import TimePlan
 
 from tests.unit.cli.conftest import JOB, RunCommand, WriteFile
 
@@ -113,6 +114,13 @@ def test_time_and_cost_are_planned(run_command: RunCommand, job: Path, model: Pa
     lora, full = json.loads(stdout)["plans"]
     assert (code, lora["time"]["calibrated"], lora["cost"]["expected"]) == (0, False, 0.52)
     assert lora["time"]["expectedSeconds"] < full["time"]["expectedSeconds"]
+
+
+def test_calibrated_bounds_are_not_called_uncalibrated(run_command: RunCommand, job: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calibrated = (TimePlan(expected_seconds=60, lower_seconds=50, upper_seconds=70, calibrated=True, calibration_runs=5), None)
+    monkeypatch.setattr("finetune_cli.commands.plan._plan_times", lambda shape, plans, *_: dict.fromkeys(plans, calibrated))
+    _, _, stderr = run_command("plan", "-f", job, "--model-config", model, "--gpu", "h100-80gb", "--rows", 500, "--mean-row", 300)
+    assert "its bounds follow from 5 runs on this type of GPU" in stderr and "not calibrated" not in stderr
 
 
 @pytest.mark.parametrize(

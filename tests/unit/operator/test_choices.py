@@ -79,6 +79,13 @@ def test_the_pools_that_a_job_may_use(groups: dict[str, Any], changes: dict[str,
     assert [(one.name, one.gpus_per_node, one.is_current) for one in pools] == expected
 
 
+def test_the_gpus_of_a_vllm_server_are_not_offered() -> None:
+    raw = open_spec(trainer={"type": "grpo", "grpo": {"rewards": [{"type": "length"}], "generation": {"backend": "vllm", "gpus": 2, "image": "v:1"}}})
+    used = config(policy={"maxGpus": 6})
+    pools = pools_to_choose(read_spec(raw)[0], accepted(open_spec(), used), used, "team")
+    assert [(one.name, one.gpus_per_node) for one in pools] == [("l4", 2), ("h100", 4)]
+
+
 def test_the_smaller_of_the_type_and_the_given_memory_counts() -> None:
     pools = pools_to_choose(read_spec(open_spec())[0], accepted(open_spec(), config()), config(), "team")
     assert [one.memory_bytes for one in pools] == [23034 * 2**20, 79 * 2**30, None]

@@ -308,6 +308,18 @@ def test_the_time_of_the_steps_is_recorded_after_a_successful_training(
     assert (new_status.plan.measured.to_wire() if new_status.plan.measured else None) == measured
 
 
+def test_the_steps_of_another_job_are_no_measured_steps() -> None:
+    """The job resumed from step 30 of another job, so its 35.5 seconds belong to 10 steps."""
+    message = TerminationMessage.model_validate(
+        {"plan": {"work": WORK}, "timeUse": {"firstStep": 5, "steps": 30.5}, "progress": {"step": 40}, "resumedFromStep": 30}
+    )
+    ended = end_pod(pod(scheduled_at=at(0), running_since=at(1)), 0, message)
+    resumed = spec(checkpoint={"resume": "s3://b/ns/old/uid/checkpoints/step-00000030/a1-1f3c9a2b"})
+    new_status = status_of(facts(spec=resumed, status=status(**RUNNING_STATUS), jobs=[job(completed_at=at(61))], pods=[ended], now=at(62)))
+    assert new_status.plan is not None and new_status.plan.measured is not None
+    assert new_status.plan.measured.to_wire() == {"seconds": 35.5, "steps": 10}
+
+
 def times_of(value: Any) -> list[str]:
     """Return every time in a status, in the format of Kubernetes."""
     if isinstance(value, dict):

@@ -30,7 +30,7 @@ KNOWN = {"attention": "varlen", "longest_tokens": 512, "uses_liger": True, "reco
 
 def run_of(**groups: Any) -> Any:
     spec = {"model": {"source": "org/m"}, "dataset": {"train": "s3://d/t.jsonl"}, "resources": {"gpusPerNode": 1}, **groups}
-    return SimpleNamespace(spec=resolve_defaults(FineTuneJobSpec.model_validate(spec)).spec)
+    return SimpleNamespace(spec=resolve_defaults(FineTuneJobSpec.model_validate(spec)).spec, defaults=[])
 
 
 def config_of(model_type: str = "llama") -> Any:
@@ -114,6 +114,19 @@ def test_advice_follows_from_the_facts_of_the_run() -> None:
     advice = advise_after_out_of_memory(run, config, facts, RefusedAllocation(plan.expected_bytes + 2, plan.expected_bytes + 1))
     # The activations of all layers were kept. The same micro-batch fits if they are recomputed.
     assert (advice.planned_bytes, advice.batch_size_per_device, advice.gradient_checkpointing, advice.fits) == (plan.expected_bytes, 4, "enabled", True)
+
+
+def test_recomputation_that_the_plan_disabled_is_no_value_of_the_user() -> None:
+    run, config = run_of(training={"batchSizePerDevice": 4, "gradientCheckpointing": "disabled"}), config_of()
+    facts = facts_of_run(run, config, **(KNOWN | {"recomputes": False}))
+    plan = plan_with_facts(run, config, facts)
+    assert plan is not None
+    refused = RefusedAllocation(plan.expected_bytes + 2, plan.expected_bytes + 1)
+    by_origin = [
+        advise_after_out_of_memory(SimpleNamespace(spec=run.spec, defaults=defaults), config, facts, refused)
+        for defaults in ([], ["training.gradientCheckpointing"])
+    ]
+    assert [(one.batch_size_per_device, one.gradient_checkpointing) for one in by_origin] == [(2, None), (4, "enabled")]
 
 
 def failed_session(monkeypatch: pytest.MonkeyPatch, channel: Channel, *, device: str = "cuda", is_training: bool = True, trainer_type: str = "sft") -> Any:
