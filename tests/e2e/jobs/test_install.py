@@ -6,6 +6,7 @@ import demo
 from finetune_api.names import Label, Phase
 
 from tests.e2e.jobs.installation import Installation, JobNamespace, job
+from tests.support.audit_log import read_requests
 from tests.support.kubeapi import condition_is_true
 
 
@@ -14,6 +15,9 @@ def test_operator_runs_under_restricted_and_no_request_is_forbidden(installation
     assert "forbidden" not in logs.lower()
     (pod,) = installation.api.list("pods", demo.RELEASE_NAME)
     assert pod["spec"]["containers"][0]["securityContext"]["readOnlyRootFilesystem"] is True
+    requests = read_requests(installation.cluster.endpoint, demo.RELEASE_NAME, demo.RELEASE_NAME)
+    assert requests, "the audit log has no request of the operator"
+    assert sorted(request for request in requests if not request.is_permitted) == []
 
 
 def test_helm_upgrade_with_the_same_values_restarts_nothing(installation: Installation) -> None:
