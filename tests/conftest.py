@@ -13,6 +13,8 @@ from tests.support import fault_rows, later_clock
 
 NODE_CLUSTER_TESTS = "tests/e2e/"
 """Folder of the tests that share the only node cluster of the machine."""
+NETWORK_TESTS = "tests/integration/delivery/test_network_policies.py"
+"""Not beside the node cluster: the kernel can give their namespaces the numbers of namespaces that the cluster has just left."""
 
 
 os.environ["CXX"] = "/no-c++-compiler-as-in-the-trainer-image"
@@ -40,7 +42,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     class ScheduleByFile(LoadScopeScheduling):  # type: ignore[misc]  # pytest-xdist is not typed
         def _split_scope(self, nodeid: str) -> str:
-            return NODE_CLUSTER_TESTS if nodeid.startswith(NODE_CLUSTER_TESTS) else nodeid.partition("::")[0]
+            return NODE_CLUSTER_TESTS if nodeid.startswith((NODE_CLUSTER_TESTS, NETWORK_TESTS)) else nodeid.partition("::")[0]
 
     return ScheduleByFile(config, log)
 

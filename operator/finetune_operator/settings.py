@@ -177,13 +177,6 @@ class ModelCacheSettings(WireModel):
             raise ValueError("default is node, but node.path and node.namespaces are empty: write both, or remove default")
         return self
 
-    @model_validator(mode="after")
-    def _check_path(self) -> ModelCacheSettings:
-        """The pattern allows `..`, with which no pod of a job could be created."""
-        if self.default and ".." in self.default.split("/"):
-            raise ValueError(f"default is {self.default}, but the path contains `..`: write pvc://claim/path")
-        return self
-
     def default_for(self, namespace: str) -> str | None:
         """Return the default of `model.cache` in a namespace."""
         return None if self.default == NODE_CACHE and not self.node.is_enabled_in(namespace) else self.default
