@@ -19,6 +19,8 @@ class FineTuneError(Exception):
     """
 
     exit_code: ClassVar[ExitCode] = ExitCode.INTERNAL_ERROR
+    follows_other_rank: ClassVar[bool] = False
+    """Whether another rank has failed first and caused this error."""
 
     def __init__(self, code: str, message: str, *, hint: str | None = None, failure_class: FailureClass | None = None):
         super().__init__(message)
@@ -99,6 +101,7 @@ class PeerError(FineTuneError):
     """Exit code 74: another rank or a collective operation failed, or training hung."""
 
     exit_code = ExitCode.PEER_FAILED
+    follows_other_rank = True
 
 
 class CredentialsError(FineTuneError):

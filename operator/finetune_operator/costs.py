@@ -16,6 +16,7 @@ from finetune_api.time_plan import plan_cost, plan_time
 
 from finetune_operator.facts import Facts
 from finetune_operator.plan import AttemptEnd
+from finetune_operator.policies.choices import chosen_values
 from finetune_operator.policies.timeouts import seconds_between
 from finetune_operator.policies.verdict import AcceptedSpec
 from finetune_operator.settings import NodePool
@@ -112,7 +113,7 @@ def _pool(facts: Facts) -> NodePool | None:
 
 def _planned_gpus(plan: RunPlan | None, facts: Facts) -> tuple[int, NodePool | None]:
     """Return the number of GPUs and the pool of a plan. New choices may not be in the accepted spec yet."""
-    chosen = {choice.field: choice.value for choice in (plan.choices if plan is not None else None) or []}
+    chosen = chosen_values(plan)
     pool = facts.config.find_pool(str(chosen[POOL_PATH])) if POOL_PATH in chosen else None
     return int(chosen.get(GPUS_PATH, gpus_per_node(facts.spec))) * (facts.spec.resources.nodes or 1), pool or _pool(facts)
 

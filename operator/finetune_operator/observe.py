@@ -69,7 +69,7 @@ class JobObserver:
             state = self.states[key] = JobState(job.uid)
         is_finished = job.status.is_true(Kind.FINISHED)
         # If the API server prunes fields that an older CRD lacks, the spec changes but the generation does not.
-        choices = chosen_values(job.status)
+        choices = chosen_values(job.status.plan)
         spec_changed = (state.generation, state.spec, state.choices) != (job.generation, job.spec, choices)
         state.generation, state.spec, state.choices = job.generation, job.spec, choices
         # If the operator ended just after it created the first Job, the status lacks the attempt. The rules for new jobs then do not apply.

@@ -14,7 +14,7 @@ from typing import TypeVar
 from finetune_api.compatibility import read_spec
 from finetune_api.names import Condition as Kind
 from finetune_api.names import FailureClass, Reason, attempt_of_uri
-from finetune_api.rules import gpus_per_node
+from finetune_api.rules import effective_batch, gpus_per_node, world_size
 from finetune_api.sources import model_name
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import (
@@ -479,15 +479,11 @@ def _compute_resolved(inputs: StatusInput) -> ResolvedConfig:
 
 def _resolved_from_spec(inputs: StatusInput, acceptance: AcceptedSpec) -> ResolvedConfig:
     spec = inputs.facts.spec
-    gpus = spec.resources.gpus_per_node if spec.resources.gpus_per_node is not None else 1
-    rank_count = (spec.resources.nodes or 1) * (spec.resources.processes_per_node or max(gpus, 1))
-    training_spec = spec.training
     return ResolvedConfig(
         method=spec.method.type,
         model_name=" ".join(clean(model_name(spec.model.source)).split()) if spec.model.source else None,
-        world_size=rank_count,
-        effective_batch=(training_spec.batch_size_per_device or 1) * (training_spec.gradient_accumulation_steps or 1)
-        * rank_count // (spec.distributed.context_parallel_size or 1),
+        world_size=world_size(spec),
+        effective_batch=effective_batch(spec),
         image=spec.placement.image or inputs.facts.config.trainer.image,
         node_pool=acceptance.pool.name if acceptance.pool else None,
         defaults=dict(acceptance.defaults) or None,

@@ -28,8 +28,6 @@ from finetune_api.errors import (
 from finetune_api.exits import EXIT_POLICIES
 from finetune_api.names import ExitCode, FailureClass
 
-from finetune_trainer.generation_server import GenerationServerError
-
 log = logging.getLogger(__name__)
 PEER_TYPES = ("DistBackendError", "DistNetworkError", "DistStoreError", "DistError")
 PEER_MESSAGES = (
@@ -116,7 +114,7 @@ def classify_wrapped_error(error: BaseException) -> tuple[FineTuneError, bool]:
 def classify_error(error: BaseException) -> tuple[FineTuneError, bool]:
     """Return the named failure for a rank's exception, and whether this rank failed first (False: another rank caused the failure)."""
     if isinstance(error, FineTuneError):
-        return error, not isinstance(error, PeerError) or isinstance(error, GenerationServerError)
+        return error, not error.follows_other_rank
     name, text = type(error).__name__, str(error).lower()
     # Errors of collectives are excluded, because their messages may name optional NCCL libraries that are not installed.
     if name not in PEER_TYPES and (broken := installation_error(error)) is not None:

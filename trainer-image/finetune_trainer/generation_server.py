@@ -49,6 +49,8 @@ MAX_DETAIL = 500
 class GenerationServerError(PeerError):
     """Exit code 74: the vLLM server failed. Unlike other PeerErrors, this one is the first failure of the attempt: no other rank caused it."""
 
+    follows_other_rank = False
+
 
 class ServerOptions(BaseModel):
     """Content of `server.json`: how the server's container starts vLLM."""

@@ -12,12 +12,13 @@ import sys
 from collections.abc import Callable, Collection, Iterator, MutableMapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from transformers import Trainer, TrainingArguments
 
-from finetune_trainer.generation_server import GenerationServer
+if TYPE_CHECKING:
+    from finetune_trainer.generation_server import GenerationServer
 
 
 class OpenTrainer(Trainer):  # type: ignore[misc]  # transformers ships no types

@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from finetune_cli import output
-from finetune_cli.commands.shared import check_format, complete_words, write_data
+from finetune_cli.commands.shared import (
+    GpuMemoryOption,
+    GpusPerNodeOption,
+    ModelConfigOption,
+    check_format,
+    complete_words,
+    write_data,
+)
 
 if TYPE_CHECKING:
     from finetune_api.defaults import ResolvedSpec
@@ -29,19 +36,12 @@ TIME_NOTE = "the time is that of the optimizer steps, without start, evaluation,
 
 def plan(
     file: Annotated[Path, typer.Option("--file", "-f", metavar="FILE", help="Manifest of the job.")],
-    model_config: Annotated[
-        Path | None,
-        typer.Option("--model-config", metavar="FOLDER", help="Folder with the base model's config.json. Default: model.source, if it is a folder."),
-    ] = None,
+    model_config: ModelConfigOption = None,
     gpu: Annotated[
         str | None, typer.Option("--gpu", metavar="NAME", help="Type of the GPUs, such as h100-80gb.")
     ] = None,
-    gpu_memory: Annotated[
-        str | None, typer.Option("--gpu-memory", metavar="SIZE", help="Memory of each GPU, such as 80Gi, instead of --gpu.")
-    ] = None,
-    gpus_per_node: Annotated[
-        int | None, typer.Option("--gpus-per-node", metavar="GPUS", help="GPUs of each node. A job without resources.gpusPerNode may get several of them.")
-    ] = None,
+    gpu_memory: GpuMemoryOption = None,
+    gpus_per_node: GpusPerNodeOption = None,
     longest_row: Annotated[
         int | None, typer.Option("--longest-row", metavar="TOKENS", help="Tokens of the longest row. Default: dataset.maxSequenceLength.")
     ] = None,

@@ -72,6 +72,15 @@ NamespaceOption = Annotated[
 ]
 ContextOption = Annotated[str | None, typer.Option("--context", help="Context of the kubeconfig to use.")]
 KubeconfigOption = Annotated[Path | None, typer.Option("--kubeconfig", help="Path of the kubeconfig file.")]
+GpuMemoryOption = Annotated[str | None, typer.Option("--gpu-memory", metavar="SIZE", help="Memory of each GPU, such as 80Gi, instead of --gpu.")]
+GpusPerNodeOption = Annotated[
+    int | None,
+    typer.Option("--gpus-per-node", metavar="GPUS", help="GPUs of each node. A job without resources.gpusPerNode may get several of them."),
+]
+ModelConfigOption = Annotated[
+    Path | None,
+    typer.Option("--model-config", metavar="FOLDER", help="Folder with the base model's config.json. Default: model.source, if it is a folder."),
+]
 FormatOption = Annotated[
     str | None,
     typer.Option(

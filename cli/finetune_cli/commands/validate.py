@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from finetune_cli import output
+from finetune_cli.commands.shared import GpuMemoryOption, GpusPerNodeOption, ModelConfigOption
 
 if TYPE_CHECKING:
     from finetune_api.spec import FineTuneJobSpec
@@ -41,16 +42,9 @@ def validate(
     gpu: Annotated[
         str | None, typer.Option("--gpu", metavar="NAME", help="Also refuse jobs that do not fit on GPUs of this type, such as h100-80gb.")
     ] = None,
-    gpu_memory: Annotated[
-        str | None, typer.Option("--gpu-memory", metavar="SIZE", help="Memory of each GPU, such as 80Gi, instead of --gpu.")
-    ] = None,
-    gpus_per_node: Annotated[
-        int | None, typer.Option("--gpus-per-node", metavar="GPUS", help="GPUs of each node. A job without resources.gpusPerNode may get several of them.")
-    ] = None,
-    model_config: Annotated[
-        Path | None,
-        typer.Option("--model-config", metavar="FOLDER", help="Folder with the base model's config.json. Default: model.source, if it is a folder."),
-    ] = None,
+    gpu_memory: GpuMemoryOption = None,
+    gpus_per_node: GpusPerNodeOption = None,
+    model_config: ModelConfigOption = None,
 ) -> None:
     """Check manifests without a cluster, against the schema and every rule of the operator. Reports all errors at once.
 

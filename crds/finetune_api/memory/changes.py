@@ -15,6 +15,7 @@ from finetune_api.memory.plan import (
     MICRO_BATCH_PATH,
     STRATEGY_PATH,
     JobPlan,
+    batch_values,
     change_spec,
     gigabytes,
     plan_memory,
@@ -24,6 +25,7 @@ from finetune_api.rules import (
     base_bits,
     batch_split,
     divisors,
+    effective_batch,
     gpus_per_node,
     method_type_of,
     min_batch_size_per_device,
@@ -114,7 +116,7 @@ def _possible_changes(spec: FineTuneJobSpec) -> Iterator[dict[str, Any]]:
 
 def _more_gpus(spec: FineTuneJobSpec) -> Iterator[dict[str, Any]]:
     """Yield changes that shard the weights over more GPUs of each node. None if the user set another number of processes than of GPUs."""
-    nodes, rows = spec.resources.nodes or 1, world_size(spec) * batch_split(spec)[0] * batch_split(spec)[1]
+    nodes, rows = spec.resources.nodes or 1, effective_batch(spec)
     if (spec.resources.processes_per_node or 1) != max(1, gpus_per_node(spec)):
         return
     for gpus in (2, 4, 8):
@@ -131,7 +133,7 @@ def _process_count(values: dict[str, Any]) -> dict[str, Any]:
 
 def _split(rows: int, limit: int) -> dict[str, Any]:
     micro_batch = max(part for part in divisors(rows) if part <= max(1, limit))
-    return dict(zip(BATCH_PATHS, (micro_batch, rows // micro_batch), strict=True))
+    return batch_values(micro_batch, rows // micro_batch)
 
 
 def _largest_fitting_batch(
@@ -142,7 +144,7 @@ def _largest_fitting_batch(
     rows = micro_batch * accumulation
     smaller = [part for part in divisors(rows) if min_batch_size_per_device(spec) <= part < micro_batch and rows // part <= MAX_ACCUMULATION]
     for part in reversed(smaller):
-        split = dict(zip(BATCH_PATHS, (part, rows // part), strict=True))
+        split = batch_values(part, rows // part)
         if plan_memory(change_spec(changed, split), shape, facts).fits(memory_bytes):
             return split
     return None

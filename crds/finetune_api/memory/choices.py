@@ -161,8 +161,6 @@ class _Search:
 
     def __post_init__(self) -> None:
         self.spec, self.rows_per_step = self.resolved.spec, effective_batch(self.resolved.spec)
-        # Ranks that share a sequence count once in the effective batch, but each of them computes a part of these rows.
-        self.rows_of_ranks = self.rows_per_step * (self.spec.distributed.context_parallel_size or 1)
         self.user_spec = without_defaults(self.spec, self.resolved.defaults)
         kernels = describe_step(self.spec, self.shape, self.facts).step.kernels
         self.has_padding = not (kernels.attention == "varlen" or self.spec.dataset.packing is True)
@@ -199,7 +197,7 @@ class _Search:
         current, nodes = gpus_per_node(self.spec), self.spec.resources.nodes or 1
         if not (self.is_open(GPUS_PATH) and PROCESSES_PATH in self.resolved.defaults):
             return [current]
-        return [count for count in range(current, max(current, pool.gpus_per_node) + 1) if self.rows_of_ranks % (count * nodes) == 0]
+        return [count for count in range(current, max(current, pool.gpus_per_node) + 1) if self.rows_per_step % (count * nodes) == 0]
 
     def _strategies(self, gpus: int) -> list[StrategyType]:
         current = self.spec.distributed.strategy or StrategyType.NONE
@@ -221,7 +219,7 @@ class _Search:
 
     def _micro_batches(self, gpus: int, pool: GpuPool) -> list[int]:
         """The micro-batches that keep the effective batch, in ascending order."""
-        training, rows = self.spec.training, self.rows_of_ranks // (gpus * (self.spec.resources.nodes or 1))
+        training, rows = self.spec.training, self.rows_per_step // (gpus * (self.spec.resources.nodes or 1))
         micro, accumulation = training.batch_size_per_device or 1, training.gradient_accumulation_steps or 1
         least = min_batch_size_per_device(self.spec)
         possible = [part for part in divisors(rows) if part >= least and rows // part <= MAX_ACCUMULATION]
@@ -241,7 +239,7 @@ class _Search:
 
     def _arrange(self, pool: GpuPool, base: dict[str, Any], micro_batch: int, mode: GradientCheckpointing) -> _Arrangement:
         ranks = base[GPUS_PATH] * (self.spec.resources.nodes or 1)
-        values = base | {MICRO_BATCH_PATH: micro_batch, ACCUMULATION_PATH: self.rows_of_ranks // ranks // micro_batch, CHECKPOINTING_PATH: mode}
+        values = base | {MICRO_BATCH_PATH: micro_batch, ACCUMULATION_PATH: self.rows_per_step // ranks // micro_batch, CHECKPOINTING_PATH: mode}
         processes = {PROCESSES_PATH: base[GPUS_PATH]} if base[GPUS_PATH] != gpus_per_node(self.spec) else {}
         spec = self.spec.with_values(values | processes)
         # Each rank of ddp needs the same memory, for each number of ranks.

@@ -17,7 +17,7 @@ from finetune_api.gpus import GPU_TYPES
 from finetune_api.memory.architecture import ModelShape
 from finetune_api.memory.changes import MAX_CHANGES, changes_that_fit, values_text
 from finetune_api.memory.description import Facts
-from finetune_api.memory.plan import BATCH_PATHS, CHECKPOINTING_PATH, JobPlan, change_spec, plan_memory
+from finetune_api.memory.plan import BATCH_PATHS, CHECKPOINTING_PATH, JobPlan, batch_values, change_spec, plan_memory
 from finetune_api.rules import MAX_ACCUMULATION, method_type_of, min_batch_size_per_device, new_problems
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.enums import GradientCheckpointing, MethodType
@@ -83,7 +83,7 @@ def _smaller_values(spec: FineTuneJobSpec, *, keeps_some_layers: bool, has_users
     """
     batch, accumulation = spec.training.batch_size_per_device or 1, spec.training.gradient_accumulation_steps or 1
     parts = [part for part in range(batch, min_batch_size_per_device(spec) - 1, -1) if batch % part == 0]
-    batches: list[dict[str, Any]] = [dict(zip(BATCH_PATHS, (part, accumulation * (batch // part)), strict=True)) for part in parts]
+    batches: list[dict[str, Any]] = [batch_values(part, accumulation * (batch // part)) for part in parts]
     batches = [values for values in batches if values[BATCH_PATHS[1]] <= MAX_ACCUMULATION]
     recompute: dict[str, Any] = {CHECKPOINTING_PATH: GradientCheckpointing.ENABLED.value}
     smaller = [values for values in batches[1:] if _keeps_rules(spec, values)]

@@ -96,6 +96,11 @@ def gigabytes(count: int) -> str:
     return f"{count / 1e9:.2f} GB" if count < 10**10 else f"{count / 1e9:.1f} GB"
 
 
+def batch_values(micro_batch: int, accumulation: int) -> dict[str, Any]:
+    """Return micro-batch and accumulation by spec path."""
+    return {MICRO_BATCH_PATH: micro_batch, ACCUMULATION_PATH: accumulation}
+
+
 def change_spec(spec: FineTuneJobSpec, values: dict[str, Any]) -> FineTuneJobSpec:
     """Return a spec with some values changed, by spec path. A changed method loses the settings that it cannot have."""
     changed = spec.with_values(values)

@@ -17,7 +17,7 @@ from finetune_api.pod import GpuPool
 from finetune_api.quantities import parse_amount
 from finetune_api.rules import check, effective_batch, gpus_per_node, gpus_per_pod
 from finetune_api.spec import FineTuneJobSpec
-from finetune_api.status import Choice, FineTuneJobStatus
+from finetune_api.status import Choice, RunPlan
 from finetune_api.tenancy import check_policy
 from pydantic import ValidationError
 
@@ -28,10 +28,9 @@ from finetune_operator.settings import NodePool, OperatorConfig
 logger = logging.getLogger(__name__)
 
 
-def chosen_values(status: FineTuneJobStatus) -> dict[str, Any]:
+def chosen_values(plan: RunPlan | None) -> dict[str, Any]:
     """Return the values that the plan has chosen, by spec path."""
-    choices = (status.plan.choices if status.plan is not None else None) or []
-    return {choice.field: choice.value for choice in choices}
+    return {choice.field: choice.value for choice in (plan.choices if plan is not None else None) or []}
 
 
 def pools_to_choose(spec: FineTuneJobSpec, accepted: AcceptedSpec, config: OperatorConfig, namespace: str) -> list[GpuPool]:
